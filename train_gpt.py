@@ -1,0 +1,2917 @@
+"""Parameter Golf in one file: the best language model that fits in 16,000,000 bytes, trained in 600 s on 8xH100.
+
+A run is one pipeline; every arrow is one function call and one line of the log:
+
+    shards -> rehearse -> train (Muon + AdamW, EMA) -> calibrate -> quantise (GPTQ) -> pack -> read back -> score
+              every stage on a  inside the clock       inside the   from here on no                 plain, sliding,
+              few steps, then   MAX_WALLCLOCK_SECONDS  clock        training data is read           documents, TTT
+              rewound bit for bit
+
+Launch (defaults are the 8xH100 submission; where there is no CUDA device the recipe `demo` is chosen, and announced):
+    python train_gpt.py                                         # CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       # eight GPUs
+    python train_gpt.py --help                                  # every knob; a knob is an environment variable
+    python train_gpt.py eval logs/<RUN_ID>/model.bin            # score an artifact again
+    python train_gpt.py data FILES... --vocab V --out DIR       # shards from documents of your own
+
+Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP width, V vocabulary,
+L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of depth is executed, a *window* is scored,
+a *chunk* is the part of the stream that is scored before it is learned from, a *bank* holds all layers of a role.
+
+Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6 model, 7 adapters, 8 optimisers,
+9 training, 10 quantisation, 11 artifact, 12 scoring, 13 test-time training, 15 pipeline, 16 tools.
+"""
+# ======================================================================================================================
+# 1. Imports
+# ======================================================================================================================
+from __future__ import annotations
+
+import argparse
+import ast
+import builtins
+import contextlib
+import ctypes
+import copy
+import datetime
+import difflib
+import functools
+import hashlib
+import heapq
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import linecache
+import lzma
+import math
+import os
+import platform
+import re
+import shutil
+import struct
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def optional(name: str) -> Any:
+    """The named module, or None where it is not installed; what needs it says so before the clock starts."""
+    try:
+        return __import__(name, fromlist=["*"])
+    except ImportError:
+        return None
+
+
+brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), optional("sentencepiece")
+python_minifier = optional("python_minifier")
+flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
+torch_varlen = optional("torch.nn.attention.varlen")
+# torch 2.10 calls it is_causal, later releases write the same as a window that looks back without end.
+VARLEN_CAUSAL = dict(is_causal=True) if torch_varlen and "is_causal" in inspect.signature(
+    torch_varlen.varlen_attn).parameters else dict(window_size=(-1, 0))
+
+
+class Refusal(Exception):
+    """Bad input, told in one sentence: which knob or file, which value, what was expected. `main` prints it, exits 2."""
+
+
+# ======================================================================================================================
+# 2. Hyperparameters
+# One typed table is the only place where a setting is declared: its name in capitals is the environment variable.
+# Reads the environment; gives a frozen `Hyperparameters`. Defaults are the submission; RECIPE changes many at once.
+# ======================================================================================================================
+def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
+    """One setting: its default, what it means with its unit, and which values are allowed."""
+    return field(default=default, metadata=dict(meaning=meaning, check=check))
+
+
+def positive(value: float) -> bool:
+    """True above zero."""
+    return value > 0
+
+
+def natural(value: float) -> bool:
+    """True from zero on."""
+    return value >= 0
+
+
+def fraction(value: float) -> bool:
+    """True in [0, 1]."""
+    return 0 <= value <= 1
+
+
+def among(*names: str) -> Callable[[str], bool]:
+    """A check that admits only these names."""
+    return lambda value: value in names
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting of a run. `Hyperparameters()` is the submission; raises `Refusal` where values contradict."""
+
+    # -- run and data
+    run_id: str = knob("", "name of the run's folder; empty: the date and time", lambda v: not re.search(r"[^\w.+-]", v))
+    recipe: str = knob("", "recipes joined by commas, applied left to right; single knobs override them")
+    seed: int = knob(1337, "seed of every random generator", natural)
+    logs_dir: str = knob("logs", "folder in which each run gets a folder of its own")
+    corpus: str = knob("", "embedded: text of the running Python's library; shards: files; empty: shards if there are any",
+                       among("", "embedded", "shards"))
+    data_dir: str = knob("./data", "where data sets and tokenizers are looked for and caches are kept")
+    data_path: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
+    vocab_size: int = knob(8192, "rows of the token embedding, V", lambda v: 4 <= v <= 65536)
+
+    # -- model
+    num_layers: int = knob(11, "layers whose weights are stored, L", positive)
+    model_dim: int = knob(512, "residual width, D", positive)
+    num_heads: int = knob(8, "query heads, H", positive)
+    num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
+    mlp_mult: float = knob(4.0, "MLP width F as a multiple of MODEL_DIM", positive)
+    leaky_slope: float = knob(0.5, "slope of the squared leaky ReLU below zero; 0 is ReLU squared", fraction)
+    rope_dims: int = knob(16, "leading dimensions of each head that rotate", positive)
+    rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
+    qk_gain_init: float = knob(5.25, "initial gain of each query head after the QK norm", positive)
+    ln_scale: bool = knob(True, "divide each layer's normalised input by sqrt(layer + 1)")
+    xsa_last_n: int = knob(11, "last layers whose heads drop the part along their own value (arXiv 2603.09078)", natural)
+    head_gate_scale: float = knob(0.5, "slope of the sparse attention head gate (#1787); 0: no gate", natural)
+    smear_gate: bool = knob(True, "let each token mix in the embedding of the token before it, within its document")
+    gate_window: int = knob(12, "leading channels that drive the head gate and the smear gate", positive)
+    num_loops: int = knob(2, "extra passes over layers LOOP_START to LOOP_END", natural)
+    loop_start: int = knob(3, "first layer of the recurrent segment", natural)
+    loop_end: int = knob(5, "last layer of the recurrent segment", natural)
+    enable_looping_at: float = knob(0.35, "share of training after which the recurrence runs", fraction)
+    parallel_start_layer: int = knob(8, "first layer with separate attention and MLP lanes (#1204); NUM_LAYERS: none", natural)
+    logit_softcap: float = knob(30.0, "logits are squashed into (-softcap, softcap)", positive)
+    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", positive)
+
+    # -- training
+    iterations: int = knob(20000, "most steps", natural)
+    max_wallclock_seconds: float = knob(600.0, "training clock, s; counts all that reads training data; 0: no clock", natural)
+    train_batch_tokens: int = knob(786432, "tokens of one optimiser step over all ranks", positive)
+    micro_batch_tokens: int = knob(98304, "tokens of one forward and backward pass on one rank", positive)
+    train_seq_len: int = knob(2048, "training context and longest document piece, tokens", lambda v: v > 1)
+    rehearsal_steps: int = knob(3, "steps of each depth plan in the rehearsal, later rewound; 0: no rehearsal", natural)
+    lr_warmup_steps: int = knob(0, "steps over which the rates rise linearly", natural)
+    warmdown_frac: float = knob(0.85, "last share of training over which the rates fall linearly", fraction)
+    min_lr: float = knob(0.1, "share of the peak rate at which the warmdown ends", fraction)
+    matrix_lr: float = knob(0.026, "Muon rate of the matrices", natural)
+    tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding", natural)
+    scalar_lr: float = knob(0.02, "AdamW rate of gains, scales and gates", natural)
+    muon_momentum: float = knob(0.97, "Muon momentum", lambda v: 0 <= v < 1)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at the first step", lambda v: 0 <= v < 1)
+    muon_momentum_warmup_steps: int = knob(1500, "steps over which the momentum rises", natural)
+    beta1: float = knob(0.9, "AdamW decay of the mean", lambda v: 0 <= v < 1)
+    beta2: float = knob(0.99, "AdamW decay of the square", lambda v: 0 <= v < 1)
+    adam_eps: float = knob(1e-8, "AdamW epsilon", positive)
+    muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", natural)
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", natural)
+    adam_wd: float = knob(0.02, "decoupled weight decay of gains, scales and gates", natural)
+    grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", natural)
+    ema_decay: float = knob(0.9965, "decay of the averaged weights, which are the ones exported", lambda v: 0 <= v < 1)
+    train_log_every: int = knob(500, "steps between two training lines of the log", positive)
+    val_loss_every: int = knob(0, "steps between two validation scores during training; 0: none", natural)
+    compile: str = knob("auto", "torch.compile: full graph, one block at a time, off; auto: full on GPUs, block on CPUs",
+                        among("auto", "full", "block", "off"))
+    precision: str = knob("auto", "number format of the matrix products; auto: bf16 where the chip has it",
+                          among("auto", "bf16", "fp32"))
+
+    # -- quantisation and artifact
+    gptq_calibration_batches: int = knob(16, "micro-batches of training data for the second moments", positive)
+    gptq_reserve_seconds: float = knob(0.0, "part of the clock kept for calibration, s; 0: measured in the rehearsal", natural)
+    gptq_damping: float = knob(0.01, "added to the second moment's diagonal, as a share of its mean", positive)
+    matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
+    embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
+    matrix_clip_sigmas: float = knob(12.85, "largest code of a matrix row, in standard deviations of the row", positive)
+    embed_clip_sigmas: float = knob(14.0, "largest code of an embedding row, in standard deviations of the row", positive)
+    compressor: str = knob("auto", "coder of the streams; auto: the shortest per stream",
+                           among("auto", "brotli", "zstd", "lzma"))
+    budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
+
+    # -- scoring
+    eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
+    eval_stride: int = knob(64, "tokens scored per sliding window", positive)
+    eval_batch_tokens: int = knob(262144, "tokens of one scoring forward pass on one rank", positive)
+    scores: str = knob("quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
+                       lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "ttt", ""})
+    ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
+    ttt_chunk_tokens: int = knob(32768, "tokens that are scored before they are learned from", positive)
+    ttt_lr: float = knob(0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
+    ttt_momentum: float = knob(0.9, "SGD momentum of test-time training", lambda v: 0 <= v < 1)
+    ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
+    ttt_batch_seqs: int = knob(32, "sequences of TRAIN_SEQ_LEN per test-time training step over all ranks", positive)
+    ttt_grad_clip: float = knob(1.0, "largest global gradient norm of test-time training", positive)
+    lora_rank: int = knob(8, "rank R of the per-row adapters", positive)
+    lora_alpha: float = knob(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", natural)
+
+    def __post_init__(self):
+        """Checks every range and every relation between knobs; raises `Refusal` with the names and values."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value) or not f.metadata["check"](value):
+                raise Refusal(f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
+        h, F_ = self, self.mlp_mult * self.model_dim
+        for holds, why in (
+            (h.model_dim % h.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
+            (h.num_heads % h.num_kv_heads == 0,
+             "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
+            (F_ == int(F_), "MLP_MULT={mlp_mult} x MODEL_DIM={model_dim} must be a whole number"),
+            (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
+             "ROPE_DIMS={rope_dims} must be even and at most the head size MODEL_DIM / NUM_HEADS"),
+            (h.gate_window <= h.model_dim, "GATE_WINDOW={gate_window} must be at most MODEL_DIM={model_dim}"),
+            (h.num_loops == 0 or h.loop_start <= h.loop_end < h.num_layers,
+             "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold"),
+            (h.train_batch_tokens % h.micro_batch_tokens == 0,
+             "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of "
+             "MICRO_BATCH_TOKENS={micro_batch_tokens}"),
+            (h.micro_batch_tokens % h.train_seq_len == 0,
+             "MICRO_BATCH_TOKENS={micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
+            (h.eval_stride <= h.eval_seq_len,
+             "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}"),
+            (h.ttt_chunk_tokens % h.train_seq_len == 0,
+             "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
+            (h.max_wallclock_seconds > 0 or h.iterations > 0,
+             "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero, or training never ends"),
+        ):
+            if not holds:
+                raise Refusal(why.format(**asdict(h)))
+
+    @property
+    def head_dim(self) -> int:
+        """Head size E."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """MLP width F."""
+        return int(self.mlp_mult * self.model_dim)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], recipe: str = "record",
+                 base: Mapping[str, Any] = {}) -> Hyperparameters:
+        """`base`, recipe rows from left to right, single variables. Raises `Refusal` for values and near-miss names."""
+        kinds = {f.name: f for f in fields(cls)}
+        refuse_near_misses(env, kinds)
+        recipe = env.get("RECIPE") or recipe
+        values: dict[str, Any] = dict(base, recipe=recipe)
+        for name in recipe.split(","):
+            if name not in RECIPES:
+                raise Refusal(f"RECIPE={recipe}: there is no recipe {name!r}" + nearest(name, RECIPES)
+                              + f"; known: {', '.join(RECIPES)}")
+            values.update(RECIPES[name])
+        for name, f in kinds.items():
+            if name != "recipe" and (raw := env.get(name.upper())) is not None:
+                values[name] = parse_knob(name, raw, f.type, f.metadata["meaning"])
+        return cls(**values)
+
+    def changed(self) -> dict[str, Any]:
+        """Name -> value of every knob that differs from the submission, those that only say where things lie left out."""
+        places = {"run_id", "recipe", "logs_dir", "data_dir", "data_path", "tokenizer_path"}
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if getattr(self, f.name) != f.default and f.name not in places}
+
+
+# Each recipe is a row of overrides. `demo` is a model that two CPU cores train in about a minute.
+RECIPES: dict[str, dict[str, Any]] = dict(
+    record={},
+    demo=dict(
+        vocab_size=1024, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6,
+        num_loops=1, loop_start=2, loop_end=3, parallel_start_layer=4, train_seq_len=256,
+        eval_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, eval_batch_tokens=8192,
+        iterations=100000, max_wallclock_seconds=70.0, train_log_every=25, rehearsal_steps=1,
+        muon_momentum_warmup_steps=100, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+        ema_decay=0.96, gptq_calibration_batches=8, ttt_chunk_tokens=8192, ttt_lr=0.01,
+        ttt_batch_seqs=8, ttt_epochs=2, scores="prequant,quantized,sliding,ttt"),
+)
+
+
+def parse_knob(name: str, raw: str, kind: str, meaning: str) -> Any:
+    """The text of one variable as its knob's type; raises `Refusal` naming variable, value and meaning."""
+    parse = dict(int=lambda s: int(s.replace("_", "")), float=float, str=str,
+                 bool=dict(zip(("0", "1", "false", "true"), (False, True) * 2)).__getitem__)[kind]
+    try:
+        return parse(raw.strip().lower() if kind == "bool" else raw)
+    except (ValueError, KeyError):
+        wanted = dict(int="a whole number", float="a number", bool="0 or 1", str="text")[kind]
+        raise Refusal(f"{name.upper()}={raw!r} must be {wanted}: {meaning}") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `, did you mean ...` for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse_near_misses(env: Mapping[str, str], known: Iterable[str]) -> None:
+    """Raises `Refusal` for a variable that is no knob but looks like one: a typo must not train the wrong model."""
+    knobs = [name.upper() for name in known]
+    words = {tuple(sorted(name.split("_"))): name for name in knobs}
+    for name in sorted(set(env) - set(knobs)):
+        close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
+            difflib.get_close_matches(name.upper(), knobs, 1, 0.87)
+        if close and len(name) > 4:
+            raise Refusal(f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})")
+
+
+def help_text() -> str:
+    """The knob table, grouped as declared, with types and defaults."""
+    rows = [f"  {f.name.upper():28} {f.type:6} {str(f.default):14} {f.metadata['meaning']}"
+            for f in fields(Hyperparameters)]
+    return "\n".join([__doc__.strip(), "", f"Recipes (RECIPE=a,b): {', '.join(RECIPES)}", "",
+                      f"  {'knob':28} {'type':6} {'default':14} meaning", *rows])
+
+
+# ======================================================================================================================
+# 3. World and log
+# Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one process every collective
+# is the identity. Gives `World`, the run's folder and `Log`, whose lines keep the forms that leaderboard tools parse.
+# ======================================================================================================================
+@dataclass(frozen=True)
+class World:
+    """This process: rank, number of ranks, device. The collectives below are the only ones in the file."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> World:
+        """Joins the process group that torchrun describes: NCCL on GPUs, gloo on CPUs. Raises `Refusal` if it fails."""
+        rank, size, local = (int(env.get(k, d)) for k, d in
+                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local >= torch.cuda.device_count():
+                raise Refusal(f"LOCAL_RANK={local} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+                              "start at most one process per GPU (torchrun --nproc_per_node)")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if size > 1:
+            patience = datetime.timedelta(seconds=float(env.get("DIST_TIMEOUT_SECONDS", 600)))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        return cls(rank, size, device)
+
+    @property
+    def main(self) -> bool:
+        """True on the rank that writes files and log lines."""
+        return self.rank == 0
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum of `t` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(t)
+        return t
+
+    def mean(self, t: Tensor) -> Tensor:
+        """The mean of `t` over the ranks, in place."""
+        return self.sum(t).div_(self.size) if self.size > 1 else t
+
+    def scatter_mean(self, rows: Tensor) -> Tensor:
+        """(size * n, ...) -> this rank's (n, ...) rows of the mean over the ranks."""
+        if self.size == 1:
+            return rows
+        mine = rows.new_empty(rows.size(0) // self.size, *rows.shape[1:])
+        dist.reduce_scatter_tensor(mine, rows.contiguous())
+        return mine.div_(self.size)
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """(n, ...) of each rank -> (size * n, ...) in the order of ranks, on every rank."""
+        if self.size == 1:
+            return mine
+        rows = mine.new_empty(mine.size(0) * self.size, *mine.shape[1:])
+        dist.all_gather_into_tensor(rows, mine.contiguous())
+        return rows
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value (bytes, numbers, text) on every rank; no pickle of anything that came from outside."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def share_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites the tensors with rank 0's."""
+        if self.size > 1:
+            for t in tensors:
+                dist.broadcast(t, src=0)
+
+    def wait(self) -> None:
+        """Returns when every rank has come here and this rank's device has finished its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.size > 1:
+            self.sum(torch.zeros(1, device=self.device)).item()
+
+    def leave(self) -> None:
+        """Leaves the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Stopwatch:
+    """Seconds since the start, with the device's queue drained first: for stages, never inside the training loop."""
+
+    def __init__(self, world: World):
+        """Starts it once every rank is here."""
+        self.world = world
+        world.wait()
+        self.begin_s = time.perf_counter()
+
+    def read_s(self) -> float:
+        """Seconds since the start."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        return time.perf_counter() - self.begin_s
+
+
+def write_atomically(path: Path, *parts: bytes) -> None:
+    """Writes the whole file or nothing: a temporary file beside it, then a rename. Raises `Refusal` on a full disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            f.writelines(parts)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise Refusal(f"{path}: {sum(map(len, parts)):,} bytes could not be written ({error.strerror}); "
+                      "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
+
+
+class Log:
+    """The run's folder and its log: rank 0 prints and appends to log.txt, other ranks say nothing."""
+
+    def __init__(self, world: World, folder: Path | None, quiet: bool = False):
+        """With a folder, claims it: raises `Refusal` if the run id was used before. A quiet log says nothing at all."""
+        self.world, self.folder, self.width, self.quiet = world, folder, 0, quiet
+        if folder and world.main:
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; "
+                              "choose another RUN_ID, no run is ever overwritten") from None
+            except OSError as error:
+                raise Refusal(f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+
+    def __call__(self, line: str) -> None:
+        """One line on the terminal and in log.txt."""
+        if self.quiet or not self.world.main:
+            return
+        print("\r" + " " * self.width + "\r" + line if self.width else line, flush=True)
+        self.width = 0
+        if self.folder:
+            try:
+                with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+                    f.write(line + "\n")
+            except OSError as error:
+                raise Refusal(f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
+
+    def progress(self, line: str) -> None:
+        """One updating line on a terminal, an ordinary line in a file; the caller says it sparsely."""
+        if self.quiet or not self.world.main:
+            return
+        if not sys.stdout.isatty():
+            self(line)
+            return
+        print("\r" + line.ljust(self.width), end="", flush=True)
+        self.width = max(self.width, len(line))
+
+
+# ======================================================================================================================
+# 4. Data
+# Shards are the challenge's own: 256 int32 of header, then uint16 tokens, token 1 opens each document. First how they
+# are read (training batches, validation set), then how they are made from documents, then the embedded corpus.
+# ======================================================================================================================
+SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
+HEADER_BYTES = 256 * 4
+BOS = 1
+
+
+def shard_header(count: int) -> bytes:
+    """256 little-endian int32: magic, version, token count, zeros."""
+    header = np.zeros(256, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, count
+    return header.tobytes()
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes `tokens` (T,) as one official shard of uint16."""
+    tokens = np.ascontiguousarray(tokens, "<u2")
+    write_atomically(Path(path), shard_header(len(tokens)), tokens.data)
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The memory-mapped uint16 tokens (T,) of an official shard; raises Refusal on any damage."""
+    path = Path(path)
+    if not path.is_file():
+        raise Refusal(f"shard {path}: there is no such file")
+    size_bytes = path.stat().st_size
+    header = np.fromfile(path, "<i4", 256)
+    if len(header) < 256:
+        raise Refusal(f"shard {path}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte "
+                      "header")
+    magic, version, count = map(int, header[:3])
+    if magic != SHARD_MAGIC:
+        raise Refusal(f"shard {path}: magic number {magic}, expected {SHARD_MAGIC}")
+    if version != SHARD_VERSION:
+        raise Refusal(f"shard {path}: version {version}, expected {SHARD_VERSION}")
+    if count < 1:
+        raise Refusal(f"shard {path}: the header promises {count} tokens, expected at least 1")
+    if size_bytes != HEADER_BYTES + 2 * count:
+        raise Refusal(f"shard {path}: {size_bytes} bytes, but a header of {count} tokens asks for "
+                      f"{HEADER_BYTES + 2 * count}")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
+
+
+class Docs(NamedTuple):
+    """Where documents lie in a batch of rows, so that attention stays inside each of them."""
+
+    start: Tensor           # (B, T) int64: place in the row of the first token of this token's piece
+    bounds: Tensor | None   # (n,) int32 ends of the pieces of the flattened batch, for variable-length kernels
+    longest: int            # tokens of the longest piece that can occur
+
+
+class Batch(NamedTuple):
+    """One micro-batch: inputs, the tokens that follow them, and the document pieces."""
+
+    ids: Tensor      # (B, T) int64
+    targets: Tensor  # (B, T) int64
+    docs: Docs
+
+
+def pieces(ids: np.ndarray, longest: int) -> np.ndarray:
+    """(B, T) tokens -> (B, T) place of the first token of each token's piece; a document longer than `longest` is cut."""
+    place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    opens = np.maximum.accumulate(np.where(ids == BOS, place, 0), axis=1)
+    return opens + (place - opens) // longest * longest
+
+
+def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
+    """The document pieces of (B, T) tokens; ends are padded to a power of two so that shapes repeat."""
+    start = pieces(ids, longest)
+    bounds = None
+    if device.type == "cuda":
+        ends = np.flatnonzero(start == np.arange(ids.shape[1])).astype(np.int32)
+        room = max(ids.size // 64, 1 << len(ends).bit_length())
+        bounds = torch.from_numpy(np.concatenate([ends, np.full(room - len(ends), ids.size, np.int32)]))
+    return Docs(torch.from_numpy(np.ascontiguousarray(start)), bounds, min(longest, ids.shape[1]))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; from pinned memory, without waiting for the copy, on GPUs."""
+    move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+    docs = batch.docs._replace(start=move(batch.docs.start),
+                               bounds=None if batch.docs.bounds is None else move(batch.docs.bounds))
+    return Batch(move(batch.ids), move(batch.targets), docs)
+
+
+class Loader:
+    """Endless micro-batches of the training shards; `position` is its whole state.
+
+    One epoch lays the shards end to end in a seeded order and cuts the stream into blocks of
+    MICRO_BATCH_TOKENS; blocks are shuffled within stretches of 1024, and no block comes twice before all have come.
+    Block number position * size + rank belongs to this rank, so that any world size sees the same steps. A block is
+    one long row on GPUs (variable-length attention), rows of TRAIN_SEQ_LEN on CPUs. The next one is read on a thread.
+    """
+
+    def __init__(self, h: Hyperparameters, world: World, shards: Sequence[np.ndarray]):
+        """Raises `Refusal` where the shards hold less than one micro-batch for each rank."""
+        self.h, self.world, self.shards, self.position = h, world, shards, 0
+        self.blocks = (sum(map(len, shards)) - 1) // h.micro_batch_tokens
+        if self.blocks < world.size:
+            raise Refusal(f"the training shards hold {sum(map(len, shards)):,} tokens, too few for one micro-batch of "
+                          f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
+        self.epoch, self.order, self.stream = -1, np.empty(0), []
+        self.thread, self.ready = None, {}
+
+    def arrange(self, epoch: int) -> None:
+        """Draws the order of shards and blocks of one epoch."""
+        rng = np.random.default_rng((self.h.seed, epoch))
+        self.epoch, self.stream = epoch, [self.shards[i] for i in rng.permutation(len(self.shards))]
+        self.starts = np.cumsum([0, *map(len, self.stream)])
+        spare = int(self.starts[-1]) - 1 - self.blocks * self.h.micro_batch_tokens
+        self.phase = int(rng.integers(spare + 1)) if epoch else 0
+        order = np.arange(self.blocks)
+        for lo in range(0, self.blocks, 1024):
+            rng.shuffle(order[lo:lo + 1024])
+        self.order = order
+
+    def tokens(self, lo: int, count: int) -> np.ndarray:
+        """(count,) tokens of this epoch's stream from place `lo` on."""
+        first = int(np.searchsorted(self.starts, lo, "right")) - 1
+        parts = []
+        while count > 0:
+            part = self.stream[first][lo - self.starts[first]:][:count]
+            parts.append(part)
+            lo, count, first = lo + len(part), count - len(part), first + 1
+        return np.concatenate(parts).astype(np.int64)
+
+    def read(self, number: int) -> Batch:
+        """Block `number` of the endless sequence, on the CPU."""
+        epoch, place = divmod(number, self.blocks)
+        if epoch != self.epoch:
+            self.arrange(epoch)
+        size = self.h.micro_batch_tokens
+        tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
+        rows = 1 if self.world.device.type == "cuda" else size // self.h.train_seq_len
+        ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
+                     locate(ids, self.h.train_seq_len, self.world.device))
+
+    def fetch(self, number: int) -> None:
+        """Reads block `number` for `next`; runs on the thread, so an error is kept and raised there."""
+        try:
+            self.ready[number] = self.read(number)
+        except Exception as error:
+            self.ready[number] = error
+
+    def next(self) -> Batch:
+        """The next micro-batch of this rank, on its device."""
+        number = self.position * self.world.size + self.world.rank
+        if self.thread:
+            self.thread.join()
+        batch = self.ready.pop(number, None)
+        self.ready.clear()
+        batch = self.read(number) if batch is None else batch
+        if isinstance(batch, Exception):
+            raise batch
+        self.position += 1
+        self.thread = threading.Thread(target=self.fetch, args=(number + self.world.size,), daemon=True)
+        self.thread.start()
+        return to_device(batch, self.world.device)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The whole validation set: no truncated tail, every token but the first is a target."""
+
+    tokens: Tensor        # (N + 1,) int64 on the CPU
+    bytes: np.ndarray     # (N,) bytes of text that each target stands for
+    documents: np.ndarray  # (n + 1,) places of the document starts, then N: targets [d[i], d[i + 1]) are scored together
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, target_bytes_: np.ndarray) -> Validation:
+        """From tokens (N + 1,) and bytes per target (N,)."""
+        starts = np.flatnonzero(tokens[:-1] == BOS)
+        documents = np.unique(np.concatenate([[0], starts, [len(tokens) - 1]]))
+        return cls(torch.from_numpy(tokens.astype(np.int64)), target_bytes_.astype(np.int64), documents)
+
+
+class Dataset(NamedTuple):
+    """What a run reads: training shards (memory-mapped), the validation set, and how its bytes were counted."""
+
+    train: list[np.ndarray]
+    val: Validation
+    byte_rule: str
+
+
+def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
+    """Finds or builds the data and checks all of it before any training; raises `Refusal` for whatever is wrong."""
+    folder = Path(h.data_path or Path(h.data_dir) / "datasets" / f"fineweb10B_sp{h.vocab_size}")
+    if h.corpus == "embedded" or not h.corpus and not h.data_path and not folder.is_dir():
+        if not h.corpus:
+            log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)")
+        if world.main:
+            folder = embedded_corpus(Path(h.data_dir) / "cache", h.vocab_size, log)
+        folder = Path(world.share(str(folder)))
+    names = {side: sorted(folder.glob(f"fineweb_{side}_*.bin")) for side in ("train", "val", "val_bytes")}
+    names["val"] = [p for p in names["val"] if not p.name.startswith("fineweb_val_bytes")]
+    for side in ("train", "val"):
+        if not names[side]:
+            raise Refusal(f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
+    train = [read_shard(path) for path in names["train"]]
+    tokens = np.concatenate([read_shard(path) for path in names["val"]])
+    for path, shard in [*zip(names["train"], train), (names["val"][0], tokens)]:
+        probe = shard if len(shard) < 1 << 24 else shard[:: len(shard) >> 22]
+        if len(shard) and (largest := int(probe.max())) >= h.vocab_size:
+            raise Refusal(f"{path}: token {largest} is outside VOCAB_SIZE={h.vocab_size}; "
+                          "shards and vocabulary do not belong together")
+    if len(tokens) < 2 or not (tokens == BOS).any():
+        raise Refusal(f"{names['val'][0]}: no document start (token {BOS}) among {len(tokens)} tokens")
+    if names["val_bytes"]:
+        sidecar = np.concatenate([read_shard(path) for path in names["val_bytes"]])
+        if len(sidecar) != len(tokens):
+            raise Refusal(f"{names['val_bytes'][0]}: {len(sidecar)} byte counts for {len(tokens)} validation tokens; "
+                          "the sidecar must hold one for each token")
+        return Dataset(train, Validation.of(tokens, sidecar[1:]), f"sidecar {names['val_bytes'][0].name}")
+    path = Path(h.tokenizer_path or Path(h.data_dir) / "tokenizers" / f"fineweb_{h.vocab_size}_bpe.model")
+    tables = piece_bytes(load_tokenizer(path, h.vocab_size, False), h.vocab_size)
+    return Dataset(train, Validation.of(tokens, target_bytes(tokens, tables)), f"tokenizer {path.name}")
+
+
+class ShardWriter:
+    """A context that streams tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so on.
+
+    Every shard holds `limit` tokens, the last one the rest; its name appears when it is complete.
+    `count` is the number of tokens appended so far, `paths` the finished shards.
+    """
+
+    def __init__(self, stem: Path, limit: int = SHARD_TOKENS):
+        """Opens nothing yet: a writer without tokens leaves no file behind."""
+        self.stem, self.limit = Path(stem), limit
+        self.count, self.paths, self.file = 0, [], None
+
+    def __enter__(self) -> "ShardWriter":
+        """The writer itself."""
+        return self
+
+    def __exit__(self, error_type, *_) -> None:
+        """Seals the last shard, or removes its unfinished file when the block failed."""
+        if self.file and error_type is None:
+            self.seal()
+        elif self.file:
+            self.file.close()
+            os.unlink(self.file.name)
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Adds `tokens` (T,), cut at shard ends wherever they fall, as the official export does."""
+        tokens = np.asarray(tokens, "<u2")
+        while len(tokens):
+            filled = self.count - self.limit * len(self.paths)
+            if self.file is None:
+                self.file = open(f"{self.stem}_{len(self.paths):06d}.bin.partial", "wb")
+                self.file.write(shard_header(0))
+            head, tokens = np.split(tokens, [self.limit - filled])
+            self.file.write(head.tobytes())
+            self.count += len(head)
+            if filled + len(head) == self.limit:
+                self.seal()
+
+    def seal(self) -> None:
+        """Gives the open shard its true count and its final name."""
+        with self.file as file:
+            file.seek(0)
+            file.write(shard_header(self.count - self.limit * len(self.paths)))
+        path = Path(file.name.removesuffix(".partial"))
+        os.replace(file.name, path)
+        self.paths, self.file = [*self.paths, path], None
+
+
+def read_documents(paths: Iterable[Path]) -> Iterator[str]:
+    """The texts of `.jsonl` and `.jsonl.zst` (field `text`) and `.txt` files (one document each).
+
+    Streams: one line is held at a time. Raises Refusal for a missing file, an unknown suffix,
+    bytes that are not UTF-8, bad JSON or a line without `text`.
+    """
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        if not path.is_file():
+            raise Refusal(f"documents {path}: there is no such file")
+        if not path.name.endswith((".txt", ".jsonl", ".jsonl.zst")):
+            raise Refusal(f"documents {path}: expected a name ending in .jsonl, .jsonl.zst or .txt")
+        if path.suffix == ".zst" and zstandard is None:
+            raise Refusal(f"documents {path}: reading it needs the package zstandard "
+                          "(pip install zstandard)")
+    for path in paths:
+        with open(path, "rb") as file:
+            if path.suffix == ".txt":
+                yield decode_utf8(file.read(), path)
+            elif path.suffix == ".jsonl":
+                yield from json_texts(file, path)
+            else:
+                yield from zstd_texts(file, path)
+
+
+def decode_utf8(raw: bytes, place: object) -> str:
+    """`raw` as text; raises Refusal that names `place`."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"documents {place}: byte {error.start} (0x{raw[error.start]:02x}) is not "
+                      "UTF-8") from error
+
+
+def json_texts(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+    """The `text` field of each JSON line; blank lines are passed over."""
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(decode_utf8(line, place))
+        except json.JSONDecodeError as error:
+            raise Refusal(f"documents {place}: not JSON ({error.msg}, column "
+                          f"{error.colno})") from error
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise Refusal(f"documents {place}: expected an object with a string field \"text\"")
+        if re.search("[\ud800-\udfff]", text):
+            raise Refusal(f"documents {place}: half of a surrogate pair has no UTF-8 form")
+        yield text
+
+
+def zstd_texts(file: io.BufferedReader, path: Path) -> Iterator[str]:
+    """`json_texts` of a compressed file, all its frames."""
+    plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    try:
+        yield from json_texts(io.BufferedReader(plain, 1 << 20), path)
+    except zstandard.ZstdError as error:
+        raise Refusal(f"documents {path}: damaged zstd stream ({error})") from error
+
+
+def fingerprint(text: str) -> int:
+    """A 64-bit hash of `text`, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def held_out(key: str) -> bool:
+    """True for the one key in twenty whose document belongs to validation."""
+    return fingerprint(key) % 20 == 0
+
+
+# Linux distributions package these apart from the library, so they are left out everywhere.
+OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize",
+                    "tkinter", "turtle", "turtledemo", "venv"}
+EMBEDDED_MINIMUM_BYTES = 2_000_000
+
+
+def embedded_documents() -> list[tuple[str, str]]:
+    """(name, text) of real prose that every Python carries: its library's own documentation.
+
+    One document per module (documentation strings under their signatures, comment blocks) and per
+    topic of the language reference. Sources are parsed, never imported: importing may open a
+    browser or print. Raises Refusal where the library comes without sources.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old sources carry invalid escapes
+        for module in sorted(sys.stdlib_module_names - OPTIONAL_MODULES):
+            for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
+                inside = path.relative_to(library).with_suffix("")
+                if path.is_file() and not {"test", "tests"} & set(inside.parts):
+                    name = ".".join(inside.parts).removesuffix(".__init__")
+                    documents.append((name, module_text(name, path.read_bytes())))
+        topics = library / "pydoc_data" / "topics.py"
+        if topics.is_file():
+            table = ast.parse(topics.read_bytes()).body[-1].value
+            documents += [(f"topic {name}", f"{name}\n\n{text}")
+                          for name, text in ast.literal_eval(table).items()]
+    cleaned = [(name, re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip())
+               for name, text in documents]
+    kept = [(name, text) for name, text in cleaned if len(text.encode()) >= 200]
+    size_bytes = sum(len(text.encode()) for _, text in kept)
+    if size_bytes < EMBEDDED_MINIMUM_BYTES:
+        raise Refusal(f"CORPUS=embedded: the library of this Python ({library}) holds {size_bytes} "
+                      f"bytes of documentation, expected at least {EMBEDDED_MINIMUM_BYTES}; "
+                      "install the complete library or make shards with the verb data")
+    return kept
+
+
+def module_text(name: str, source: bytes) -> str:
+    """Documentation strings and comment blocks of one module in the order of its lines."""
+    text = importlib.util.decode_source(source)
+    pieces = [*documented(ast.parse(text), name)]
+    for block in re.finditer(r"^[ \t]*#.*(?:\n[ \t]*#.*)+", text, re.M):
+        prose = re.sub(r"^[ \t]*#+[ \t]?", "", block[0], flags=re.M).strip()
+        pieces.append((text.count("\n", 0, block.start()) + 1, prose))
+    return "\n\n".join(prose for _, prose in sorted(pieces, key=lambda piece: piece[0]))
+
+
+def documented(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
+    """(line, signature and documentation string) of `node` and of every definition inside it."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        prose = ast.get_docstring(node)
+        if prose:
+            signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+            yield getattr(node, "lineno", 0), f"{name}{signature}\n\n{prose}"
+    for child in node.body:
+        if hasattr(child, "body"):
+            yield from documented(child, getattr(child, "name", name))
+
+
+# SentencePiece writes a space as U+2581. A lossless tokenizer must tell a real U+2581 from a space,
+# so its normaliser spells U+2581 as U+10FFFD "_" and U+10FFFD twice, and its denormaliser undoes it.
+SPACE_MARK = "\u2581"
+ESCAPE_RULES = "10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n"
+UNESCAPE_RULES = "10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n"
+
+
+def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[str] = ()) -> None:
+    """Writes a SentencePiece BPE model of V pieces to `path`, with decode(encode(x)) == x for all x.
+
+    Ids as in the official tokenizers: pad 0, bos 1, eos 2, unk 3, then `markers`, then 256 bytes.
+    Trains on lines; a newline is always the byte piece. Raises Refusal when V does not suit `texts`.
+    """
+    model = io.BytesIO()
+    lines = (line[start:start + 4000] for text in texts for line in text.split("\n")
+             for start in range(0, len(line), 4000))
+    with tempfile.TemporaryDirectory() as folder:
+        rules, unrules = Path(folder) / "rules.tsv", Path(folder) / "unrules.tsv"
+        rules.write_text(ESCAPE_RULES)
+        unrules.write_text(UNESCAPE_RULES)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=V,
+                pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(markers),
+                byte_fallback=True, split_digits=True, character_coverage=0.9995,
+                normalization_rule_tsv=str(rules), denormalization_rule_tsv=str(unrules),
+                add_dummy_prefix=False, remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, num_threads=1,
+                minloglevel=4)
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise Refusal(f"VOCAB_SIZE {V}: no tokenizer of this size can be trained on these "
+                          f"documents ({reason})") from error
+    write_atomically(Path(path), model.getvalue())
+
+
+def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer in `path`; raises Refusal unless it has V pieces and suits the text form."""
+    path = Path(path)
+    if not path.is_file():
+        raise Refusal(f"tokenizer {path}: there is no such file")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise Refusal(f"tokenizer {path}: not a SentencePiece model") from error
+    if len(tokenizer) != V:
+        raise Refusal(f"tokenizer {path}: {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
+    if tokenizer.bos_id() != BOS:
+        raise Refusal(f"tokenizer {path}: document start has id {tokenizer.bos_id()}, expected "
+                      f"{BOS}")
+    marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
+    if marked != caseops:
+        raise Refusal(f"tokenizer {path}: " + (
+            "it was made for CaseOps text, add --caseops" if marked else
+            "it has no pieces for the four CaseOps markers, leave --caseops away"))
+    return tokenizer
+
+
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor,
+                V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The challenge's byte tables: base bytes int16 (V,), leading space (V,), boundary (V,).
+
+    A byte piece is 1 byte; control, unknown and unused ids are boundaries of 0 bytes; any other
+    piece is its UTF-8 length without a leading space mark. Further marks inside a piece stand for
+    one byte each; official vocabularies have none, lossless ones spell runs of spaces with them.
+    """
+    if len(tokenizer) != V:
+        raise Refusal(f"the tokenizer has {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
+    pieces = [tokenizer.id_to_piece(i) for i in range(V)]
+    boundary = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i)
+                         or tokenizer.is_unused(i) for i in range(V)])
+    byte = np.array([tokenizer.is_byte(i) for i in range(V)])
+    spaced = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~boundary & ~byte
+    sizes = [len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode())
+             for piece in pieces]
+    return np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16), spaced, boundary
+
+
+def target_bytes(tokens: np.ndarray,
+                 tables: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
+
+    A leading space counts one byte unless the token before it is a boundary.
+    """
+    base, spaced, boundary = tables
+    previous, target = tokens[:-1], tokens[1:]
+    return (base[target] + (spaced[target] & ~boundary[previous])).astype(np.uint16)
+
+
+def utf8_widths(text: str) -> np.ndarray:
+    """UTF-8 bytes int64 (characters,) of each character."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return 1 + np.add(codes >= 0x80, codes >= 0x800, dtype=np.int64) + (codes >= 0x10000)
+
+
+def piece_widths(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """UTF-8 bytes (V,) that each piece covers in normalised text, where a space is U+2581."""
+    return np.array([1 if tokenizer.is_byte(i) else len(tokenizer.id_to_piece(i).encode())
+                     for i in range(len(tokenizer))])
+
+
+def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarray, ids: np.ndarray,
+              text: str, weights: np.ndarray) -> np.ndarray:
+    """Original bytes int64 (T,) that each of the tokens `ids` of `text` stands for.
+
+    `weights` (characters,) are the original bytes of each character of `text`; the result sums to
+    weights.sum() for any normaliser, since every token ends where the next begins: what the
+    normaliser drops goes to the token in front of it, at a document's start to the first one.
+    Follows each cut between tokens from normalised bytes back to characters and their bytes.
+    """
+    normalised, offsets = tokenizer.normalize(text, with_offsets=True)
+    sizes = utf8_widths(normalised)
+    ends = np.cumsum(widths[ids])
+    if ends[-1] != sizes.sum():
+        raise Refusal(f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} bytes of a "
+                      "document; without byte pieces the sidecar cannot be exact")
+    starts = np.concatenate([[0], np.cumsum(weights)])
+    before = starts[np.array(offsets)]
+    character = np.repeat(np.arange(len(sizes)), sizes)
+    within = np.arange(ends[-1]) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    # A cut inside a character (byte pieces) moves on byte by byte as far as the original has any.
+    origin = before[character] + np.minimum(within, np.diff(before)[character])
+    return np.diff(np.concatenate([[0], origin[ends[:-1]], [starts[-1]]]))
+
+
+# Lossless case transform (parameter-golf #1729): lower-case text with markers before each run of
+# ASCII letters that had capitals. A marker that stands in the original is escaped.
+MARKERS = TITLE, ALL_CAPS, CAP_NEXT, ESCAPE = "\ue001\ue002\ue003\ue004"
+CASED = re.compile(f"(?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*|[{MARKERS}]")
+MARKED = re.compile(f"{ESCAPE}([{MARKERS}])|[{TITLE}{CAP_NEXT}]([a-z])|{ALL_CAPS}([a-z]+)")
+
+
+def caseops_spell(match: re.Match) -> str:
+    """The transform of one run of letters with a capital, or of one marker character."""
+    run = match[0]
+    if run in MARKERS:
+        return ESCAPE + run
+    if run.istitle():
+        return TITLE + run.lower()
+    if run.isupper():
+        return ALL_CAPS + run.lower()
+    spelled = re.sub("[A-Z]", lambda capital: CAP_NEXT + capital[0].lower(), run)
+    return TITLE + spelled[1:] if run[0].isupper() else spelled
+
+
+def caseops_encode(text: str) -> str:
+    """`text` with its ASCII capitals spelled as markers and lower case; inverse caseops_decode."""
+    return CASED.sub(caseops_spell, text)
+
+
+def caseops_decode(text: str) -> str:
+    """The original of a CaseOps text; raises Refusal for text that caseops_encode cannot give."""
+    original = MARKED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
+    if caseops_encode(original) != text:
+        raise Refusal("CaseOps text: a marker stands where the transform never puts one")
+    return original
+
+
+def caseops_weights(text: str) -> np.ndarray:
+    """Original bytes (characters,) behind each character of a CaseOps text: 0 for its markers.
+
+    An escape counts nothing and the marker behind it, a character of the original, all its bytes.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    weights = np.where((codes >= ord(TITLE)) & (codes <= ord(ESCAPE)), 0, utf8_widths(text))
+    escaped = [match.end() - 1 for match in re.finditer(f"{ESCAPE}.", text)]
+    weights[escaped] = len(ESCAPE.encode())
+    return weights
+
+
+Corpus = Callable[[], Iterator[tuple[bool, str]]]  # every call gives (held out, text) from the start
+BUILDER = 1  # raise it whenever the same documents would give other files
+SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
+
+
+def split_documents(paths: list[Path], val_paths: list[Path]) -> Iterator[tuple[bool, str]]:
+    """(held out, text) of all documents: by file, or 95/5 by content where `val_paths` is empty.
+
+    Copies of one document land on one side: equal content hashes equally, and a train document
+    that is also in a validation file is left out.
+    """
+    seen = set()
+    for text in read_documents(val_paths):
+        seen.add(fingerprint(text))
+        yield True, text
+    for text in read_documents(paths):
+        if not val_paths:
+            yield held_out(text), text
+        elif fingerprint(text) not in seen:
+            yield False, text
+
+
+def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[str]:
+    """The documents of smallest hash, cut to SAMPLE_DOCUMENT characters, up to `limit_bytes`.
+
+    A sample that does not depend on the order of the corpus, and memory that does not grow with it.
+    """
+    heap, size_bytes = [], 0
+    for text in texts:
+        entry = -fingerprint(text), text[:SAMPLE_DOCUMENT]
+        size_bytes += len(entry[1].encode())
+        heapq.heappush(heap, entry)
+        while size_bytes > limit_bytes and len(heap) > 1:
+            size_bytes -= len(heapq.heappop(heap)[1].encode())
+    return [text for _, text in sorted(heap, reverse=True)]
+
+
+class Progress:
+    """Says at most once a second how many documents and bytes have passed, and how fast."""
+
+    def __init__(self, title: str, say: Callable[[str], None]):
+        """Starts the clock of the pass called `title`; `say` shows one line."""
+        self.title, self.say = title, say
+        self.documents, self.size_bytes = 0, 0
+        self.start_s = self.said_s = time.monotonic()
+
+    def add(self, text: str) -> None:
+        """Counts one document."""
+        self.documents += 1
+        self.size_bytes += len(text)
+        if time.monotonic() - self.said_s >= 1:
+            self.close()
+
+    def close(self) -> None:
+        """Says the state now."""
+        self.said_s = time.monotonic()
+        mb = self.size_bytes / 1e6
+        self.say(f"data {self.title}: {self.documents} documents, {mb:.1f} MB, "
+                 f"{mb / max(self.said_s - self.start_s, 1e-9):.2f} MB/s")
+
+
+def batches(documents: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
+    """Runs of documents of about BATCH_CHARACTERS, so that threads share them and memory is bounded."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def intact(folder: Path) -> bool:
+    """True where `folder` has a manifest and every file it names is there and unchanged."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return all(file_sha256(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # whatever is wrong with it, the answer is to build it again
+
+
+def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path, caseops: bool,
+                 progress: Progress) -> dict[str, int]:
+    """Writes train, val and val_bytes shards of `corpus` into `folder`; returns what it counted.
+
+    A document for which the normaliser leaves no token is left out, so that every byte of the
+    documents that stay has a token to stand on. Raises Refusal when one side stays empty.
+    """
+    counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
+                            "train_bytes", "val_documents_decoded_exactly"], 0)
+    widths = piece_widths(tokenizer)
+    with (ShardWriter(folder / "fineweb_train") as train, ShardWriter(folder / "fineweb_val") as val,
+          ShardWriter(folder / "fineweb_val_bytes") as sidecar):
+        for batch in batches(corpus()):
+            texts = [caseops_encode(text) if caseops else text for _, text in batch]
+            encoded = tokenizer.encode(texts, num_threads=os.cpu_count() or 1)
+            streams = {train: [], val: [], sidecar: []}
+            for (held, original), text, ids in zip(batch, texts, encoded):
+                progress.add(original)
+                if not ids:
+                    counts["empty_documents"] += 1
+                    continue
+                tokens = np.array([BOS, *ids])
+                side = "val" if held else "train"
+                counts[f"{side}_documents"] += 1
+                counts[f"{side}_bytes"] += len(original.encode())
+                streams[val if held else train].append(tokens)
+                if held:
+                    weights = caseops_weights(text) if caseops else utf8_widths(text)
+                    exact = raw_bytes(tokenizer, widths, tokens[1:], text, weights)
+                    if exact.max() > 65535:
+                        raise Refusal(f"documents: one token stands for {exact.max()} bytes, a "
+                                      "sidecar holds at most 65535; shorten the run of spaces")
+                    streams[sidecar].append(np.concatenate([[0], exact]))
+                    counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
+            for writer, arrays in streams.items():
+                writer.append(np.concatenate(arrays) if arrays else [])
+        for side, writer in {"train": train, "val": val}.items():
+            if not writer.count:
+                raise Refusal(f"documents: none fell to {side}; give more documents, or name the "
+                              "validation files with --val")
+    return counts | {"train_tokens": train.count, "val_tokens": val.count}
+
+
+def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path, caseops: bool,
+                  say: Callable[[str], None]) -> dict:
+    """Makes the folder `out` of shards, byte sidecar, tokenizer and manifest; returns the manifest.
+
+    Two passes over `corpus`: train a tokenizer on a bounded sample of its train side (unless
+    `tokenizer_path` brings one), then encode. The folder appears complete or not at all. Raises
+    Refusal when `out` already holds something else or V does not fit.
+    """
+    out = Path(out)
+    if not 260 <= V <= 65536:
+        raise Refusal(f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refusal(f"--out {out}: already there and not empty, expected a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
+        folder = Path(workshop) / "dataset"
+        folder.mkdir()
+        model = folder / f"fineweb_{V}_bpe.model"
+        if tokenizer_path:
+            load_tokenizer(tokenizer_path, V, caseops)
+            shutil.copyfile(tokenizer_path, model)
+        else:
+            progress = Progress("sampling for the tokenizer", say)
+            sample = sample_texts(counted(corpus(), progress))
+            progress.close()
+            texts = map(caseops_encode, sample) if caseops else sample
+            train_tokenizer(texts, V, model, MARKERS if caseops else ())
+        progress = Progress("encoding", say)
+        counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, progress)
+        progress.close()
+        manifest = {"builder": BUILDER, "vocab_size": V, "caseops": caseops, **counts,
+                    "files": {path.name: file_sha256(path) for path in sorted(folder.iterdir())}}
+        write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        try:
+            os.rename(folder, out)
+        except OSError as error:
+            if not intact(out):  # another process may have finished the same folder first
+                raise Refusal(f"--out {out}: cannot be put in place ({error})") from error
+    return manifest
+
+
+def counted(corpus: Iterable[tuple[bool, str]], progress: Progress) -> Iterator[str]:
+    """The train side of `corpus`, every document of it shown to `progress`."""
+    for held, text in corpus:
+        progress.add(text)
+        if not held:
+            yield text
+
+
+def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print) -> Path:
+    """The folder of the embedded corpus inside the cache `folder`, built there when it is not intact.
+
+    Processes that build at the same time make the same bytes, and the first to finish wins.
+    """
+    folder = Path(folder)
+    path = folder / f"embedded_py{platform.python_version()}_sp{V}_b{BUILDER}"
+    if intact(path):
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        say(f"data: {path} is damaged and is built again")
+        with tempfile.TemporaryDirectory(dir=folder) as bin_folder, contextlib.suppress(FileNotFoundError):
+            os.rename(path, Path(bin_folder) / "damaged")  # gone when another process was faster
+    documents = [(held_out(name), text) for name, text in embedded_documents()]
+    build_dataset(functools.partial(iter, documents), V, None, path, False, say)
+    return path
+
+
+def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
+    """The verb `data FILES... --vocab V [--tokenizer FILE] --out DIR [--caseops] [--val FILE...]`."""
+    parser = argparse.ArgumentParser("train_gpt.py data", description="documents to shards")
+    parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (text) or .txt")
+    parser.add_argument("--vocab", type=int, required=True, help="pieces of the tokenizer")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
+    parser.add_argument("--caseops", action="store_true", help="lossless case transform")
+    parser.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
+                        "else one document in twenty, by a hash of its content")
+    options = parser.parse_args(arguments)
+    corpus = functools.partial(split_documents, options.files, options.val)
+    manifest = build_dataset(corpus, options.vocab, options.tokenizer, options.out, options.caseops,
+                             say)
+    say(f"data: {manifest['train_tokens']} train and {manifest['val_tokens']} val tokens "
+        f"({manifest['val_bytes']} bytes) in {options.out}")
+    return manifest
+
+
+# ======================================================================================================================
+# 5. Roles and depth
+# One row per stored tensor. Construction, initialisation, optimisers, calibration, quantisation, packing and the size
+# report all walk this table; the artifact stores neither names nor shapes, because the table's order is its format.
+# ======================================================================================================================
+class Role(NamedTuple):
+    """What the pipeline needs to know about one stored tensor."""
+
+    shape: tuple[int, ...]      # leading L where there is one slice per layer
+    init: str | float           # "orthogonal", "normal", or the constant that fills it
+    optim: str                  # "muon", "embed" or "scalar"
+    bits: int = 16              # 16: stored as fp16; below: codes of that width with a step per row
+    tap: str = ""               # the activation that feeds it; empty: rounded without GPTQ
+    sigmas: float = 0.0         # clip width in standard deviations of a row; 0: the row's largest value
+
+
+def roles(h: Hyperparameters) -> dict[str, Role]:
+    """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
+    L, D, H, K, F_ = h.num_layers, h.model_dim, h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim, h.mlp_dim
+    S = len(depth_plan(h, looped=True)) // 2
+    matrix = dict(optim="muon", bits=h.matrix_bits, sigmas=h.matrix_clip_sigmas)
+    scalar = dict(optim="scalar")
+    table = dict(
+        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final", h.embed_clip_sigmas),
+        wq=Role((L, H, D), "orthogonal", tap="attn_in", **matrix),
+        wk=Role((L, K, D), "orthogonal", tap="attn_in", **matrix),
+        wv=Role((L, K, D), "orthogonal", tap="attn_in", **matrix),
+        wo=Role((L, D, H), 0.0, tap="attn_out", **matrix),
+        w_up=Role((L, F_, D), "orthogonal", tap="mlp_in", **matrix),
+        w_down=Role((L, D, F_), 0.0, tap="mlp_hidden", **matrix),
+        q_gain=Role((L, h.num_heads), h.qk_gain_init, **scalar),
+        attn_scale=Role((L, D), 1.0, **scalar),
+        mlp_scale=Role((L, D), 1.0, **scalar),
+        mix_x=Role((L, D), 1.0, **scalar),
+        mix_x0=Role((L, D), 0.0, **scalar),
+        skip_weight=Role((S, D), 1.0, **scalar),
+        skip_gate=Role((S, D), 0.0, **scalar),
+    )
+    if h.head_gate_scale:
+        table["head_gate"] = Role((L, h.num_heads, h.gate_window), 0.0, "scalar", bits=8)
+    if h.parallel_start_layer < L:
+        table["lane_keep"] = Role((L, 2), 1.1, **scalar)
+        table["lane_write"] = Role((L, 2, 2), 1.0, **scalar)
+    if h.smear_gate:
+        table["smear_gate"] = Role((1, h.gate_window), 0.0, **scalar)
+        table["smear_scale"] = Role((1,), 0.0, **scalar)
+    return table
+
+
+class Step(NamedTuple):
+    """One executed block: the layer whose weights it uses and its part in the U-Net skips."""
+
+    layer: int
+    push: bool        # its output is kept for the step that mirrors it
+    pop: int | None   # row of the skip weights that merges a kept output, or None
+    parallel: bool    # attention and MLP read and write lanes of their own
+    xsa: bool         # heads drop the part along their own value
+
+
+def depth_plan(h: Hyperparameters, looped: bool) -> tuple[Step, ...]:
+    """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times when looped.
+
+    The first half pushes its outputs, the second half pops them in reverse (U-Net skips, #289).
+    """
+    segment = range(h.loop_start, h.loop_end + 1)
+    if not (looped and h.num_loops):
+        order = list(range(h.num_layers))
+    else:
+        order = [*range(h.loop_start), *list(segment) * (1 + h.num_loops), *range(h.loop_end + 1, h.num_layers)]
+    half = len(order) // 2
+    return tuple(Step(layer, slot < half, slot - half if half <= slot < 2 * half else None,
+                      layer >= h.parallel_start_layer and slot >= half,
+                      layer >= h.num_layers - h.xsa_last_n) for slot, layer in enumerate(order))
+
+
+# ======================================================================================================================
+# 6. Model
+# The only forward pass of the file. `hidden` has two seams, both empty by default: `lora` adapts every `linear`, and
+# `probe` sees every activation that feeds a quantised matrix. Depth recurrence is the argument `plan`, never a flag.
+# ======================================================================================================================
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension without a gain: x / sqrt(mean(x^2) + eps)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class LoRA(NamedTuple):
+    """Low-rank correction with separate factors for every row of the batch (arXiv 2106.09685)."""
+
+    a: Tensor      # (B, R, in)
+    b: Tensor      # (B, out, R)
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, T, in) -> scale * b (a x), (B, T, out)."""
+        return (x @ self.a.mT) @ self.b.mT * self.scale
+
+
+def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | None = None) -> Tensor:
+    """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is an adapter."""
+    y = F.linear(x, w)
+    return y if lora is None else y + lora(x if lora_in is None else lora_in)
+
+
+def rope_table(h: Hyperparameters, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv 2104.09864), rounded last."""
+    pairs = torch.arange(0, h.rope_dims, 2, device=like.device, dtype=torch.float32)
+    angle = torch.outer(torch.arange(T, device=like.device, dtype=torch.float32),
+                        h.rope_base ** (-pairs / h.rope_dims))[:, None]
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first 2 * cos.size(-1) dimensions of each head (B, T, H, E) by position; the rest pass through."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+
+
+def attention_kernel(device: torch.device) -> str:
+    """The fastest causal attention this device and installation offer: fa3, fa2, varlen (torch >= 2.10) or blocks."""
+    if device.type != "cuda":
+        return "blocks"
+    if flash_attn_3 and torch.cuda.get_device_capability(device)[0] == 9:
+        return "fa3"
+    return "fa2" if flash_attn_2 else "varlen" if torch_varlen else "blocks"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
+    """Causal grouped-query attention within each document piece: (B, T, H | K, E) -> (B, T, H, E).
+
+    Softmax of q k / sqrt(E). Without `docs` a row is one piece. The kernel follows from the tensor's device.
+    """
+    B, T, H, E = q.shape
+    kernel = attention_kernel(q.device)
+    if kernel == "blocks":
+        start = docs.start if docs else torch.zeros(B, T, dtype=torch.int64, device=q.device)
+        return BlockAttention.apply(q, k, v, start)
+    if docs is None:
+        bounds, longest = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32), T
+    else:
+        bounds, longest = docs.bounds, docs.longest
+    q, k, v = (t.reshape(B * T, -1, E) for t in (q, k, v))
+    if kernel == "fa3":
+        y = flash_attn_3.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+        y = y[0] if isinstance(y, tuple) else y
+    elif kernel == "fa2":
+        y = flash_attn_2.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+    else:
+        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))
+        y = torch_varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **VARLEN_CAUSAL)
+    return y.view(B, T, H, E)
+
+
+class BlockAttention(torch.autograd.Function):
+    """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as the others' twin.
+
+    The backward pass reuses the stored probabilities; torch's CPU kernel recomputes them at two to three times the cost.
+    """
+
+    BLOCK = 256
+
+    @staticmethod
+    def group(t: Tensor, K: int) -> Tensor:
+        """(B, T, H, E) -> (B, K, H / K, T, E): the query heads beside the key head that they share."""
+        B, T, H, E = t.shape
+        return t.view(B, T, K, H // K, E).permute(0, 2, 3, 1, 4)
+
+    @staticmethod
+    def ungroup(t: Tensor) -> Tensor:
+        """The inverse of `group`."""
+        B, K, G, T, E = t.shape
+        return t.permute(0, 3, 1, 2, 4).reshape(B, T, K * G, E)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+        """(B, T, H | K, E) and piece starts (B, T) -> (B, T, H, E)."""
+        B, T, H, E = q.shape
+        K, place = k.size(2), torch.arange(T, device=q.device)
+        Q, keys, values = (BlockAttention.group(t, K) for t in (q, k, v))
+        outputs, probabilities = [], []
+        for lo in range(0, T, BlockAttention.BLOCK):
+            hi = min(lo + BlockAttention.BLOCK, T)
+            seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
+            rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
+            logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT)
+            logits = logits.view(B, K, H // K, hi - lo, hi).float() * E ** -0.5
+            p = torch.where(seen[:, None, None], logits, -math.inf).softmax(-1).to(q.dtype)
+            p = p.view(B * K, -1, hi)
+            probabilities.append(p)
+            outputs.append(torch.bmm(p, values[:, :, 0, :hi].reshape(B * K, hi, E)).view(B, K, H // K, hi - lo, E))
+        y = BlockAttention.ungroup(torch.cat(outputs, 3))
+        ctx.save_for_backward(q, k, v, y, *probabilities)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv 2205.14135, B.2)."""
+        q, k, v, y, *probabilities = ctx.saved_tensors
+        B, T, H, E = q.shape
+        K = k.size(2)
+        Q, G, keys, values = (BlockAttention.group(t, K) for t in (q, grad, k, v))
+        delta = BlockAttention.group((grad.float() * y.float()).sum(-1, keepdim=True), K)
+        dq, dk, dv = [], [], []
+        for p, lo in zip(probabilities, range(0, T, BlockAttention.BLOCK)):
+            hi = min(lo + BlockAttention.BLOCK, T)
+            rows, grads = (t[..., lo:hi, :].reshape(B * K, -1, E) for t in (Q, G))
+            dp = torch.bmm(grads, values[:, :, 0, :hi].reshape(B * K, hi, E).mT).float()
+            ds = p.float() * (dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)) * E ** -0.5
+            ds = ds.to(q.dtype)
+            dq.append(torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(B, K, H // K, hi - lo, E))
+            dk.append(F.pad(torch.bmm(ds.mT, rows).float(), (0, 0, 0, T - hi)))
+            dv.append(F.pad(torch.bmm(p.mT, grads).float(), (0, 0, 0, T - hi)))
+        dk, dv = (BlockAttention.ungroup(sum(t).to(q.dtype).view(B, K, 1, T, E)) for t in (dk, dv))
+        return BlockAttention.ungroup(torch.cat(dq, 3)), dk, dv, None
+
+
+class Layer(NamedTuple):
+    """One layer's slice of every bank, in the compute dtype; None where the model has no such role."""
+
+    wq: Tensor
+    wk: Tensor
+    wv: Tensor
+    wo: Tensor
+    w_up: Tensor
+    w_down: Tensor
+    q_gain: Tensor
+    attn_scale: Tensor
+    mlp_scale: Tensor
+    mix_x: Tensor
+    mix_x0: Tensor
+    head_gate: Tensor | None
+    lane_keep: Tensor | None
+    lane_write: Tensor | None
+    depth_scale: Tensor      # () 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE)
+
+
+Probe = Callable[[str, int, Tensor], None]
+
+
+class Block(nn.Module):
+    """The mathematics of one executed step; it owns no weights, so that one compiled graph serves every layer."""
+
+    def __init__(self, h: Hyperparameters):
+        """Keeps the hyperparameters only."""
+        super().__init__()
+        self.h = h
+
+    def attention(self, w: Layer, n: Tensor, rope: tuple[Tensor, Tensor], docs: Docs | None, xsa: bool,
+                  lora: Mapping[str, LoRA], probe: Callable[[str, Tensor], None] | None) -> Tensor:
+        """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
+        h, (B, T, _) = self.h, n.shape
+        if probe:
+            probe("attn_in", n)
+        heads = lambda t: t.view(B, T, -1, h.head_dim)
+        q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope) * w.q_gain[:, None]   # (B, T, H, E)
+        k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)                       # (B, T, K, E)
+        v = heads(linear(n, w.wv, lora.get("v")))
+        y = attend(q, k, v, docs)
+        if xsa:  # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
+            own = F.normalize(v, dim=-1)[..., None, :]                                       # (B, T, K, 1, E)
+            grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
+            y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
+        if w.head_gate is not None:
+            gate = F.linear(n[..., :h.gate_window], w.head_gate)                             # (B, T, H)
+            y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
+        y = y.reshape(B, T, -1)
+        if probe:
+            probe("attn_out", y)
+        return linear(y, w.wo, lora.get("o"), lora_in=n)
+
+    def mlp(self, w: Layer, n: Tensor, lora: Mapping[str, LoRA],
+            probe: Callable[[str, Tensor], None] | None) -> Tensor:
+        """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
+        if probe:
+            probe("mlp_in", n)
+        hidden = F.leaky_relu(F.linear(n, w.w_up), self.h.leaky_slope).square()              # (B, T, F)
+        if probe:
+            probe("mlp_hidden", hidden)
+        return linear(hidden, w.w_down, lora.get("mlp"), lora_in=n)
+
+    def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], docs: Docs | None,
+                parallel: bool, xsa: bool, lora: Mapping[str, LoRA] = {},
+                probe: Callable[[str, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
+        """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads `a` and leaves both equal."""
+        read = w.mix_x * a + w.mix_x0 * x0
+        attn = w.attn_scale * self.attention(w, norm(read) * w.depth_scale, rope, docs, xsa, lora, probe)
+        if not parallel:
+            a = read + attn
+            a = a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)
+            return a, a
+        mlp = w.mlp_scale * self.mlp(w, norm(m) * w.depth_scale, lora, probe)
+        keep, write = w.lane_keep, w.lane_write    # write[source, lane]: source 0 attention, 1 MLP
+        return (keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp,
+                keep[1] * m + write[0, 1] * attn + write[1, 1] * mlp)
+
+
+class Head(nn.Module):
+    """The tied output head with softcapped logits and their cross-entropy."""
+
+    def __init__(self, h: Hyperparameters):
+        """Keeps the hyperparameters only."""
+        super().__init__()
+        self.h = h
+
+    def forward(self, x: Tensor, embed: Tensor, targets: Tensor, lora: LoRA | None = None) -> Tensor:
+        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax(cap tanh(z / cap))."""
+        cap = self.h.logit_softcap
+        logits = cap * torch.tanh(linear(x, embed, lora).float() / cap)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+class GPT(nn.Module):
+    """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss in nats."""
+
+    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
+        """Weights are fp32 and initialised from the global random state; `dtype` is that of the matrix products."""
+        super().__init__()
+        self.h, self.dtype = h, dtype
+        self.bank = nn.ParameterDict({name: nn.Parameter(torch.empty(r.shape)) for name, r in roles(h).items()})
+        self.block, self.head = Block(h), Head(h)
+        self.run_block: Callable = self.block
+        self.run_head: Callable = self.head
+        self.run_nats: Callable = self.nats
+        self.initialise()
+
+    def compile(self, mode: str) -> None:
+        """Compiles the whole loss (`full`) or one block and the head (`block`); the loss is then `run_nats`."""
+        if mode == "full":
+            self.run_nats = torch.compile(self.nats, dynamic=False, fullgraph=True)
+        elif mode == "block":
+            self.run_block = torch.compile(self.block, dynamic=False)
+            self.run_head = torch.compile(self.head, dynamic=False)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Fills every bank as its role says; matrices that write to the residual stream start at zero."""
+        for name, role in roles(self.h).items():
+            w = self.bank[name]
+            if w.is_meta:
+                continue
+            if role.init == "orthogonal":
+                for layer in w:
+                    nn.init.orthogonal_(layer)
+            elif role.init == "normal":
+                nn.init.normal_(w, std=self.h.tied_embed_init_std)
+            else:
+                nn.init.constant_(w, role.init)
+
+    def layers(self) -> list[Layer]:
+        """Each bank cast once and unbound once: indexing at each use would make a full-size gradient per use."""
+        cast = {name: self.bank[name].to(self.dtype).unbind(0) for name in Layer._fields if name in self.bank}
+        numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
+        cast["depth_scale"] = (numbers ** (-0.5 * self.h.ln_scale)).to(self.dtype).unbind(0)
+        absent = (None,) * self.h.num_layers
+        return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never across a document start."""
+        x = F.embedding(ids, self.bank["embed"].to(self.dtype))
+        if self.h.smear_gate:
+            drive = F.linear(x[:, 1:, :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
+            gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
+            gate = gate * (ids[:, 1:] != BOS)[..., None]
+            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), 1)
+        return norm(x)
+
+    def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
+               lora: Sequence[Mapping[str, LoRA]] | None = None, probe: Probe | None = None) -> Tensor:
+        """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each step, then the head's."""
+        p = {name: self.bank[name].to(self.dtype) for name in ("skip_weight", "skip_gate")}
+        x0 = a = m = self.embedded(ids)
+        layers, rope = self.layers(), rope_table(self.h, ids.size(1), x0)
+        kept: list[Tensor] = []
+        for slot, step in enumerate(plan):
+            if not step.parallel:
+                m = a
+            if step.pop is not None:
+                skip = p["skip_weight"][step.pop] * kept.pop()
+                a = torch.lerp(skip, a, torch.sigmoid(p["skip_gate"][step.pop]))
+            seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
+            a, m = self.run_block(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa,
+                                  **seam, **(dict(lora=lora[slot]) if lora else {}))
+            if step.push:
+                kept.append(a)
+        x = norm((a + m) / 2)
+        if probe:
+            probe("final", 0, x)
+        return x
+
+    def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
+             lora: Sequence[Mapping[str, LoRA]] | None = None) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all read this."""
+        x = self.hidden(ids, plan, docs, lora)
+        return self.run_head(x, self.bank["embed"].to(self.dtype), targets,
+                             *([lora[-1].get("head")] if lora else []))
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss in nats of the looped plan; about ln V at initialisation."""
+        return self.nats(ids, targets, depth_plan(self.h, looped=True)).mean()
+
+
+def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
+    """Hands an activation of one layer to the probe."""
+    probe(tap, layer, x)
+
+
+# ======================================================================================================================
+# 7. Adapters
+# LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and every row of the batch.
+# ======================================================================================================================
+class AdapterBank(nn.Module):
+    """One LoRA per batch row, executed step and adapted map; b starts at zero, so a fresh bank changes nothing."""
+
+    def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...]):
+        """`o` and `mlp` adapt a map from the block's normalised input to the residual stream."""
+        super().__init__()
+        self.h, table, D, R = h, roles(h), h.model_dim, h.lora_rank
+        out = dict(q=table["wq"].shape[1], k=table["wk"].shape[1], v=table["wv"].shape[1], o=D, mlp=D,
+                   head=h.vocab_size)
+        steps = {name: 1 if name == "head" else len(plan) for name in out}
+        self.a = nn.ParameterDict({n: nn.Parameter(torch.empty(steps[n], rows, R, D)) for n in out})
+        self.b = nn.ParameterDict({n: nn.Parameter(torch.zeros(steps[n], rows, out[n], R)) for n in out})
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the identity: a uniform in +-1/sqrt(D), b zero."""
+        for name in self.a:
+            self.a[name].uniform_(-1, 1).mul_(self.h.model_dim ** -0.5)
+            self.b[name].zero_()
+
+    def adapters(self) -> list[dict[str, LoRA]]:
+        """The adapters of each step in order; the last entry is the output head's."""
+        scale = self.h.lora_alpha / self.h.lora_rank
+        banks = {n: [LoRA(a, b, scale) for a, b in zip(self.a[n].unbind(0), self.b[n].unbind(0))] for n in self.a}
+        head = banks.pop("head")
+        return [dict(zip(banks, row)) for row in zip(*banks.values())] + [dict(head=head[0])]
+
+
+# ======================================================================================================================
+# 8. Optimisers
+# Muon for the matrices, each rank the owner of a share of them; fused AdamW for the embedding and the small tensors;
+# the schedule, a pure function of progress; the exponential moving average, which is what gets exported.
+# ======================================================================================================================
+# Coefficients (a, b, c) of five Polar Express iterations X <- a X + (b A + c A^2) X, A = X X^T (arXiv 2505.16932).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def orthogonalise(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, rows, cols) -> about the nearest semi-orthogonal matrices, products in `dtype`."""
+    tall = g.size(-2) > g.size(-1)
+    x = (g.mT if tall else g).to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Stack:
+    """Banks of one matrix shape, up to transposition, laid in a row of slices and shared out among the ranks.
+
+    Slices of untransposed banks come first. Zero padding makes the shares equal; `gain` is max(1, rows / cols)^0.5.
+    """
+
+    def __init__(self, banks: Sequence[nn.Parameter], world: World):
+        """Gives each rank a momentum for its own slices only."""
+        self.world = world
+        self.banks = sorted(banks, key=lambda p: p.size(-2) < p.size(-1))
+        rows, cols = max(self.banks[0].shape[-2:]), min(self.banks[0].shape[-2:])
+        self.count = sum(p.size(0) for p in self.banks)
+        share = -(-self.count // world.size)
+        upright = sum(p.size(0) for p in self.banks if p.size(-2) >= p.size(-1))
+        first = world.rank * share
+        self.upright = min(max(upright - first, 0), share)    # of this rank's slices
+        like = self.banks[0]
+        gains = torch.ones(share * world.size, 1, 1, device=like.device)
+        gains[:upright] = max(1.0, rows / cols) ** 0.5
+        self.gain = gains[first:first + share]
+        self.momentum = torch.zeros(share, rows, cols, device=like.device)
+
+    def collect(self, wire: torch.dtype) -> Tensor:
+        """This rank's slices (share, rows, cols) of the mean gradient, sent as `wire`."""
+        slices = [p.grad if p.size(-2) >= p.size(-1) else p.grad.mT for p in self.banks]
+        spare = self.momentum.size(0) * self.world.size - self.count
+        if spare:
+            slices.append(slices[0].new_zeros(spare, *self.momentum.shape[1:]))
+        rows = torch.cat(slices) if len(slices) > 1 else slices[0]
+        return self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows).float()
+
+    def direction(self, g: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
+        """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows, cols)."""
+        self.momentum.mul_(momentum).add_(g)
+        u = g.add(self.momentum, alpha=momentum)
+        u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
+        u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
+        return orthogonalise(u, dtype) * self.gain.to(dtype)
+
+    def apply(self, update: Tensor, lr: float, decay: float) -> None:
+        """p <- (1 - lr * decay) p - lr * update, with the slices of all ranks."""
+        rows = self.world.gather(update)
+        first = 0
+        for p in self.banks:
+            mine = rows[first:first + p.size(0)]
+            first += p.size(0)
+            p.mul_(1 - lr * decay).add_(mine if p.size(-2) >= p.size(-1) else mine.mT, alpha=-lr)
+
+
+class Optimiser:
+    """Every parameter's update: one call a step. Gradients are averaged over the ranks here and nowhere else.
+
+    Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982). The rest: all-reduce, AdamW.
+    The global norm is clipped on the device; nothing waits for the host.
+    """
+
+    def __init__(self, model: GPT, world: World):
+        """Groups the parameters by their role; every role belongs to exactly one group."""
+        self.h, self.model, self.world = model.h, model, world
+        table, bank = roles(self.h), model.bank
+        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for name, role in table.items():
+            if role.optim == "muon":
+                shapes.setdefault(tuple(sorted(role.shape[1:])), []).append(bank[name])
+        self.stacks = [Stack(banks, world) for banks in shapes.values()]
+        self.matrices = [p for stack in self.stacks for p in stack.banks]
+        h = self.h
+        groups = [dict(params=[bank[n] for n, r in table.items() if r.optim == kind], lr=rate, peak=rate,
+                       weight_decay=decay)
+                  for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd), ("scalar", h.scalar_lr, h.adam_wd))]
+        self.adam = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
+        self.others = [p for group in groups for p in group["params"]]
+        self.wire = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+
+    def average_others(self) -> None:
+        """Averages the gradients of the AdamW parameters in one flat collective."""
+        if self.world.size > 1:
+            flat = self.world.mean(torch.cat([p.grad.flatten() for p in self.others]))
+            for p, g in zip(self.others, flat.split([p.numel() for p in self.others])):
+                p.grad.copy_(g.view_as(p))
+
+    @torch.no_grad()
+    def step(self, factor: float, momentum: float) -> None:
+        """One update with all rates times `factor`; clears the gradients."""
+        shares = [stack.collect(self.wire) for stack in self.stacks]
+        self.average_others()
+        if self.h.grad_clip_norm:
+            squares = self.world.sum(torch.stack([g.square().sum() for g in shares]).sum())
+            total = (squares + sum(p.grad.square().sum() for p in self.others)).sqrt()
+            clip = (self.h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
+        for stack, g in zip(self.stacks, shares):
+            stack.apply(stack.direction(g, momentum, self.model.dtype), factor * self.h.matrix_lr, self.h.muon_wd)
+        for group in self.adam.param_groups:
+            group["lr"] = factor * group["peak"]
+        self.adam.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that changes from step to step."""
+        return dict(momenta=[s.momentum.clone() for s in self.stacks], adam=copy.deepcopy(self.adam.state_dict()))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to a state taken before, bit for bit."""
+        for stack, momentum in zip(self.stacks, state["momenta"]):
+            stack.momentum.copy_(momentum)
+        self.adam.load_state_dict(copy.deepcopy(state["adam"]))
+
+
+def rate_factor(h: Hyperparameters, step: int, progress: float) -> float:
+    """Share of the peak rate: linear warm-up by steps, one, then linear to MIN_LR over the last WARMDOWN_FRAC."""
+    rise = min(1.0, (step + 1) / h.lr_warmup_steps) if h.lr_warmup_steps else 1.0
+    left = (1 - progress) / h.warmdown_frac if h.warmdown_frac else 1.0
+    return rise * max(h.min_lr, min(1.0, left))
+
+
+def momentum_at(h: Hyperparameters, step: int) -> float:
+    """Muon's momentum, rising linearly over the first steps."""
+    done = min(1.0, step / h.muon_momentum_warmup_steps) if h.muon_momentum_warmup_steps else 1.0
+    return h.muon_momentum_warmup_start + done * (h.muon_momentum - h.muon_momentum_warmup_start)
+
+
+class EMA:
+    """Exponential moving average of all banks, from the initial weights on; its decay ramps up over the first steps."""
+
+    def __init__(self, model: GPT):
+        """Starts as a copy of the weights."""
+        self.live = [p.detach() for p in model.bank.values()]
+        self.mean = [p.clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """mean <- decay * mean + (1 - decay) * weights."""
+        torch._foreach_lerp_(self.mean, self.live, 1 - decay)
+
+    @torch.no_grad()
+    def export(self) -> None:
+        """Overwrites the weights with their average."""
+        torch._foreach_copy_(self.live, self.mean)
+
+
+# ======================================================================================================================
+# 9. Training
+# The loop inside the clock. Ranks agree on the time by a device-side mean that the host reads steps later, so the loop
+# never waits for the device. Nothing of a rehearsal survives it: weights, optimiser, average and loader are rewound.
+# ======================================================================================================================
+class Clock:
+    """Training seconds that all ranks agree on; `tick` is called once a step by every rank."""
+
+    LAG = 2    # steps between taking the time and reading the agreed value on GPUs, so that no step waits
+
+    def __init__(self, world: World):
+        """Starts when every rank is here."""
+        world.wait()
+        self.world, self.queue, self.begin_s = world, [], time.perf_counter()
+
+    def tick(self) -> float:
+        """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs."""
+        now = torch.full((1,), time.perf_counter() - self.begin_s, dtype=torch.float64, device=self.world.device)
+        self.world.mean(now)
+        if self.world.device.type != "cuda":
+            return now.item()
+        host, event = torch.empty(1, dtype=torch.float64, pin_memory=True), torch.cuda.Event()
+        host.copy_(now, non_blocking=True)
+        event.record()
+        self.queue.append((host, event))
+        if len(self.queue) <= self.LAG:
+            return 0.0
+        host, event = self.queue.pop(0)
+        event.synchronize()
+        return float(host)
+
+    def read_s(self) -> float:
+        """Agreed seconds with the device's queue drained; ends a stage."""
+        self.world.wait()
+        now = torch.tensor([time.perf_counter() - self.begin_s], dtype=torch.float64, device=self.world.device)
+        return self.world.mean(now).item()
+
+
+@dataclass
+class Trainer:
+    """What a training run changes: model, optimiser, average, loader; and what it needs to run a step."""
+
+    h: Hyperparameters
+    world: World
+    model: GPT
+    loader: Loader
+    optimiser: Optimiser
+    ema: EMA
+
+    @classmethod
+    def of(cls, h: Hyperparameters, world: World, model: GPT, data: Dataset) -> Trainer:
+        """Everything at step zero."""
+        return cls(h, world, model, Loader(h, world, data.train), Optimiser(model, world), EMA(model))
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return accumulation(self.h, self.world)
+
+    def step(self, number: int, progress: float, looped: bool) -> Tensor:
+        """One optimiser step; returns this rank's mean loss in nats, still on the device."""
+        plan, loss = depth_plan(self.h, looped), 0.0
+        for _ in range(self.accumulation):
+            batch = self.loader.next()
+            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs).mean() / self.accumulation
+            nats.backward()
+            loss = loss + nats.detach()
+        self.optimiser.step(rate_factor(self.h, number, progress), momentum_at(self.h, number))
+        self.ema.update(self.h.ema_decay)
+        return loss
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of the state."""
+        return dict(weights=[p.detach().clone() for p in self.model.bank.values()], mean=[t.clone() for t in self.ema.mean],
+                    optimiser=self.optimiser.state(), position=self.loader.position, random=torch.get_rng_state())
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to the snapshot, bit for bit."""
+        torch._foreach_copy_(list(self.model.bank.values()), state["weights"])
+        torch._foreach_copy_(self.ema.mean, state["mean"])
+        self.model.zero_grad(set_to_none=True)
+        self.optimiser.restore(state["optimiser"])
+        self.loader.position = state["position"]
+        torch.set_rng_state(state["random"])
+
+
+def accumulation(h: Hyperparameters, world: World) -> int:
+    """Micro-batches per rank and step; raises `Refusal` where the batch does not divide into whole ones."""
+    share = world.size * h.micro_batch_tokens
+    if h.train_batch_tokens % share:
+        raise Refusal(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of {world.size} ranks x "
+                      f"MICRO_BATCH_TOKENS={h.micro_batch_tokens}: change either, or the number of processes")
+    return h.train_batch_tokens // share
+
+
+class Trained(NamedTuple):
+    """What the loop did."""
+
+    steps: int
+    seconds: float
+    looped_from: int | None    # first step of the recurrence
+
+
+def train(t: Trainer, reserve_s: float, log: Log, validate: Callable[[], str]) -> tuple[Trained, Clock]:
+    """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the average.
+
+    Raises `Refusal` when the loss is not finite.
+    """
+    h, clock, step, looped_from, paused_s = t.h, Clock(t.world), 0, None, 0.0
+    budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
+    if budget_s <= 0:
+        raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
+                      f"{reserve_s:.1f} s are kept for calibration")
+    last = h.iterations or sys.maxsize
+    while True:
+        elapsed_s = clock.tick() - paused_s
+        ahead_s = elapsed_s / max(step, 1) * (clock.LAG + 1 if t.world.device.type == "cuda" else 1)
+        stop = step >= last or elapsed_s + ahead_s >= budget_s
+        if h.val_loss_every and step % h.val_loss_every == 0 and not stop:
+            watch = Stopwatch(t.world)
+            log(f"step:{step}/{last} {validate()} train_time:{elapsed_s * 1e3:.0f}ms "
+                f"step_avg:{elapsed_s * 1e3 / max(step, 1):.2f}ms")
+            paused_s += float(t.world.mean(torch.tensor(watch.read_s(), device=t.world.device)))
+        if stop:
+            break
+        progress = min(1.0, elapsed_s / budget_s if math.isfinite(budget_s) else step / last)
+        looped = h.num_loops > 0 and progress >= h.enable_looping_at
+        if looped and looped_from is None:
+            looped_from = step
+            log(f"recurrence:on step:{step} progress:{progress:.3f}")
+        loss = t.step(step, progress, looped)
+        step += 1
+        if step % h.train_log_every == 0 or step <= 3:
+            report_step(t, loss, step, last, elapsed_s, log)
+    seconds = clock.read_s() - paused_s
+    report_step(t, loss, step, last, seconds, log)
+    t.ema.export()
+    return Trained(step, seconds, looped_from), clock
+
+
+def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> None:
+    """One training line in the official form; raises `Refusal` when the loss is not finite."""
+    value = float(t.world.mean(loss.clone()))
+    if not math.isfinite(value):
+        raise Refusal(f"the loss is {value} at step {step}: lower MATRIX_LR={t.h.matrix_lr}, "
+                      f"TIED_EMBED_LR={t.h.tied_embed_lr} or SCALAR_LR={t.h.scalar_lr}, or check the shards")
+    log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
+        f"step_avg:{seconds * 1e3 / step:.2f}ms "
+        f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
+
+
+# ======================================================================================================================
+# 10. Quantisation
+# Second moments of the activations through the probe, then GPTQ of whole banks, all layers of a bank at once.
+# Reads training data in `second_moments` only, inside the clock.
+# ======================================================================================================================
+@torch.no_grad()
+def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
+    """Sum of x x^T over tokens for every tap: tap -> (L | 1, n, n) fp64 on every rank, over `batches` of all ranks.
+
+    A product of one batch is fp32; sums are fp64, so that they do not depend on the number of ranks.
+    """
+    sums: dict[tuple[str, int], Tensor] = {}
+
+    def probe(tap: str, layer: int, x: Tensor) -> None:
+        """Adds the moment of one activation; a layer that runs several times adds each of them."""
+        rows = x.flatten(0, -2).float()
+        moment = (rows.mT @ rows).double()
+        sums[tap, layer] = sums[tap, layer].add_(moment) if (tap, layer) in sums else moment
+
+    for _ in range(-(-batches // world.size)):
+        batch = loader.next()
+        model.hidden(batch.ids, depth_plan(model.h, looped=True), batch.docs, probe=probe)
+    taps = sorted({tap for tap, _ in sums})
+    return {tap: torch.stack([world.sum(sums[tap, i]) for i in sorted(i for t, i in sums if t == tap)])
+            for tap in taps}
+
+
+class Coded(NamedTuple):
+    """A quantised bank: weight = codes * step[..., None]."""
+
+    codes: Tensor    # int8 (L, rows, cols)
+    step: Tensor     # fp16 (L, rows)
+
+    def decode(self) -> Tensor:
+        """The weights, fp32 (L, rows, cols)."""
+        return self.codes.float() * self.step.float()[..., None]
+
+
+def row_steps(w: Tensor, bits: int, sigmas: float) -> Tensor:
+    """fp16 (L, rows): `sigmas` standard deviations of the row (0: its largest value) over the largest code."""
+    reach = sigmas * w.std(-1) if sigmas else w.abs().amax(-1)
+    return (reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -20, 60000.0).half()
+
+
+def round_rows(w: Tensor, bits: int, sigmas: float) -> Coded:
+    """Each weight (L, rows, cols) to its nearest code."""
+    step, top = row_steps(w, bits, sigmas), 2 ** (bits - 1) - 1
+    return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int8), step)
+
+
+def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse moment in that order.
+
+    `damping` times the mean diagonal is added, tenfold more each time Cholesky fails.
+    """
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    order = diagonal.argsort(-1, descending=True, stable=True)
+    H = moment.gather(1, order[:, :, None].expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
+    mean = diagonal.mean(-1)[:, None]
+    for attempt in range(6):
+        extra = damping * 10 ** attempt * mean.clamp_min(1e-12) + torch.zeros_like(diagonal)
+        factor, failed = torch.linalg.cholesky_ex(H + torch.diag_embed(extra))
+        if not failed.any():
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed.any():
+                return order, upper.float()
+    raise Refusal(f"GPTQ_DAMPING={damping}: a second moment is not positive definite even at {damping * 1e5:g}; "
+                  "the activations hold NaN or infinity")
+
+
+def gptq(w: Tensor, moment: Tensor, bits: int, sigmas: float, damping: float, block: int = 128) -> Coded:
+    """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet rounded.
+
+    arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one product.
+    """
+    step, top = row_steps(w, bits, sigmas), 2 ** (bits - 1) - 1
+    scale = step.float()
+    order, upper = inverse_factor(moment, damping)
+    columns = order[:, None, :].expand_as(w)
+    work, codes = w.gather(2, columns), torch.empty_like(w)
+    for lo in range(0, w.size(2), block):
+        hi = min(lo + block, w.size(2))
+        part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
+        for j in range(hi - lo):
+            q = (part[:, :, j] / scale).round_().clamp_(-top, top)
+            codes[:, :, lo + j] = q
+            error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
+            errors[:, :, j] = error
+            part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
+        work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
+    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int8), step)
+
+
+@torch.no_grad()
+def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Tensor]:
+    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16."""
+    stored: dict[str, Coded | Tensor] = {}
+    for name, role in roles(model.h).items():
+        w = model.bank[name].detach()
+        if role.bits == 16:
+            stored[name] = w.half()
+            continue
+        w = w.reshape(-1, *w.shape[-2:])
+        stored[name] = gptq(w, moments[role.tap], role.bits, role.sigmas, model.h.gptq_damping) if role.tap \
+            else round_rows(w, role.bits, role.sigmas)
+    return stored
+
+
+@torch.no_grad()
+def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
+    """Overwrites the model's weights with what the artifact holds."""
+    for name, value in stored.items():
+        w = value.decode() if isinstance(value, Coded) else value.float()
+        model.bank[name].copy_(w.view(model.bank[name].shape))
+
+
+# ======================================================================================================================
+# 11. Artifact
+# magic | header length | header | streams | checksum. The header holds the model's knobs and the lengths of the streams;
+# the streams follow the role table. Nothing is pickled: reading a hostile file can only fail. Then the code's bytes.
+# ======================================================================================================================
+MAGIC = b"PGOLF\x01"
+CHECKSUM_BYTES = 16
+HEADER_LIMIT = 1 << 16
+MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_slope",
+               "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n", "head_gate_scale", "smear_gate",
+               "gate_window", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "logit_softcap",
+               "matrix_bits", "embed_bits")
+
+
+class Coder(NamedTuple):
+    """One general-purpose compressor: its letter in the stream, and how to write and read bytes."""
+
+    letter: bytes
+    encode: Callable[[bytes, bool], bytes]     # (raw, quick) -> coded; quick is for rehearsals
+    decode: Callable[[bytes, int], bytes]      # (coded, most bytes of output) -> raw
+
+
+LZMA_RAW = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+
+
+def coders() -> dict[str, Coder]:
+    """The compressors that this installation offers, by COMPRESSOR name."""
+    found = dict(lzma=Coder(
+        b"l", lambda raw, quick: lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_RAW),
+        lambda coded, limit: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_RAW).decompress(coded, limit)))
+    if zstandard:
+        found["zstd"] = Coder(
+            b"z", lambda raw, quick: zstandard.ZstdCompressor(level=3 if quick else 22).compress(raw),
+            lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit))
+    if brotli:
+        found["brotli"] = Coder(
+            b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
+            lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
+    return found
+
+
+def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
+    """The coded bytes behind the letter of their coder; `auto` tries all and keeps the shortest."""
+    chosen = coders() if compressor == "auto" else {compressor: coders()[compressor]}
+    return min((c.letter + c.encode(raw, quick) for c in chosen.values()), key=len)
+
+
+def expand(coded: bytes, size: int) -> bytes:
+    """The `size` bytes that `squeeze` was given; raises `Refusal` for anything else."""
+    for name, coder in coders().items():
+        if coded[:1] == coder.letter:
+            try:
+                raw = coder.decode(coded[1:], size)
+            except Exception as error:    # each library has its own error types; all mean a damaged stream
+                raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
+            if len(raw) != size:
+                raise Refusal(f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
+            return raw
+    raise Refusal(f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is not installed "
+                  f"(here: {', '.join(coders())})")
+
+
+def shuffled(halves: np.ndarray) -> bytes:
+    """fp16 numbers as all low bytes, then all high bytes: those compress better apart."""
+    return np.ascontiguousarray(halves.view(np.uint8).reshape(-1, 2).T).tobytes()
+
+
+def unshuffled(raw: bytes) -> np.ndarray:
+    """The inverse of `shuffled`."""
+    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(2, -1).T).view(np.float16).reshape(-1)
+
+
+def stream_plan(h: Hyperparameters) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(role, kind, shape) of each stream: codes of each coded bank, transposed, then one of steps and one of fp16 banks."""
+    coded = {n: r for n, r in roles(h).items() if r.bits < 16}
+    plan = [(n, "codes", (math.prod(r.shape[:-2]), *r.shape[-2:])) for n, r in coded.items()]
+    steps = sum(math.prod(r.shape[:-1]) for r in coded.values())
+    return [*plan, ("", "steps", (steps,)), ("", "fp16", (sum(math.prod(r.shape) for r in roles(h).values()
+                                                              if r.bits == 16),))]
+
+
+def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor], quick: bool = False) -> tuple[bytes, dict[str, int]]:
+    """(artifact, bytes by part). `unpack` gives back exactly `stored`."""
+    half = lambda tensors: shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors]))
+    streams, ledger = [], {}
+    for name, kind, _ in stream_plan(h):
+        if kind == "codes":
+            raw = np.ascontiguousarray(stored[name].codes.cpu().numpy().swapaxes(1, 2)).tobytes()
+        elif kind == "steps":
+            raw = half(v.step for v in stored.values() if isinstance(v, Coded))
+        else:
+            raw = half(v for v in stored.values() if not isinstance(v, Coded))
+        streams.append(squeeze(raw, h.compressor, quick))
+        ledger[name or kind] = len(streams[-1])
+    header = lzma.compress(json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
+                                           streams=[len(s) for s in streams]),
+                                      separators=(",", ":")).encode(), lzma.FORMAT_ALONE)
+    body = MAGIC + struct.pack("<I", len(header)) + header + b"".join(streams)
+    ledger["header"] = len(MAGIC) + 4 + len(header) + CHECKSUM_BYTES
+    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
+
+
+def unpack(blob: bytes, place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
+    """(model knobs, stored banks) of an artifact. Checks the sum before anything is decoded, sizes before memory is taken.
+
+    Raises `Refusal` for whatever is wrong with it.
+    """
+    h, lengths, first = read_header(blob, place)
+    plan = stream_plan(h)
+    if len(lengths) != len(plan) or first + sum(lengths) + CHECKSUM_BYTES != len(blob):
+        raise Refusal(f"{place}: the lengths of its streams do not add up to the {len(blob)} bytes of the file")
+    stored, half = {}, {}
+    for (name, kind, shape), length in zip(plan, lengths):
+        raw = expand(blob[first:first + length], math.prod(shape) * (1 if kind == "codes" else 2))
+        first += length
+        if kind == "codes":
+            L, rows, cols = shape
+            stored[name] = np.frombuffer(raw, np.int8).reshape(L, cols, rows).swapaxes(1, 2).copy()
+        else:
+            half[kind] = torch.from_numpy(unshuffled(raw))
+    banks: dict[str, Coded | Tensor] = {}
+    for name, role in roles(h).items():
+        kind, shape = ("fp16", role.shape) if role.bits == 16 else ("steps", stored[name].shape[:2])
+        values, half[kind] = half[kind].split([math.prod(shape), half[kind].numel() - math.prod(shape)])
+        banks[name] = values.view(shape) if role.bits == 16 else Coded(torch.from_numpy(stored[name]), values.view(shape))
+    return h, banks
+
+
+def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, list[int], int]:
+    """(model knobs, lengths of the streams, place of the first one); raises `Refusal`, having taken no memory."""
+    if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or blob[:len(MAGIC)] != MAGIC:
+        raise Refusal(f"{place}: not an artifact of this script (it starts with {blob[:6]!r}, expected {MAGIC!r})")
+    if hashlib.sha256(blob[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != blob[-CHECKSUM_BYTES:]:
+        raise Refusal(f"{place}: damaged, its checksum does not match its {len(blob)} bytes")
+    (length,), first = struct.unpack_from("<I", blob, len(MAGIC)), len(MAGIC) + 4
+    if length > min(HEADER_LIMIT, len(blob) - first):
+        raise Refusal(f"{place}: its header claims {length} bytes")
+    try:
+        raw = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26).decompress(blob[first:first + length], HEADER_LIMIT)
+        header = json.loads(raw)
+        knobs, lengths = header["knobs"], header["streams"]
+        kinds = {f.name: f.type for f in fields(Hyperparameters)}
+        typed = all(type(v).__name__ == kinds[n] for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
+        if not typed or not all(type(n) is int and n > 0 for n in lengths):
+            raise ValueError("a value is missing or has the wrong type")
+        h = Hyperparameters(**knobs)
+    except (lzma.LZMAError, ValueError, KeyError, TypeError, Refusal) as error:
+        raise Refusal(f"{place}: its header cannot be used ({error})") from None
+    sizes = max(h.num_layers, h.num_loops, h.num_heads) < 4096 and max(h.model_dim, h.mlp_dim) < 1 << 20
+    if not sizes or sum(math.prod(r.shape) for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
+        raise Refusal(f"{place}: its header claims a model far too large for a file of {len(blob)} bytes")
+    return h, lengths, first + length
+
+
+# The packed script is one Python file: a marker line, a string literal of raw LZMA bytes, and
+# statements that unpack the text, show it to `linecache` (tracebacks and Triton read sources
+# there) and run it in place.
+PACKED = b"# coding:latin-1 (packed: LZMA of the minified script; the last two lines run it)\n"
+UNPACKER = (
+    b"import linecache,lzma\n_=lzma.decompress(%b.encode('latin-1')).decode()\n"
+    b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
+    b"exec(compile(_,__file__+'*','exec'))\n")
+KEPT = ["main", "Hyperparameters", "GPT"]  # what importers of the file use
+
+
+def shipped(source: str) -> str:
+    """`source` without the regions between `# >>> not packed` and `# <<< not packed` lines.
+
+    Raises Refusal where a fence does not pair with another one."""
+    kept, opened = [], 0
+    for number, line in enumerate(source.splitlines(keepends=True), 1):
+        fence = re.match(r"# (>>>|<<<) not packed", line)
+        if fence and (fence[1] == ">>>") == bool(opened):
+            raise Refusal(f"line {number}: '# {fence[1]} not packed' does not pair with a fence")
+        if fence:
+            opened = 0 if opened else number
+        elif not opened:
+            kept.append(line)
+    if opened:
+        raise Refusal(f"line {opened}: '# >>> not packed' is never closed by '# <<< not packed'")
+    return "".join(kept)
+
+
+class Undocumented(ast.NodeTransformer):
+    """Removes docstrings, and the annotations of undecorated functions.
+
+    A decorator may read annotations (Triton looks for constexpr, torch.library infers a schema),
+    and the fields of dataclasses and NamedTuples are annotations: those stay."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """The function without docstring, and without annotations that no decorator can see."""
+        if not node.decorator_list:
+            a, node.returns = node.args, None
+            stars = filter(None, (a.vararg, a.kwarg))
+            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs, *stars):
+                parameter.annotation = None
+        return self.undocument(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def undocument(self, node: ast.AST) -> ast.AST:
+        """The function or class without its docstring, children included."""
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        return self.generic_visit(node)
+
+    visit_ClassDef = undocument
+
+
+def minified(source: str) -> str:
+    """The text that the packed script runs: no comments, docstrings or long names of ours.
+
+    Attributes, keyword arguments, parameters, classes, imports and KEPT keep their names. Literals
+    and builtins are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or
+    `A=range` would break a Triton kernel. The module's docstring stays where `__doc__` is read.
+    Warns, and returns longer text, where python_minifier is not installed."""
+    tree = Undocumented().visit(ast.parse(source))
+    nodes = [*ast.walk(tree)]
+    if ast.get_docstring(tree) and "__doc__" not in {getattr(node, "id", "") for node in nodes}:
+        tree.body = tree.body[1:]
+    text = ast.unparse(ast.fix_missing_locations(tree))
+    if python_minifier is None:
+        warnings.warn("python_minifier is not installed: the packed script keeps its long names")
+        return text
+    imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
+    classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
+    parameters = {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self", "cls"}
+    return python_minifier.minify(
+        text, rename_globals=True, hoist_literals=False, convert_posargs_to_args=False,
+        preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
+        preserve_locals=sorted(parameters),
+        remove_annotations=python_minifier.RemoveAnnotationsOptions(
+            remove_variable_annotations=True, remove_return_annotations=False,
+            remove_argument_annotations=False, remove_class_attribute_annotations=False))
+
+
+def literal(data: bytes) -> bytes:
+    """The shortest string literal of a latin-1 file whose text encodes to `data`.
+
+    Between triple quotes only NUL, carriage return, backslash and closing quotes need escapes."""
+    text = data.replace(b"\\", b"\\\\").replace(b"\r", b"\\r")
+    text = re.sub(rb"\0(?=[0-7])", rb"\\000", text).replace(b"\0", b"\\0")
+    quoted = (3 * q + re.sub(q + b"(?=" + 2 * q + rb"|\Z)", rb"\\\g<0>", text) + 3 * q
+              for q in (b"'", b'"'))
+    return min(quoted, key=len)
+
+
+def pack_source(source: str) -> bytes:
+    """The packed script: a Python file that behaves like `source` without its unpacked regions.
+
+    Equal sources give equal bytes under equal Pythons; the file needs the Python version that
+    packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
+    text = minified(shipped(source)).encode()
+    coder = dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lp=0, pb=0, depth=1000,
+                 dict_size=1 << max(12, len(text).bit_length()))
+    grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
+    literals = [
+        literal(lzma.compress(text, lzma.FORMAT_ALONE,
+                              filters=[coder | dict(lc=context, nice_len=length, mf=finder)]))
+        for context, length, finder in grid]
+    return PACKED + UNPACKER % min(literals, key=len)
+
+
+def running_source(path: str | Path) -> tuple[str | None, bytes]:
+    """(readable text, packed bytes) of the script at `path`.
+
+    The text is None where that script is itself packed: its own bytes are then what counts."""
+    raw = Path(path).read_bytes()
+    if raw.startswith(PACKED):
+        return None, raw
+    source = raw.decode()
+    return source, pack_source(source)
+
+
+# ======================================================================================================================
+# 12. Scoring
+# Plain, sliding and document scores differ only in a list of spans. `Ledger` alone owns the validation tokens: it refuses
+# a target that was scored before, lends only what has been scored, and gives no result until all of it is.
+# ======================================================================================================================
+class Windows(NamedTuple):
+    """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length]; the targets at places
+    lo <= i < hi of each span are scored, the places before lo are context."""
+
+    start: np.ndarray
+    length: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    width: int          # T of the batch: rows are padded to it
+
+
+Span = tuple[int, int, int, int]
+
+
+def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[Span]:
+    """Spans that score targets [begin, end) once each, `stride` at a time, with up to T - stride tokens of context, none
+    before `floor`. At `floor` the first span scores T targets at once; stride == T is the plain score."""
+    spans, lo = [], begin
+    while lo < end:
+        hi = min(end, lo + (T if lo == floor else stride))
+        start = max(floor, hi - T)
+        spans.append((start, hi - start, lo - start, hi - start))
+        lo = hi
+    return spans
+
+
+def document_spans(documents: np.ndarray, T: int, stride: int) -> list[Span]:
+    """Spans that score each document by itself: in one pass where it fits into T, by windows where it does not."""
+    return [span for b, e in zip(documents[:-1].tolist(), documents[1:].tolist())
+            for span in sliding(b, e, T, stride, floor=b)]
+
+
+def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
+    """Batches of equal shape (rows, T); missing rows are empty windows, so that one compiled graph serves all."""
+    rows = max(1, batch_tokens // T)
+    padded = [*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)]
+    return [Windows(*np.array(padded[i:i + rows], np.int64).T, T) for i in range(0, len(padded), rows)]
+
+
+def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
+    """Batches of spans of about one length, padded to powers of two from 64 to T; order does not matter to fixed weights."""
+    groups: dict[int, list[Span]] = {}
+    for span in spans:
+        groups.setdefault(min(T, 1 << max(6, (span[1] - 1).bit_length())), []).append(span)
+    return [w for width in sorted(groups, reverse=True) for w in batched(groups[width], batch_tokens, width)]
+
+
+class Ledger:
+    """Owner of the validation tokens: scores go in, training data comes out, and only in that order.
+
+    Nats stay on the device; which targets are scored is known on the host, so that no check waits for the device.
+    """
+
+    def __init__(self, val: Validation, world: World):
+        """Nothing scored yet."""
+        self.world, self._bytes, self.documents = world, val.bytes, val.documents
+        self._tokens = val.tokens.to(world.device)
+        self._scored = np.zeros(len(val.bytes), bool)
+        self._nats = torch.zeros(len(val.bytes), dtype=torch.float32, device=world.device)
+
+    def inputs(self, w: Windows) -> tuple[Tensor, Tensor]:
+        """Token ids and targets (B, T); what lies beyond a window's end is the pad token 0, whatever the stream holds."""
+        place = np.arange(w.width)
+        inside = torch.from_numpy(place < w.hi[:, None]).to(self._tokens.device)
+        index = torch.from_numpy(np.minimum(w.start[:, None] + place, len(self._scored) - 1)).to(self._tokens.device)
+        return self._tokens[index] * inside, self._tokens[index + 1] * inside
+
+    def record(self, w: Windows, nats: Tensor) -> None:
+        """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be scored twice."""
+        place = np.arange(w.width)
+        mask = (place >= w.lo[:, None]) & (place < w.hi[:, None])
+        targets = (w.start[:, None] + place)[mask]
+        if self._scored[targets].any() or len(np.unique(targets)) != len(targets):
+            raise RuntimeError(f"a target between {targets.min()} and {targets.max()} would be scored twice")
+        self._scored[targets] = True
+        self._nats[torch.from_numpy(targets).to(nats.device)] = nats.detach().float()[torch.from_numpy(mask).to(nats.device)]
+
+    def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError unless all are scored."""
+        done = self.world.sum(torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
+        if int(done) != end - begin:
+            raise RuntimeError(f"{end - begin - int(done)} of the targets {begin} to {end} are not scored yet")
+        return self._tokens[begin:end], self._tokens[begin + 1:end + 1]
+
+    def targets_nats(self) -> np.ndarray:
+        """Nats (N,) of all ranks' targets; RuntimeError unless each was scored exactly once."""
+        times = self.world.sum(torch.from_numpy(self._scored.astype(np.int32)).to(self.world.device))
+        if bool((times != 1).any()):
+            raise RuntimeError(f"{int((times == 0).sum())} targets were never scored, {int((times > 1).sum())} twice")
+        return self.world.sum(self._nats.clone()).cpu().numpy()
+
+    def result(self, seconds: float) -> dict[str, float]:
+        """val_loss in nats per token and val_bpb in bits per byte of text, over all targets."""
+        nats, size = float(self.targets_nats().sum(dtype=np.float64)), int(self._bytes.sum())
+        return dict(val_loss=nats / len(self._scored), val_bpb=nats / size / math.log(2), tokens=len(self._scored),
+                    bytes=size, seconds=round(seconds, 3))
+
+
+def score(ledger: Ledger, batches: Iterable[Windows], nats_of: Callable[[Tensor, Tensor], Tensor],
+          learn: Callable[[Windows], None] | None = None) -> None:
+    """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger has the score."""
+    for w in batches:
+        ids, targets = ledger.inputs(w)
+        with torch.no_grad():
+            nats = nats_of(ids, targets)
+        ledger.record(w, nats)
+        if learn:
+            learn(w)
+
+
+def watched(batches: Sequence[Windows], name: str, log: Log) -> Iterator[Windows]:
+    """This rank's share of the batches, with a line of progress and the time left."""
+    mine, begin_s = batches[log.world.rank::log.world.size], time.perf_counter()
+    quarters = {len(mine) * i // 4 for i in (1, 2, 3)}
+    for i, w in enumerate(mine):
+        if i and (i in quarters or sys.stdout.isatty() and i % 8 == 0):
+            left_s = (time.perf_counter() - begin_s) / i * (len(mine) - i)
+            log.progress(f"score:{name} {i}/{len(mine)} left:{left_s:.0f}s")
+        yield w
+
+
+# ======================================================================================================================
+# 13. Test-time training
+# Learns from validation text only after it was scored. Here: the leaderboard's chunk form (#549, #1493).
+# ======================================================================================================================
+def chunk_sgd(model: GPT, ledger: Ledger, targets: int, name: str, log: Log) -> None:
+    """Scores a chunk by sliding windows, then trains all weights on it by SGD with momentum; the last chunk trains nobody.
+
+    The rate falls as a cosine over the chunks; ranks share every gradient. The weights are restored afterwards.
+    """
+    h, world, plan = model.h, ledger.world, depth_plan(model.h, looped=True)
+    weights = list(model.bank.values())
+    before = [p.detach().clone() for p in weights]
+    sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=h.ttt_momentum)
+    chunks = -(-targets // h.ttt_chunk_tokens)
+    for chunk in range(chunks):
+        begin, end = chunk * h.ttt_chunk_tokens, min(targets, (chunk + 1) * h.ttt_chunk_tokens)
+        batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride), h.eval_batch_tokens, h.eval_seq_len)
+        score(ledger, batches[world.rank::world.size], functools.partial(model.run_nats, plan=plan))
+        if chunk + 1 < chunks:
+            sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
+            learn_chunk(model, sgd, *ledger.lend(begin, end), world)
+        if chunk and chunk % max(1, chunks // 4) == 0:
+            log.progress(f"score:{name} chunk {chunk}/{chunks}")
+    with torch.no_grad():
+        torch._foreach_copy_(weights, before)
+    model.zero_grad(set_to_none=True)
+
+
+def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor, world: World) -> None:
+    """TTT_EPOCHS passes over one scored chunk of (n,) tokens in sequences of TRAIN_SEQ_LEN; leftovers are not used."""
+    h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
+    rows = len(ids) // T
+    ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
+    weights = [p for group in sgd.param_groups for p in group["params"]]
+    for _ in range(h.ttt_epochs):
+        for lo in range(0, rows, h.ttt_batch_seqs):
+            count = min(h.ttt_batch_seqs, rows - lo)
+            sgd.zero_grad(set_to_none=True)
+            mine = slice(lo + world.rank, lo + count, world.size)
+            most = max(1, h.micro_batch_tokens // T)
+            for x, y in zip(ids[mine].split(most), targets[mine].split(most)):
+                (model.run_nats(x, y, plan).mean(1).sum() / count).backward()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+            flat = world.sum(torch.cat([g.flatten() for g in grads]))
+            for p, g in zip(weights, flat.split([p.numel() for p in weights])):
+                p.grad = g.view_as(p)
+            torch.nn.utils.clip_grad_norm_(weights, h.ttt_grad_clip)
+            sgd.step()
+
+
+SCORES = ("prequant", "quantized", "sliding", "documents", "ttt")
+
+
+def score_by_name(name: str, model: GPT, val: Validation, world: World, log: Log) -> tuple[dict[str, float], Ledger]:
+    """One of SCORES over the whole validation set: its result and the ledger; all ranks take part."""
+    h, watch, ledger = model.h, Stopwatch(world), Ledger(val, world)
+    plan, T, N = depth_plan(h, looped=True), h.eval_seq_len, len(val.bytes)
+    nats_of = functools.partial(model.run_nats, plan=plan)
+    if name == "ttt":
+        chunk_sgd(model, ledger, N, name, log)
+    elif name == "documents":
+        spans = document_spans(val.documents, T, h.eval_stride)
+        score(ledger, watched(bucketed(spans, h.eval_batch_tokens, T), name, log), nats_of)
+    else:
+        spans = sliding(0, N, T, h.eval_stride if name == "sliding" else T)
+        score(ledger, watched(batched(spans, h.eval_batch_tokens, T), name, log), nats_of)
+    return ledger.result(watch.read_s()), ledger
+
+
+# ======================================================================================================================
+# 15. Pipeline
+# The whole run in the order of its stages; each is one call and one line of the log.
+# ======================================================================================================================
+def compute_dtype(h: Hyperparameters, device: torch.device) -> torch.dtype:
+    """bf16 where PRECISION asks for it or, with auto, where the chip multiplies it natively."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if h.precision == "bf16" or h.precision == "auto" and native else torch.float32
+
+
+def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
+    """COMPILE, with auto resolved; says why where compilation cannot work."""
+    if h.compile != "auto":
+        return h.compile
+    if device.type == "cuda":
+        return "full"
+    compiler = os.environ.get("CXX") or "g++ clang++ c++"
+    if any(shutil.which(name) for name in compiler.split()):
+        return "block"
+    log("compile:off (no C++ compiler was found; install g++ for several times the speed)")
+    return "off"
+
+
+def tune_process(device: torch.device) -> None:
+    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs freed memory is kept by the process.
+
+    glibc returns large blocks to the system at each free, and zeroing them again took up to two thirds of a step.
+    """
+    torch.set_float32_matmul_precision("high")
+    if device.type != "cuda" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-1, 1 << 30)    # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 1 << 30)    # M_MMAP_THRESHOLD
+            libc.mallopt(-4, 0)          # M_MMAP_MAX
+
+
+def wanted_scores(h: Hyperparameters) -> list[str]:
+    """The scores that this run computes, in the order of the pipeline."""
+    return [name for name in SCORES if name in h.scores.split(",") and (h.ttt_enabled or name != "ttt")]
+
+
+def preflight(h: Hyperparameters, world: World, folder: Path) -> None:
+    """Checks what later stages need, before anything costs time; raises one `Refusal` that lists all that is missing."""
+    wrong = []
+    if h.compressor != "auto" and h.compressor not in coders():
+        package = dict(zstd="zstandard").get(h.compressor, h.compressor)
+        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
+    need_bytes = 4 * h.budget_bytes
+    if (free_bytes := shutil.disk_usage(folder).free) < need_bytes:
+        wrong.append(f"{folder}: {free_bytes:,} bytes are free, {need_bytes:,} are needed for the artifact and its log")
+    try:
+        accumulation(h, world)
+    except Refusal as error:
+        wrong.append(str(error))
+    if wrong:
+        raise Refusal("; ".join(wrong))
+
+
+def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
+    """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep for calibration.
+
+    So nothing fails late, and no graph is compiled inside the clock. Validation text is never touched.
+    """
+    h, watch, before = t.h, Stopwatch(t.world), t.snapshot()
+    for looped in sorted({False, h.num_loops > 0}):
+        for number in range(h.rehearsal_steps):
+            t.step(number, 0.0, looped)
+    second_moments(t.model, t.world, t.loader, t.world.size)
+    calibration = Stopwatch(t.world)
+    moments = second_moments(t.model, t.world, t.loader, t.world.size)
+    rounds = -(-h.gptq_calibration_batches // t.world.size)
+    reserve_s = h.gptq_reserve_seconds or 1.3 * rounds * t.world.share(calibration.read_s())
+    stored = quantise(t.model, moments)
+    _, again = unpack(pack(h, stored, quick=True)[0])
+    load_stored(t.model, again)
+    tokens = np.concatenate([shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
+    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
+    fake = Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
+    quiet = Log(t.world, None, quiet=True)
+    for name in wanted_scores(h):
+        score_by_name(name, t.model, fake, t.world, quiet)
+    t.restore(before)
+    log(f"rehearsal:{watch.read_s():.1f}s (every stage ran and was rewound; not counted) "
+        f"reserve:{reserve_s:.2f}s for {h.gptq_calibration_batches} calibration batches")
+    return reserve_s
+
+
+def build_model(h: Hyperparameters, world: World) -> GPT:
+    """The initialised model on the device, equal on all ranks."""
+    torch.manual_seed(h.seed)
+    model = GPT(h, compute_dtype(h, world.device)).to(world.device)
+    world.share_tensors(p.data for p in model.bank.values())
+    return model
+
+
+def measured_score(name: str, model: GPT, data: Dataset, world: World, log: Log) -> dict[str, float]:
+    """`score_by_name` with its line of the log."""
+    result, _ = score_by_name(name, model, data.val, world, log)
+    log(f"final_{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
+        f"eval_time:{result['seconds'] * 1e3:.0f}ms")
+    return result
+
+
+def run(h: Hyperparameters, world: World, log: Log, env: Mapping[str, str]) -> dict[str, Any]:
+    """The pipeline: rehearse, train, calibrate, quantise, pack, read back, score. Returns what result.json holds."""
+    begin_s, seconds = time.perf_counter(), {}
+
+    def stage(name: str, watch: Stopwatch) -> None:
+        """Books the seconds of a stage."""
+        seconds[name] = round(watch.read_s(), 3)
+
+    watch = Stopwatch(world)
+    data = find_dataset(h, world, log)
+    stage("data", watch)
+    model = build_model(h, world)
+    announce(h, model, world, data, log)
+    source, code = running_source(__file__) if world.main else (None, b"")
+    mode = compile_mode(h, world.device, log)
+    model.compile(mode)
+    trainer = Trainer.of(h, world, model, data)
+    watch = Stopwatch(world)
+    reserve_s = rehearse(trainer, data, log) if h.rehearsal_steps else h.gptq_reserve_seconds
+    stage("rehearsal", watch)
+
+    plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(
+        **score_by_name("quantized", model, data.val, world, Log(world, None, quiet=True))[0])
+    trained, clock = train(trainer, reserve_s, log, plain)
+    moments = second_moments(model, world, trainer.loader, h.gptq_calibration_batches)
+    clock_s = clock.read_s()
+    log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} (calibration included)")
+    seconds |= dict(train=round(trained.seconds, 3), calibration=round(clock_s - trained.seconds, 3))
+    scores = {n: measured_score(n, model, data, world, log) for n in wanted_scores(h) if n == "prequant"}
+
+    watch = Stopwatch(world)
+    stored = quantise(model, moments) if world.main else {}
+    stage("quantise", watch)
+    watch = Stopwatch(world)
+    blob, ledger = pack(h, stored) if world.main else (b"", {})
+    if world.main:
+        write_atomically(log.folder / "model.bin", blob)
+        write_atomically(log.folder / "train_gpt.py", code)
+        report_bytes(ledger, roles(h), blob, code, h, log)
+        blob = (log.folder / "model.bin").read_bytes()
+    blob = world.share(blob)
+    load_stored(model, unpack(blob)[1])
+    stage("pack", watch)
+    for name in wanted_scores(h):
+        if name != "prequant":
+            scores[name] = measured_score(name, model, data, world, log)
+    sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
+    seconds["total"] = round(time.perf_counter() - begin_s, 3)
+    return conclude(h, world, model, trained, clock_s, sizes, scores, seconds, log)
+
+
+def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: Log) -> None:
+    """The first lines of a log: everything that is needed to repeat the run."""
+    log(f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}")
+    log(f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
+        f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} attention:{attention_kernel(world.device)}")
+    log(f"knobs:{json.dumps(asdict(h))}")
+    log(f"model_params:{sum(p.numel() for p in model.parameters())} "
+        f"steps_of_depth:{len(depth_plan(h, False))}->{len(depth_plan(h, True))}")
+    log(f"data: train_tokens:{sum(map(len, data.train))} shards:{len(data.train)} val_targets:{len(data.val.bytes)} "
+        f"val_bytes:{int(data.val.bytes.sum())} val_documents:{len(data.val.documents) - 1} bytes_by:{data.byte_rule}")
+    log(f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks x {h.micro_batch_tokens}")
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):    # not Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':')[1].strip()} ({torch.get_num_threads()} threads)"
+    return platform.processor() or "cpu"
+
+
+def report_bytes(ledger: Mapping[str, int], table: Mapping[str, Role], blob: bytes, code: bytes, h: Hyperparameters,
+                 log: Log) -> None:
+    """The size ledger: bytes of every part and bits per weight, then the total in the official form."""
+    for name, size in ledger.items():
+        bits = f" bits_per_weight:{8 * size / math.prod(table[name].shape):.3f}" if name in table else ""
+        log(f"bytes:{name} {size}{bits}")
+    log(f"Serialized model: {len(blob)} bytes")
+    log(f"Code size: {len(code)} bytes (packed)")
+    log(f"Total submission size {h.compressor}: {len(blob) + len(code)} bytes")
+
+
+def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clock_s: float, sizes: dict[str, int],
+             scores: dict[str, dict[str, float]], seconds: dict[str, float], log: Log) -> dict[str, Any]:
+    """Writes result.json and the table of scores; raises `Refusal` afterwards if the artifact is over the budget."""
+    violations = []
+    if sizes["total"] > h.budget_bytes:
+        violations.append(f"bytes: {sizes['total']} is over BUDGET_BYTES={h.budget_bytes}")
+    if h.max_wallclock_seconds and clock_s > h.max_wallclock_seconds:
+        violations.append(f"time: {clock_s:.2f} s of training data is over MAX_WALLCLOCK_SECONDS="
+                          f"{h.max_wallclock_seconds:g}")
+    tokens = trained.steps * h.train_batch_tokens
+    result = dict(
+        run_id=h.run_id, seed=h.seed, recipe=h.recipe, changed_knobs=h.changed(), knobs=asdict(h),
+        device=device_name(world.device), world_size=world.size, torch=torch.__version__,
+        params=sum(p.numel() for p in model.parameters()), steps=trained.steps,
+        train_seconds=round(trained.seconds, 3), train_tokens=tokens,
+        tokens_per_second=round(tokens / max(trained.seconds, 1e-9), 1), bytes=sizes, scores=scores, seconds=seconds,
+        compliant=not violations, violations=violations)
+    if world.device.type == "cuda":
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(world.device)
+    log("score          val_loss     val_bpb      seconds")
+    for name, s in scores.items():
+        log(f"{name:14} {s['val_loss']:.8f}   {s['val_bpb']:.8f}   {s['seconds']:.1f}")
+    if world.main:
+        write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
+    log("RESULT " + json.dumps(result))
+    if sizes["total"] > h.budget_bytes:
+        raise Refusal(f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; everything is saved in "
+                      f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
+    return result
+
+
+def claim_run(h: Hyperparameters, world: World) -> tuple[Hyperparameters, Log]:
+    """The run's name, one for all ranks, and its folder, claimed before anything else is done."""
+    name = world.share(h.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{h.recipe.replace(',', '+')}-seed{h.seed}")
+    h = replace(h, run_id=name)
+    return h, Log(world, Path(h.logs_dir) / name)
+
+
+def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
+    """The verb `eval ARTIFACT`: scores it again in this process; scoring knobs come from the artifact, then from the
+    environment. Prints the same lines as the run that made it."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        raise Refusal(f"eval needs one artifact that exists, such as logs/<RUN_ID>/model.bin; got {' '.join(arguments)!r}")
+    log = Log(world, None)
+    path = Path(arguments[0])
+    shipped_h, stored = unpack(path.read_bytes(), str(path))
+    changed = shipped_h.changed()
+    h = Hyperparameters.from_env(env, base=changed)
+    for name in MODEL_KNOBS:
+        if getattr(h, name) != getattr(shipped_h, name):
+            raise Refusal(f"{name.upper()}={getattr(h, name)} contradicts {path}, which was made with "
+                          f"{getattr(shipped_h, name)}; leave it unset")
+    data = find_dataset(h, world, log)
+    model = build_model(h, world)
+    model.compile(compile_mode(h, world.device, log))
+    load_stored(model, stored)
+    scores = {name: measured_score(name, model, data, world, log) for name in wanted_scores(h) if name != "prequant"}
+    log("RESULT " + json.dumps(dict(artifact=str(path), bytes=path.stat().st_size, scores=scores)))
+
+
+def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """The command line; returns the exit status. A `Refusal` is one sentence on standard error and status 2."""
+    if arguments and arguments[0] in ("--help", "-h", "help"):
+        print(help_text())
+        return 0
+    world = None
+    try:
+        if arguments and arguments[0] == "data":
+            make_dataset(list(arguments[1:]))
+            return 0
+        if arguments and arguments[0] != "eval":
+            raise Refusal(f"unknown verb {arguments[0]!r}" + nearest(arguments[0], ("data", "eval"))
+                          + "; expected data, eval, --help, or nothing for a run")
+        world = World.from_env(env)
+        tune_process(world.device)
+        if arguments:
+            evaluate(arguments[1:], world, env)
+            return 0
+        small = world.device.type != "cuda" and not env.get("RECIPE")
+        h, log = claim_run(Hyperparameters.from_env(env, "demo" if small else "record"), world)
+        if small:
+            log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
+        preflight(h, world, log.folder)
+        run(h, world, log, env)
+        return 0
+    except Refusal as error:
+        rank = f" (rank {world.rank})" if world and world.size > 1 else ""
+        print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if world:
+            world.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
