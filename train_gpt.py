@@ -784,7 +784,7 @@ def read_documents(paths: Iterable[Path]) -> Iterator[str]:
             elif path.suffix == ".jsonl":
                 yield from json_texts(file, path)
             else:
-                yield from zstd_texts(file, path)
+                yield from json_texts(zstd_lines(file, path), path)
 
 
 def decode_utf8(raw: bytes, place: object) -> str:
@@ -815,13 +815,22 @@ def json_texts(lines: Iterable[bytes], path: Path) -> Iterator[str]:
         yield text
 
 
-def zstd_texts(file: io.BufferedReader, path: Path) -> Iterator[str]:
-    """`json_texts` of a compressed file, all its frames."""
-    plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+def zstd_lines(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
+    """The lines of a zstd file of any number of frames; raises Refusal for a damaged or cut one."""
+    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
     try:
-        yield from json_texts(io.BufferedReader(plain, 1 << 20), path)
+        while packed := file.read(1 << 17):
+            while packed:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(packed)).split(b"\n")
+                yield from lines
+                packed = frame.unused_data
     except zstandard.ZstdError as error:
         raise Refusal(f"documents {path}: damaged zstd stream ({error})") from error
+    if not frame.eof:
+        raise Refusal(f"documents {path}: the zstd stream ends in the middle of a frame")
+    yield rest
 
 
 def fingerprint(text: str) -> int:
@@ -895,32 +904,36 @@ def documented(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
             yield from documented(child, getattr(child, "name", name))
 
 
-# SentencePiece writes a space as U+2581. A lossless tokenizer must tell a real U+2581 from a space,
-# so its normaliser spells U+2581 as U+10FFFD "_" and U+10FFFD twice, and its denormaliser undoes it.
+# SentencePiece writes a space as U+2581. A lossless tokenizer must tell a real U+2581 from a space:
+# the normaliser spells U+2581 as U+10FFFD "_" and U+10FFFD twice, and the denormaliser undoes it.
 SPACE_MARK = "\u2581"
 ESCAPE_RULES = "10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n"
+RULES_PATH = 160
 UNESCAPE_RULES = "10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n"
 
 
 def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[str] = ()) -> None:
-    """Writes a SentencePiece BPE model of V pieces to `path`, with decode(encode(x)) == x for all x.
+    """Writes a SentencePiece BPE model of V pieces to `path`; decode(encode(x)) == x for every x.
 
     Ids as in the official tokenizers: pad 0, bos 1, eos 2, unk 3, then `markers`, then 256 bytes.
-    Trains on lines; a newline is always the byte piece. Raises Refusal when V does not suit `texts`.
+    Trains on lines, so a newline is always the byte piece. Raises Refusal when V does not fit.
     """
     model = io.BytesIO()
     lines = (line[start:start + 4000] for text in texts for line in text.split("\n")
              for start in range(0, len(line), 4000))
     with tempfile.TemporaryDirectory() as folder:
-        rules, unrules = Path(folder) / "rules.tsv", Path(folder) / "unrules.tsv"
-        rules.write_text(ESCAPE_RULES)
-        unrules.write_text(UNESCAPE_RULES)
+        # The model records where its rules lay: slashes give that path one length everywhere, so
+        # that it can be blotted out and equal texts make equal bytes.
+        rules = folder + "escape.tsv".rjust(RULES_PATH - len(folder), "/")
+        unrules = folder + "restore.tsv".rjust(RULES_PATH - len(folder), "/")
+        Path(rules).write_text(ESCAPE_RULES)
+        Path(unrules).write_text(UNESCAPE_RULES)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=V,
                 pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(markers),
                 byte_fallback=True, split_digits=True, character_coverage=0.9995,
-                normalization_rule_tsv=str(rules), denormalization_rule_tsv=str(unrules),
+                normalization_rule_tsv=rules, denormalization_rule_tsv=unrules,
                 add_dummy_prefix=False, remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, num_threads=1,
                 minloglevel=4)
@@ -928,7 +941,7 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
             reason = " ".join(str(error).split())
             raise Refusal(f"VOCAB_SIZE {V}: no tokenizer of this size can be trained on these "
                           f"documents ({reason})") from error
-    write_atomically(Path(path), model.getvalue())
+    write_atomically(Path(path), model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
 
 
 def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
@@ -945,6 +958,9 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     if tokenizer.bos_id() != BOS:
         raise Refusal(f"tokenizer {path}: document start has id {tokenizer.bos_id()}, expected "
                       f"{BOS}")
+    if not any(tokenizer.is_byte(i) for i in range(V)):
+        raise Refusal(f"tokenizer {path}: it has no byte pieces, so text outside its alphabet "
+                      "would be lost")
     marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
     if marked != caseops:
         raise Refusal(f"tokenizer {path}: " + (
@@ -1023,7 +1039,7 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarra
 # Lossless case transform (parameter-golf #1729): lower-case text with markers before each run of
 # ASCII letters that had capitals. A marker that stands in the original is escaped.
 MARKERS = TITLE, ALL_CAPS, CAP_NEXT, ESCAPE = "\ue001\ue002\ue003\ue004"
-CASED = re.compile(f"(?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*|[{MARKERS}]")
+CASED = re.compile(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{MARKERS}]")
 MARKED = re.compile(f"{ESCAPE}([{MARKERS}])|[{TITLE}{CAP_NEXT}]([a-z])|{ALL_CAPS}([a-z]+)")
 
 
@@ -1065,7 +1081,7 @@ def caseops_weights(text: str) -> np.ndarray:
     return weights
 
 
-Corpus = Callable[[], Iterator[tuple[bool, str]]]  # every call gives (held out, text) from the start
+Corpus = Callable[[], Iterator[tuple[bool, str]]]  # each call starts over: (held out, text)
 BUILDER = 1  # raise it whenever the same documents would give other files
 SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
 
@@ -1092,42 +1108,45 @@ def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[
 
     A sample that does not depend on the order of the corpus, and memory that does not grow with it.
     """
-    heap, size_bytes = [], 0
+    heap, size_bytes, lowest = [], 0, -(1 << 64)
     for text in texts:
         entry = -fingerprint(text), text[:SAMPLE_DOCUMENT]
+        if entry[0] <= lowest:
+            continue
         size_bytes += len(entry[1].encode())
         heapq.heappush(heap, entry)
         while size_bytes > limit_bytes and len(heap) > 1:
-            size_bytes -= len(heapq.heappop(heap)[1].encode())
+            lowest, dropped = heapq.heappop(heap)
+            size_bytes -= len(dropped.encode())
     return [text for _, text in sorted(heap, reverse=True)]
 
 
 class Progress:
-    """Says at most once a second how many documents and bytes have passed, and how fast."""
+    """Says at most once a second how many documents and characters have passed, and how fast."""
 
     def __init__(self, title: str, say: Callable[[str], None]):
         """Starts the clock of the pass called `title`; `say` shows one line."""
         self.title, self.say = title, say
-        self.documents, self.size_bytes = 0, 0
+        self.documents, self.characters = 0, 0
         self.start_s = self.said_s = time.monotonic()
 
     def add(self, text: str) -> None:
         """Counts one document."""
         self.documents += 1
-        self.size_bytes += len(text)
+        self.characters += len(text)
         if time.monotonic() - self.said_s >= 1:
             self.close()
 
     def close(self) -> None:
         """Says the state now."""
         self.said_s = time.monotonic()
-        mb = self.size_bytes / 1e6
-        self.say(f"data {self.title}: {self.documents} documents, {mb:.1f} MB, "
-                 f"{mb / max(self.said_s - self.start_s, 1e-9):.2f} MB/s")
+        millions = self.characters / 1e6
+        self.say(f"data {self.title}: {self.documents} documents, {millions:.1f} M characters, "
+                 f"{millions / max(self.said_s - self.start_s, 1e-9):.2f} M/s")
 
 
 def batches(documents: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """Runs of documents of about BATCH_CHARACTERS, so that threads share them and memory is bounded."""
+    """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -1164,7 +1183,8 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
     counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
                             "train_bytes", "val_documents_decoded_exactly"], 0)
     widths = piece_widths(tokenizer)
-    with (ShardWriter(folder / "fineweb_train") as train, ShardWriter(folder / "fineweb_val") as val,
+    with (ShardWriter(folder / "fineweb_train") as train,
+          ShardWriter(folder / "fineweb_val") as val,
           ShardWriter(folder / "fineweb_val_bytes") as sidecar):
         for batch in batches(corpus()):
             texts = [caseops_encode(text) if caseops else text for _, text in batch]
@@ -1247,7 +1267,7 @@ def counted(corpus: Iterable[tuple[bool, str]], progress: Progress) -> Iterator[
 
 
 def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print) -> Path:
-    """The folder of the embedded corpus inside the cache `folder`, built there when it is not intact.
+    """The folder of the embedded corpus in the cache `folder`, built there when it is not intact.
 
     Processes that build at the same time make the same bytes, and the first to finish wins.
     """
@@ -1266,7 +1286,7 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
 
 
 def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
-    """The verb `data FILES... --vocab V [--tokenizer FILE] --out DIR [--caseops] [--val FILE...]`."""
+    """The verb data: makes shards of the documents that the command line names."""
     parser = argparse.ArgumentParser("train_gpt.py data", description="documents to shards")
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (text) or .txt")
     parser.add_argument("--vocab", type=int, required=True, help="pieces of the tokenizer")
@@ -2097,7 +2117,7 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     `damping` times the mean diagonal is added, tenfold more each time Cholesky fails.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(-1, descending=True, stable=True)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
     H = moment.gather(1, order[:, :, None].expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
     mean = diagonal.mean(-1)[:, None]
     for attempt in range(6):
