@@ -294,7 +294,7 @@ RECIPES: dict[str, dict[str, Any]] = dict(
         iterations=100000, max_wallclock_seconds=70.0, train_log_every=25, rehearsal_steps=1,
         muon_momentum_warmup_steps=100, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         ema_decay=0.96, gptq_calibration_batches=8, ttt_chunk_tokens=8192, ttt_lr=0.01,
-        ttt_batch_seqs=8, ttt_epochs=2, scores="prequant,quantized,sliding,ttt"),
+        ttt_batch_seqs=32, ttt_epochs=2, scores="prequant,quantized,sliding,ttt"),
 )
 
 
@@ -570,6 +570,13 @@ def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
         room = max(ids.size // 64, 1 << len(ends).bit_length())
         bounds = torch.from_numpy(np.concatenate([ends, np.full(room - len(ends), ids.size, np.int32)]))
     return Docs(torch.from_numpy(np.ascontiguousarray(start)), bounds, min(longest, ids.shape[1]))
+
+
+def whole_rows(ids: Tensor) -> Docs:
+    """Each row of (B, T) ids as one piece: attention over all that precedes, whatever documents it belongs to."""
+    B, T = ids.shape
+    ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=ids.device)
+    return Docs(torch.zeros_like(ids), ends if ids.device.type == "cuda" else None, T)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -1431,20 +1438,16 @@ def attention_kernel(device: torch.device) -> str:
     return "fa2" if flash_attn_2 else "varlen" if torch_varlen else "blocks"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     """Causal grouped-query attention within each document piece: (B, T, H | K, E) -> (B, T, H, E).
 
-    Softmax of q k / sqrt(E). Without `docs` a row is one piece. The kernel follows from the tensor's device.
+    Softmax of q k / sqrt(E). The kernel follows from the tensor's device.
     """
     B, T, H, E = q.shape
     kernel = attention_kernel(q.device)
     if kernel == "blocks":
-        start = docs.start if docs else torch.zeros(B, T, dtype=torch.int64, device=q.device)
-        return BlockAttention.apply(q, k, v, start)
-    if docs is None:
-        bounds, longest = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32), T
-    else:
-        bounds, longest = docs.bounds, docs.longest
+        return BlockAttention.apply(q, k, v, docs.start)
+    bounds, longest = docs.bounds, docs.longest
     q, k, v = (t.reshape(B * T, -1, E) for t in (q, k, v))
     if kernel == "fa3":
         y = flash_attn_3.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
@@ -1457,35 +1460,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
     return y.view(B, T, H, E)
 
 
+QUERY_BLOCK = 256    # queries that BlockAttention takes at once
+
+
+def group(t: Tensor, K: int) -> Tensor:
+    """(B, T, H, E) -> (B, K, H / K, T, E): the query heads beside the key head that they share."""
+    B, T, H, E = t.shape
+    return t.view(B, T, K, H // K, E).permute(0, 2, 3, 1, 4)
+
+
+def ungroup(t: Tensor) -> Tensor:
+    """The inverse of `group`."""
+    B, K, G, T, E = t.shape
+    return t.permute(0, 3, 1, 2, 4).reshape(B, T, K * G, E)
+
+
 class BlockAttention(torch.autograd.Function):
     """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as the others' twin.
 
-    The backward pass reuses the stored probabilities; torch's CPU kernel recomputes them at two to three times the cost.
+    The backward pass reuses the stored probabilities; torch's CPU kernel computes them again at two to three times
+    the cost.
     """
-
-    BLOCK = 256
-
-    @staticmethod
-    def group(t: Tensor, K: int) -> Tensor:
-        """(B, T, H, E) -> (B, K, H / K, T, E): the query heads beside the key head that they share."""
-        B, T, H, E = t.shape
-        return t.view(B, T, K, H // K, E).permute(0, 2, 3, 1, 4)
-
-    @staticmethod
-    def ungroup(t: Tensor) -> Tensor:
-        """The inverse of `group`."""
-        B, K, G, T, E = t.shape
-        return t.permute(0, 3, 1, 2, 4).reshape(B, T, K * G, E)
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
         """(B, T, H | K, E) and piece starts (B, T) -> (B, T, H, E)."""
         B, T, H, E = q.shape
         K, place = k.size(2), torch.arange(T, device=q.device)
-        Q, keys, values = (BlockAttention.group(t, K) for t in (q, k, v))
+        Q, keys, values = (group(t, K) for t in (q, k, v))
         outputs, probabilities = [], []
-        for lo in range(0, T, BlockAttention.BLOCK):
-            hi = min(lo + BlockAttention.BLOCK, T)
+        for lo in range(0, T, QUERY_BLOCK):
+            hi = min(lo + QUERY_BLOCK, T)
             seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
             rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
             logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT)
@@ -1494,7 +1499,7 @@ class BlockAttention(torch.autograd.Function):
             p = p.view(B * K, -1, hi)
             probabilities.append(p)
             outputs.append(torch.bmm(p, values[:, :, 0, :hi].reshape(B * K, hi, E)).view(B, K, H // K, hi - lo, E))
-        y = BlockAttention.ungroup(torch.cat(outputs, 3))
+        y = ungroup(torch.cat(outputs, 3))
         ctx.save_for_backward(q, k, v, y, *probabilities)
         return y
 
@@ -1504,11 +1509,11 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, y, *probabilities = ctx.saved_tensors
         B, T, H, E = q.shape
         K = k.size(2)
-        Q, G, keys, values = (BlockAttention.group(t, K) for t in (q, grad, k, v))
-        delta = BlockAttention.group((grad.float() * y.float()).sum(-1, keepdim=True), K)
+        Q, G, keys, values = (group(t, K) for t in (q, grad, k, v))
+        delta = group((grad.float() * y.float()).sum(-1, keepdim=True), K)
         dq, dk, dv = [], [], []
-        for p, lo in zip(probabilities, range(0, T, BlockAttention.BLOCK)):
-            hi = min(lo + BlockAttention.BLOCK, T)
+        for p, lo in zip(probabilities, range(0, T, QUERY_BLOCK)):
+            hi = min(lo + QUERY_BLOCK, T)
             rows, grads = (t[..., lo:hi, :].reshape(B * K, -1, E) for t in (Q, G))
             dp = torch.bmm(grads, values[:, :, 0, :hi].reshape(B * K, hi, E).mT).float()
             ds = p.float() * (dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)) * E ** -0.5
@@ -1516,12 +1521,12 @@ class BlockAttention(torch.autograd.Function):
             dq.append(torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(B, K, H // K, hi - lo, E))
             dk.append(F.pad(torch.bmm(ds.mT, rows).float(), (0, 0, 0, T - hi)))
             dv.append(F.pad(torch.bmm(p.mT, grads).float(), (0, 0, 0, T - hi)))
-        dk, dv = (BlockAttention.ungroup(sum(t).to(q.dtype).view(B, K, 1, T, E)) for t in (dk, dv))
-        return BlockAttention.ungroup(torch.cat(dq, 3)), dk, dv, None
+        dk, dv = (ungroup(sum(t).to(q.dtype).view(B, K, 1, T, E)) for t in (dk, dv))
+        return ungroup(torch.cat(dq, 3)), dk, dv, None
 
 
 class Layer(NamedTuple):
-    """One layer's slice of every bank, in the compute dtype; None where the model has no such role."""
+    """One layer's slice of every bank; None where the model has no such role. Gains and scales stay fp32."""
 
     wq: Tensor
     wk: Tensor
@@ -1551,14 +1556,15 @@ class Block(nn.Module):
         super().__init__()
         self.h = h
 
-    def attention(self, w: Layer, n: Tensor, rope: tuple[Tensor, Tensor], docs: Docs | None, xsa: bool,
+    def attention(self, w: Layer, n: Tensor, rope: tuple[Tensor, Tensor], docs: Docs, xsa: bool,
                   lora: Mapping[str, LoRA], probe: Callable[[str, Tensor], None] | None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
         if probe:
             probe("attn_in", n)
         heads = lambda t: t.view(B, T, -1, h.head_dim)
-        q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope) * w.q_gain[:, None]   # (B, T, H, E)
+        q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)                       # (B, T, H, E)
+        q = (q * w.q_gain[:, None]).type_as(n)
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)                       # (B, T, K, E)
         v = heads(linear(n, w.wv, lora.get("v")))
         y = attend(q, k, v, docs)
@@ -1584,20 +1590,20 @@ class Block(nn.Module):
             probe("mlp_hidden", hidden)
         return linear(hidden, w.w_down, lora.get("mlp"), lora_in=n)
 
-    def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], docs: Docs | None,
+    def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], docs: Docs,
                 parallel: bool, xsa: bool, lora: Mapping[str, LoRA] = {},
                 probe: Callable[[str, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads `a` and leaves both equal."""
-        read = w.mix_x * a + w.mix_x0 * x0
+        read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w, norm(read) * w.depth_scale, rope, docs, xsa, lora, probe)
         if not parallel:
-            a = read + attn
-            a = a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)
+            a = (read + attn).type_as(a)
+            a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
             return a, a
         mlp = w.mlp_scale * self.mlp(w, norm(m) * w.depth_scale, lora, probe)
         keep, write = w.lane_keep, w.lane_write    # write[source, lane]: source 0 attention, 1 MLP
-        return (keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp,
-                keep[1] * m + write[0, 1] * attn + write[1, 1] * mlp)
+        return ((keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp).type_as(a),
+                (keep[1] * m + write[0, 1] * attn + write[1, 1] * mlp).type_as(a))
 
 
 class Head(nn.Module):
@@ -1631,6 +1637,7 @@ class GPT(nn.Module):
 
     def compile(self, mode: str) -> None:
         """Compiles the whole loss (`full`) or one block and the head (`block`); the loss is then `run_nats`."""
+        torch._dynamo.config.recompile_limit = 64    # one graph per depth plan, shape and gradient mode
         if mode == "full":
             self.run_nats = torch.compile(self.nats, dynamic=False, fullgraph=True)
         elif mode == "block":
@@ -1654,9 +1661,11 @@ class GPT(nn.Module):
 
     def layers(self) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size gradient per use."""
-        cast = {name: self.bank[name].to(self.dtype).unbind(0) for name in Layer._fields if name in self.bank}
+        table, banks = roles(self.h), self.bank
+        cast = {name: (banks[name] if table[name].optim == "scalar" and name != "head_gate" else
+                       banks[name].to(self.dtype)).unbind(0) for name in Layer._fields if name in banks}
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
-        cast["depth_scale"] = (numbers ** (-0.5 * self.h.ln_scale)).to(self.dtype).unbind(0)
+        cast["depth_scale"] = (numbers ** (-0.5 * self.h.ln_scale)).unbind(0)
         absent = (None,) * self.h.num_layers
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
@@ -1673,18 +1682,20 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
                lora: Sequence[Mapping[str, LoRA]] | None = None, probe: Probe | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each step, then the head's."""
-        p = {name: self.bank[name].to(self.dtype) for name in ("skip_weight", "skip_gate")}
         x0 = a = m = self.embedded(ids)
+        docs = docs or whole_rows(ids)
+        run = self.block if probe or lora else self.run_block
         layers, rope = self.layers(), rope_table(self.h, ids.size(1), x0)
+        weights, gates = (self.bank[name].unbind(0) for name in ("skip_weight", "skip_gate"))
         kept: list[Tensor] = []
         for slot, step in enumerate(plan):
             if not step.parallel:
                 m = a
             if step.pop is not None:
-                skip = p["skip_weight"][step.pop] * kept.pop()
-                a = torch.lerp(skip, a, torch.sigmoid(p["skip_gate"][step.pop]))
+                gate = torch.sigmoid(gates[step.pop])
+                a = ((1 - gate) * weights[step.pop] * kept.pop() + gate * a).type_as(a)
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
-            a, m = self.run_block(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa,
+            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa,
                                   **seam, **(dict(lora=lora[slot]) if lora else {}))
             if step.push:
                 kept.append(a)
