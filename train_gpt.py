@@ -1,29 +1,34 @@
-"""Parameter Golf in one file: the best language model that fits in 16,000,000 bytes, trained in 600 s on 8xH100.
+"""Parameter Golf in one file: the best language model that fits in 16,000,000 bytes.
 
-A run is one pipeline; every arrow is one function call and one line of the log:
+At most 600 s of training on 8xH100, scored in bits per byte (BPB). A run is one pipeline; each arrow
+is one function call and one line of the log:
 
-    shards -> rehearse -> train (Muon + AdamW, EMA) -> calibrate -> quantise (GPTQ) -> pack -> read back -> score
-              every stage on a  inside the clock       inside the   from here on no                 plain, sliding,
-              few steps, then   MAX_WALLCLOCK_SECONDS  clock        training data is read           documents, TTT
-              rewound bit for bit
+    shards -> rehearse -> train -> calibrate -> quantise -> pack -> read back -> score
 
-Launch (defaults are the 8xH100 submission; where there is no CUDA device the recipe `demo` is chosen, and announced):
-    python train_gpt.py                                         # CPU or one GPU
-    torchrun --standalone --nproc_per_node=8 train_gpt.py       # eight GPUs
-    python train_gpt.py --help                                  # every knob; a knob is an environment variable
-    python train_gpt.py eval logs/<RUN_ID>/model.bin            # score an artifact again
-    python train_gpt.py data FILES... --vocab V --out DIR       # shards from documents of your own
+    rehearse    every later stage on a few steps of training data, then rewound bit for bit
+    train       Muon + AdamW and an average of the weights, inside MAX_WALLCLOCK_SECONDS
+    calibrate   second moments of the activations, inside the same clock; the last look at such data
+    score       plain, sliding, by documents, and with score-first test-time training (TTT)
 
-Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP width, V vocabulary,
-L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of depth is executed, a *window* is scored,
-a *chunk* is the part of the stream that is scored before it is learned from, a *bank* holds all layers of a role.
+Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=demo is chosen, aloud):
+    python train_gpt.py                                       # CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     # eight GPUs
+    python train_gpt.py --help                                # every knob is an environment variable
+    python train_gpt.py eval logs/<RUN_ID>/model.bin          # score an artifact again
+    python train_gpt.py data FILES... --vocab V --out DIR     # shards from documents of your own
 
-Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6 model, 7 adapters, 8 optimisers,
-9 training, 10 quantisation, 11 artifact, 12 scoring, 13 test-time training, 15 pipeline, 16 tools.
+Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP width,
+V vocabulary, L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of depth is
+executed, a *window* is scored, a *chunk* is the part of the stream that is scored before it is
+learned from, a *bank* holds all layers of a role.
+
+Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6 model, 7 adapters,
+8 optimisers, 9 training, 10 quantisation, 11 artifact, 12 scoring, 13 test-time training,
+15 pipeline (14 will hold the fused kernels, 16 the tools).
 """
-# ======================================================================================================================
+# ==================================================================================================
 # 1. Imports
-# ======================================================================================================================
+# ==================================================================================================
 from __future__ import annotations
 
 import argparse
@@ -69,31 +74,37 @@ from torch import Tensor, nn
 
 
 def optional(name: str) -> Any:
-    """The named module, or None where it is not installed; what needs it says so before the clock starts."""
+    """The named module, or None where it is not installed; what needs it says so before the clock
+    starts."""
     try:
         return __import__(name, fromlist=["*"])
     except ImportError:
         return None
 
 
-brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), optional("sentencepiece")
+brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), optional(
+    "sentencepiece")
 python_minifier = optional("python_minifier")
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
 torch_varlen = optional("torch.nn.attention.varlen")
-# torch 2.10 calls it is_causal, later releases write the same as a window that looks back without end.
+# torch 2.10 calls it is_causal, later releases write the same as a window that looks back without
+# end.
 VARLEN_CAUSAL = dict(is_causal=True) if torch_varlen and "is_causal" in inspect.signature(
     torch_varlen.varlen_attn).parameters else dict(window_size=(-1, 0))
 
 
 class Refusal(Exception):
-    """Bad input, told in one sentence: which knob or file, which value, what was expected. `main` prints it, exits 2."""
+    """Bad input, told in one sentence: which knob or file, which value, what was expected. `main`
+    prints it, exits 2."""
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 2. Hyperparameters
-# One typed table is the only place where a setting is declared: its name in capitals is the environment variable.
-# Reads the environment; gives a frozen `Hyperparameters`. Defaults are the submission; RECIPE changes many at once.
-# ======================================================================================================================
+# One typed table is the only place where a setting is declared: its name in capitals is the
+# environment variable.
+# Reads the environment; gives a frozen `Hyperparameters`. Defaults are the submission; RECIPE
+# changes many at once.
+# ==================================================================================================
 def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
     """One setting: its default, what it means with its unit, and which values are allowed."""
     return field(default=default, metadata=dict(meaning=meaning, check=check))
@@ -121,18 +132,26 @@ def among(*names: str) -> Callable[[str], bool]:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every setting of a run. `Hyperparameters()` is the submission; raises `Refusal` where values contradict."""
+    """Every setting of a run. `Hyperparameters()` is the submission; raises `Refusal` where values
+    contradict."""
 
     # -- run and data
-    run_id: str = knob("", "name of the run's folder; empty: the date and time", lambda v: not re.search(r"[^\w.+-]", v))
-    recipe: str = knob("", "recipes joined by commas, applied left to right; single knobs override them")
+    run_id: str = knob("", "name of the run's folder; empty: the date and time",
+                       lambda v: not re.search(r"[^\w.+-]", v))
+    recipe: str = knob(
+        "", "recipes joined by commas, applied left to right; single knobs override them")
     seed: int = knob(1337, "seed of every random generator", natural)
     logs_dir: str = knob("logs", "folder in which each run gets a folder of its own")
-    corpus: str = knob("", "embedded: text of the running Python's library; shards: files; empty: shards if there are any",
-                       among("", "embedded", "shards"))
-    data_dir: str = knob("./data", "where data sets and tokenizers are looked for and caches are kept")
-    data_path: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>")
-    tokenizer_path: str = knob("", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
+    corpus: str = knob(
+        "",
+        "embedded: text of the running Python's library; shards: files; empty: shards if any",
+        among("", "embedded", "shards"))
+    data_dir: str = knob("./data",
+                         "where data sets and tokenizers are looked for and caches are kept")
+    data_path: str = knob(
+        "", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>")
+    tokenizer_path: str = knob(
+        "", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = knob(8192, "rows of the token embedding, V", lambda v: 4 <= v <= 65536)
 
     # -- model
@@ -141,38 +160,53 @@ class Hyperparameters:
     num_heads: int = knob(8, "query heads, H", positive)
     num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
     mlp_mult: float = knob(4.0, "MLP width F as a multiple of MODEL_DIM", positive)
-    leaky_slope: float = knob(0.5, "slope of the squared leaky ReLU below zero; 0 is ReLU squared", fraction)
+    leaky_slope: float = knob(0.5, "slope of the squared leaky ReLU below zero; 0 is ReLU squared",
+                              fraction)
     rope_dims: int = knob(16, "leading dimensions of each head that rotate", positive)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
     qk_gain_init: float = knob(5.25, "initial gain of each query head after the QK norm", positive)
     ln_scale: bool = knob(True, "divide each layer's normalised input by sqrt(layer + 1)")
-    xsa_last_n: int = knob(11, "last layers whose heads drop the part along their own value (arXiv 2603.09078)", natural)
-    head_gate_scale: float = knob(0.5, "slope of the sparse attention head gate (#1787); 0: no gate", natural)
-    smear_gate: bool = knob(True, "let each token mix in the embedding of the token before it, within its document")
-    gate_window: int = knob(12, "leading channels that drive the head gate and the smear gate", positive)
+    xsa_last_n: int = knob(
+        11, "last layers whose heads drop the part along their own value (arXiv 2603.09078)",
+        natural)
+    head_gate_scale: float = knob(
+        0.5, "slope of the sparse attention head gate (#1787); 0: no gate", natural)
+    smear_gate: bool = knob(
+        True, "let each token mix in the embedding of the token before it, within its document")
+    gate_window: int = knob(12, "leading channels that drive the head gate and the smear gate",
+                            positive)
     num_loops: int = knob(2, "extra passes over layers LOOP_START to LOOP_END", natural)
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
-    enable_looping_at: float = knob(0.35, "share of training after which the recurrence runs", fraction)
-    parallel_start_layer: int = knob(8, "first layer with separate attention and MLP lanes (#1204); NUM_LAYERS: none", natural)
+    enable_looping_at: float = knob(0.35, "share of training after which the recurrence runs",
+                                    fraction)
+    parallel_start_layer: int = knob(
+        8, "first layer with separate attention and MLP lanes (#1204); NUM_LAYERS: none", natural)
     logit_softcap: float = knob(30.0, "logits are squashed into (-softcap, softcap)", positive)
-    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", positive)
+    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding",
+                                      positive)
 
     # -- training
     iterations: int = knob(20000, "most steps", natural)
-    max_wallclock_seconds: float = knob(600.0, "training clock, s; counts all that reads training data; 0: no clock", natural)
+    max_wallclock_seconds: float = knob(
+        600.0, "training clock, s; counts all that reads training data; 0: no clock", natural)
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step over all ranks", positive)
-    micro_batch_tokens: int = knob(98304, "tokens of one forward and backward pass on one rank", positive)
-    train_seq_len: int = knob(2048, "training context and longest document piece, tokens", lambda v: v > 1)
-    rehearsal_steps: int = knob(3, "steps of each depth plan in the rehearsal, later rewound; 0: no rehearsal", natural)
+    micro_batch_tokens: int = knob(98304, "tokens of one forward and backward pass on one rank",
+                                   positive)
+    train_seq_len: int = knob(2048, "training context and longest document piece, tokens",
+                              lambda v: v > 1)
+    rehearsal_steps: int = knob(
+        3, "steps of each depth plan in the rehearsal, later rewound; 0: no rehearsal", natural)
     lr_warmup_steps: int = knob(0, "steps over which the rates rise linearly", natural)
-    warmdown_frac: float = knob(0.85, "last share of training over which the rates fall linearly", fraction)
+    warmdown_frac: float = knob(0.85, "last share of training over which the rates fall linearly",
+                                fraction)
     min_lr: float = knob(0.1, "share of the peak rate at which the warmdown ends", fraction)
     matrix_lr: float = knob(0.026, "Muon rate of the matrices", natural)
     tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding", natural)
     scalar_lr: float = knob(0.02, "AdamW rate of gains, scales and gates", natural)
     muon_momentum: float = knob(0.97, "Muon momentum", lambda v: 0 <= v < 1)
-    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at the first step", lambda v: 0 <= v < 1)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at the first step",
+                                             lambda v: 0 <= v < 1)
     muon_momentum_warmup_steps: int = knob(1500, "steps over which the momentum rises", natural)
     beta1: float = knob(0.9, "AdamW decay of the mean", lambda v: 0 <= v < 1)
     beta2: float = knob(0.99, "AdamW decay of the square", lambda v: 0 <= v < 1)
@@ -181,22 +215,32 @@ class Hyperparameters:
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", natural)
     adam_wd: float = knob(0.02, "decoupled weight decay of gains, scales and gates", natural)
     grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", natural)
-    ema_decay: float = knob(0.9965, "decay of the averaged weights, which are the ones exported", lambda v: 0 <= v < 1)
+    ema_decay: float = knob(0.9965, "decay of the averaged weights, which are the ones exported",
+                            lambda v: 0 <= v < 1)
     train_log_every: int = knob(500, "steps between two training lines of the log", positive)
-    val_loss_every: int = knob(0, "steps between two validation scores during training; 0: none", natural)
-    compile: str = knob("auto", "torch.compile: full graph, one block at a time, off; auto: full on GPUs, block on CPUs",
-                        among("auto", "full", "block", "off"))
-    precision: str = knob("auto", "number format of the matrix products; auto: bf16 where the chip has it",
+    val_loss_every: int = knob(0, "steps between two validation scores during training; 0: none",
+                               natural)
+    compile: str = knob(
+        "auto",
+        "torch.compile: full graph, one block at a time, off; auto: full on GPUs, block on CPUs",
+        among("auto", "full", "block", "off"))
+    precision: str = knob("auto",
+                          "number format of the matrix products; auto: bf16 where the chip has it",
                           among("auto", "bf16", "fp32"))
 
     # -- quantisation and artifact
-    gptq_calibration_batches: int = knob(16, "micro-batches of training data for the second moments", positive)
-    gptq_reserve_seconds: float = knob(0.0, "part of the clock kept for calibration, s; 0: measured in the rehearsal", natural)
-    gptq_damping: float = knob(0.01, "added to the second moment's diagonal, as a share of its mean", positive)
+    gptq_calibration_batches: int = knob(
+        16, "micro-batches of training data for the second moments", positive)
+    gptq_reserve_seconds: float = knob(
+        0.0, "part of the clock kept for calibration, s; 0: measured in the rehearsal", natural)
+    gptq_damping: float = knob(
+        0.01, "added to the second moment's diagonal, as a share of its mean", positive)
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
-    matrix_clip_sigmas: float = knob(12.85, "largest code of a matrix row, in standard deviations of the row", positive)
-    embed_clip_sigmas: float = knob(14.0, "largest code of an embedding row, in standard deviations of the row", positive)
+    matrix_clip_sigmas: float = knob(
+        12.85, "largest code of a matrix row, in standard deviations of the row", positive)
+    embed_clip_sigmas: float = knob(
+        14.0, "largest code of an embedding row, in standard deviations of the row", positive)
     compressor: str = knob("auto", "coder of the streams; auto: the shortest per stream",
                            among("auto", "brotli", "zstd", "lzma"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
@@ -204,47 +248,59 @@ class Hyperparameters:
     # -- scoring
     eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
-    eval_batch_tokens: int = knob(262144, "tokens of one scoring forward pass on one rank", positive)
-    scores: str = knob("quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
-                       lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "ttt", ""})
+    eval_batch_tokens: int = knob(262144, "tokens of one scoring forward pass on one rank",
+                                  positive)
+    scores: str = knob(
+        "quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
+        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "ttt", ""})
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
-    ttt_chunk_tokens: int = knob(32768, "tokens that are scored before they are learned from", positive)
-    ttt_lr: float = knob(0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
+    ttt_chunk_tokens: int = knob(32768, "tokens that are scored before they are learned from",
+                                 positive)
+    ttt_lr: float = knob(
+        0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
     ttt_momentum: float = knob(0.9, "SGD momentum of test-time training", lambda v: 0 <= v < 1)
     ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
-    ttt_batch_seqs: int = knob(32, "sequences of TRAIN_SEQ_LEN per test-time training step over all ranks", positive)
+    ttt_batch_seqs: int = knob(
+        32, "sequences of TRAIN_SEQ_LEN per test-time training step over all ranks", positive)
     ttt_grad_clip: float = knob(1.0, "largest global gradient norm of test-time training", positive)
     lora_rank: int = knob(8, "rank R of the per-row adapters", positive)
     lora_alpha: float = knob(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", natural)
 
     def __post_init__(self):
-        """Checks every range and every relation between knobs; raises `Refusal` with the names and values."""
+        """Checks every range and every relation between knobs; raises `Refusal` with the names and
+        values."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value) or not f.metadata["check"](value):
-                raise Refusal(f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
+            if isinstance(value,
+                          float) and not math.isfinite(value) or not f.metadata["check"](value):
+                raise Refusal(
+                    f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
         h, F_ = self, self.mlp_mult * self.model_dim
         for holds, why in (
-            (h.model_dim % h.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
+            (h.model_dim % h.num_heads == 0,
+             "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
             (h.num_heads % h.num_kv_heads == 0,
              "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
             (F_ == int(F_), "MLP_MULT={mlp_mult} x MODEL_DIM={model_dim} must be a whole number"),
             (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
              "ROPE_DIMS={rope_dims} must be even and at most the head size MODEL_DIM / NUM_HEADS"),
-            (h.gate_window <= h.model_dim, "GATE_WINDOW={gate_window} must be at most MODEL_DIM={model_dim}"),
+            (h.gate_window
+             <= h.model_dim, "GATE_WINDOW={gate_window} must be at most MODEL_DIM={model_dim}"),
             (h.num_loops == 0 or h.loop_start <= h.loop_end < h.num_layers,
              "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold"),
             (h.train_batch_tokens % h.micro_batch_tokens == 0,
              "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of "
              "MICRO_BATCH_TOKENS={micro_batch_tokens}"),
             (h.micro_batch_tokens % h.train_seq_len == 0,
-             "MICRO_BATCH_TOKENS={micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
+             "MICRO_BATCH_TOKENS={micro_batch_tokens} must be a multiple of "
+             "TRAIN_SEQ_LEN={train_seq_len}"),
             (h.eval_stride <= h.eval_seq_len,
              "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}"),
             (h.ttt_chunk_tokens % h.train_seq_len == 0,
-             "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
+             "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of "
+             "TRAIN_SEQ_LEN={train_seq_len}"),
             (h.max_wallclock_seconds > 0 or h.iterations > 0,
-             "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero, or training never ends"),
+             "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero"),
         ):
             if not holds:
                 raise Refusal(why.format(**asdict(h)))
@@ -260,17 +316,20 @@ class Hyperparameters:
         return int(self.mlp_mult * self.model_dim)
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str], recipe: str = "record",
+    def from_env(cls,
+                 env: Mapping[str, str],
+                 recipe: str = "record",
                  base: Mapping[str, Any] = {}) -> Hyperparameters:
-        """`base`, recipe rows from left to right, single variables. Raises `Refusal` for values and near-miss names."""
+        """`base`, recipe rows from left to right, single variables. Raises `Refusal` for values and
+        near-miss names."""
         kinds = {f.name: f for f in fields(cls)}
         refuse_near_misses(env, kinds)
         recipe = env.get("RECIPE") or recipe
         values: dict[str, Any] = dict(base, recipe=recipe)
         for name in recipe.split(","):
             if name not in RECIPES:
-                raise Refusal(f"RECIPE={recipe}: there is no recipe {name!r}" + nearest(name, RECIPES)
-                              + f"; known: {', '.join(RECIPES)}")
+                raise Refusal(f"RECIPE={recipe}: there is no recipe {name!r}" +
+                              nearest(name, RECIPES) + f"; known: {', '.join(RECIPES)}")
             values.update(RECIPES[name])
         for name, f in kinds.items():
             if name != "recipe" and (raw := env.get(name.upper())) is not None:
@@ -278,29 +337,56 @@ class Hyperparameters:
         return cls(**values)
 
     def changed(self) -> dict[str, Any]:
-        """Name -> value of every knob that differs from the submission, those that only say where things lie left out."""
+        """Name -> value of every knob that differs from the submission, those that only say where
+        things lie left out."""
         places = {"run_id", "recipe", "logs_dir", "data_dir", "data_path", "tokenizer_path"}
-        return {f.name: getattr(self, f.name) for f in fields(self)
-                if getattr(self, f.name) != f.default and f.name not in places}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self) if getattr(self, f.name) != f.default and f.name not in places
+        }
 
 
 # Each recipe is a row of overrides. `demo` is a model that two CPU cores train in about a minute.
 RECIPES: dict[str, dict[str, Any]] = dict(
     record={},
-    demo=dict(
-        vocab_size=1024, num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=6,
-        num_loops=1, loop_start=2, loop_end=3, parallel_start_layer=4, train_seq_len=256,
-        eval_seq_len=256, train_batch_tokens=8192, micro_batch_tokens=8192, eval_batch_tokens=8192,
-        iterations=100000, max_wallclock_seconds=70.0, train_log_every=25, rehearsal_steps=1,
-        muon_momentum_warmup_steps=100, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        ema_decay=0.96, gptq_calibration_batches=8, ttt_chunk_tokens=8192, ttt_lr=0.01,
-        ttt_batch_seqs=32, ttt_epochs=2, scores="prequant,quantized,sliding,ttt"),
+    demo=dict(vocab_size=1024,
+              num_layers=6,
+              model_dim=256,
+              num_heads=4,
+              num_kv_heads=2,
+              xsa_last_n=6,
+              num_loops=1,
+              loop_start=2,
+              loop_end=3,
+              parallel_start_layer=4,
+              train_seq_len=256,
+              eval_seq_len=256,
+              train_batch_tokens=8192,
+              micro_batch_tokens=8192,
+              eval_batch_tokens=8192,
+              iterations=100000,
+              max_wallclock_seconds=70.0,
+              train_log_every=25,
+              rehearsal_steps=1,
+              muon_momentum_warmup_steps=100,
+              muon_momentum=0.95,
+              muon_momentum_warmup_start=0.85,
+              ema_decay=0.96,
+              gptq_calibration_batches=8,
+              ttt_chunk_tokens=8192,
+              ttt_lr=0.01,
+              ttt_batch_seqs=32,
+              ttt_epochs=2,
+              scores="prequant,quantized,sliding,ttt"),
 )
 
 
 def parse_knob(name: str, raw: str, kind: str, meaning: str) -> Any:
-    """The text of one variable as its knob's type; raises `Refusal` naming variable, value and meaning."""
-    parse = dict(int=lambda s: int(s.replace("_", "")), float=float, str=str,
+    """The text of one variable as its knob's type; raises `Refusal` naming variable, value and
+    meaning."""
+    parse = dict(int=lambda s: int(s.replace("_", "")),
+                 float=float,
+                 str=str,
                  bool=dict(zip(("0", "1", "false", "true"), (False, True) * 2)).__getitem__)[kind]
     try:
         return parse(raw.strip().lower() if kind == "bool" else raw)
@@ -316,32 +402,41 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def refuse_near_misses(env: Mapping[str, str], known: Iterable[str]) -> None:
-    """Raises `Refusal` for a variable that is no knob but looks like one: a typo must not train the wrong model."""
+    """Raises `Refusal` for a variable that is no knob but looks like one: a typo must not train the
+    wrong model."""
     knobs = [name.upper() for name in known]
     words = {tuple(sorted(name.split("_"))): name for name in knobs}
     for name in sorted(set(env) - set(knobs)):
         close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
             difflib.get_close_matches(name.upper(), knobs, 1, 0.87)
         if close and len(name) > 4:
-            raise Refusal(f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})")
+            raise Refusal(
+                f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})")
 
 
 def help_text() -> str:
     """The knob table, grouped as declared, with types and defaults."""
-    rows = [f"  {f.name.upper():28} {f.type:6} {str(f.default):14} {f.metadata['meaning']}"
-            for f in fields(Hyperparameters)]
-    return "\n".join([__doc__.strip(), "", f"Recipes (RECIPE=a,b): {', '.join(RECIPES)}", "",
-                      f"  {'knob':28} {'type':6} {'default':14} meaning", *rows])
+    rows = [
+        f"  {f.name.upper():28} {f.type:6} {str(f.default):14} {f.metadata['meaning']}"
+        for f in fields(Hyperparameters)
+    ]
+    return "\n".join([
+        __doc__.strip(), "", f"Recipes (RECIPE=a,b): {', '.join(RECIPES)}", "",
+        f"  {'knob':28} {'type':6} {'default':14} meaning", *rows
+    ])
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 3. World and log
-# Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one process every collective
-# is the identity. Gives `World`, the run's folder and `Log`, whose lines keep the forms that leaderboard tools parse.
-# ======================================================================================================================
+# Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one
+# process every collective
+# is the identity. Gives `World`, the run's folder and `Log`, whose lines keep the forms that
+# leaderboard tools parse.
+# ==================================================================================================
 @dataclass(frozen=True)
 class World:
-    """This process: rank, number of ranks, device. The collectives below are the only ones in the file."""
+    """This process: rank, number of ranks, device. The collectives below are the only ones in the
+    file."""
 
     rank: int = 0
     size: int = 1
@@ -349,14 +444,17 @@ class World:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
-        """Joins the process group that torchrun describes: NCCL on GPUs, gloo on CPUs. Raises `Refusal` if it fails."""
-        rank, size, local = (int(env.get(k, d)) for k, d in
-                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        """Joins the process group that torchrun describes: NCCL on GPUs, gloo on CPUs. Raises
+        `Refusal` if it fails."""
+        rank, size, local = (int(env.get(k, d))
+                             for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = torch.device("cpu")
         if torch.cuda.is_available():
             if local >= torch.cuda.device_count():
-                raise Refusal(f"LOCAL_RANK={local} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
-                              "start at most one process per GPU (torchrun --nproc_per_node)")
+                raise Refusal(
+                    f"LOCAL_RANK={local} has no GPU of its own (this node shows "
+                    f"{torch.cuda.device_count()}); "
+                    "start at most one process per GPU (torchrun --nproc_per_node)")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if size > 1:
@@ -396,7 +494,8 @@ class World:
         return rows
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value (bytes, numbers, text) on every rank; no pickle of anything that came from outside."""
+        """Rank 0's value (bytes, numbers, text) on every rank; no pickle of anything that came from
+        outside."""
         if self.size == 1:
             return value
         box = [value]
@@ -423,7 +522,8 @@ class World:
 
 
 class Stopwatch:
-    """Seconds since the start, with the device's queue drained first: for stages, never inside the training loop."""
+    """Seconds since the start, with the device's queue drained first: for stages, never inside the
+    training loop."""
 
     def __init__(self, world: World):
         """Starts it once every rank is here."""
@@ -439,7 +539,8 @@ class Stopwatch:
 
 
 def write_atomically(path: Path, *parts: bytes) -> None:
-    """Writes the whole file or nothing: a temporary file beside it, then a rename. Raises `Refusal` on a full disk."""
+    """Writes the whole file or nothing: a temporary file beside it, then a rename. Raises `Refusal`
+    on a full disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
@@ -449,15 +550,18 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise Refusal(f"{path}: {sum(map(len, parts)):,} bytes could not be written ({error.strerror}); "
-                      "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
+        raise Refusal(
+            f"{path}: {sum(map(len, parts)):,} bytes could not be written ({error.strerror}); "
+            "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
 
 
 class Log:
-    """The run's folder and its log: rank 0 prints and appends to log.txt, other ranks say nothing."""
+    """The run's folder and its log: rank 0 prints and appends to log.txt, other ranks say nothing.
+    """
 
     def __init__(self, world: World, folder: Path | None, quiet: bool = False):
-        """With a folder, claims it: raises `Refusal` if the run id was used before. A quiet log says nothing at all."""
+        """With a folder, claims it: raises `Refusal` if the run id was used before. A quiet log
+        says nothing at all."""
         self.world, self.folder, self.width, self.quiet = world, folder, 0, quiet
         if folder and world.main:
             try:
@@ -466,7 +570,8 @@ class Log:
                 raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; "
                               "choose another RUN_ID, no run is ever overwritten") from None
             except OSError as error:
-                raise Refusal(f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+                raise Refusal(
+                    f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
 
     def __call__(self, line: str) -> None:
         """One line on the terminal and in log.txt."""
@@ -479,10 +584,12 @@ class Log:
                 with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
                     f.write(line + "\n")
             except OSError as error:
-                raise Refusal(f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
+                raise Refusal(
+                    f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
 
     def progress(self, line: str) -> None:
-        """One updating line on a terminal, an ordinary line in a file; the caller says it sparsely."""
+        """One updating line on a terminal, an ordinary line in a file; the caller says it sparsely.
+        """
         if self.quiet or not self.world.main:
             return
         if not sys.stdout.isatty():
@@ -492,11 +599,13 @@ class Log:
         self.width = max(self.width, len(line))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 4. Data
-# Shards are the challenge's own: 256 int32 of header, then uint16 tokens, token 1 opens each document. First how they
-# are read (training batches, validation set), then how they are made from documents, then the embedded corpus.
-# ======================================================================================================================
+# Shards are the challenge's own: 256 int32 of header, then uint16 tokens, token 1 opens each
+# document. First how they
+# are read (training batches, validation set), then how they are made from documents, then the
+# embedded corpus.
+# ==================================================================================================
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 HEADER_BYTES = 256 * 4
 BOS = 1
@@ -535,45 +644,51 @@ def read_shard(path: Path) -> np.ndarray:
     if size_bytes != HEADER_BYTES + 2 * count:
         raise Refusal(f"shard {path}: {size_bytes} bytes, but a header of {count} tokens asks for "
                       f"{HEADER_BYTES + 2 * count}")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
 
 
 class Docs(NamedTuple):
     """Where documents lie in a batch of rows, so that attention stays inside each of them."""
 
-    start: Tensor           # (B, T) int64: place in the row of the first token of this token's piece
-    bounds: Tensor | None   # (n,) int32 ends of the pieces of the flattened batch, for variable-length kernels
-    longest: int            # tokens of the longest piece that can occur
+    # (B, T) int64: place in the row of the first token of this token's piece
+    start: Tensor
+    # (n,) int32 ends of the pieces of the flattened batch, for variable-length kernels
+    bounds: Tensor | None
+    longest: int    # tokens of the longest piece that can occur
 
 
 class Batch(NamedTuple):
     """One micro-batch: inputs, the tokens that follow them, and the document pieces."""
 
-    ids: Tensor      # (B, T) int64
-    targets: Tensor  # (B, T) int64
+    ids: Tensor    # (B, T) int64
+    targets: Tensor    # (B, T) int64
     docs: Docs
 
 
 def pieces(ids: np.ndarray, longest: int) -> np.ndarray:
-    """(B, T) tokens -> (B, T) place of the first token of each token's piece; a document longer than `longest` is cut."""
+    """(B, T) tokens -> (B, T) place of the first token of each token's piece; a document longer
+    than `longest` is cut."""
     place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     opens = np.maximum.accumulate(np.where(ids == BOS, place, 0), axis=1)
     return opens + (place - opens) // longest * longest
 
 
 def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
-    """The document pieces of (B, T) tokens; ends are padded to a power of two so that shapes repeat."""
+    """The document pieces of (B, T) tokens; ends are padded to a power of two so that shapes
+    repeat."""
     start = pieces(ids, longest)
     bounds = None
     if device.type == "cuda":
         ends = np.flatnonzero(start == np.arange(ids.shape[1])).astype(np.int32)
         room = max(ids.size // 64, 1 << len(ends).bit_length())
-        bounds = torch.from_numpy(np.concatenate([ends, np.full(room - len(ends), ids.size, np.int32)]))
+        bounds = torch.from_numpy(
+            np.concatenate([ends, np.full(room - len(ends), ids.size, np.int32)]))
     return Docs(torch.from_numpy(np.ascontiguousarray(start)), bounds, min(longest, ids.shape[1]))
 
 
 def whole_rows(ids: Tensor) -> Docs:
-    """Each row of (B, T) ids as one piece: attention over all that precedes, whatever documents it belongs to."""
+    """Each row of (B, T) ids as one piece: attention over all that precedes, whatever documents it
+    belongs to."""
     B, T = ids.shape
     ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=ids.device)
     return Docs(torch.zeros_like(ids), ends if ids.device.type == "cuda" else None, T)
@@ -582,8 +697,9 @@ def whole_rows(ids: Tensor) -> Docs:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device; from pinned memory, without waiting for the copy, on GPUs."""
     move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-    docs = batch.docs._replace(start=move(batch.docs.start),
-                               bounds=None if batch.docs.bounds is None else move(batch.docs.bounds))
+    docs = batch.docs._replace(
+        start=move(batch.docs.start),
+        bounds=None if batch.docs.bounds is None else move(batch.docs.bounds))
     return Batch(move(batch.ids), move(batch.targets), docs)
 
 
@@ -591,9 +707,12 @@ class Loader:
     """Endless micro-batches of the training shards; `position` is its whole state.
 
     One epoch lays the shards end to end in a seeded order and cuts the stream into blocks of
-    MICRO_BATCH_TOKENS; blocks are shuffled within stretches of 1024, and no block comes twice before all have come.
-    Block number position * size + rank belongs to this rank, so that any world size sees the same steps. A block is
-    one long row on GPUs (variable-length attention), rows of TRAIN_SEQ_LEN on CPUs. The next one is read on a thread.
+    MICRO_BATCH_TOKENS; blocks are shuffled within stretches of 1024, and no block comes twice
+    before all have come.
+    Block number position * size + rank belongs to this rank, so that any world size sees the same
+    steps. A block is
+    one long row on GPUs (variable-length attention), rows of TRAIN_SEQ_LEN on CPUs. The next one is
+    read on a thread.
     """
 
     def __init__(self, h: Hyperparameters, world: World, shards: Sequence[np.ndarray]):
@@ -601,8 +720,9 @@ class Loader:
         self.h, self.world, self.shards, self.position = h, world, shards, 0
         self.blocks = (sum(map(len, shards)) - 1) // h.micro_batch_tokens
         if self.blocks < world.size:
-            raise Refusal(f"the training shards hold {sum(map(len, shards)):,} tokens, too few for one micro-batch of "
-                          f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
+            raise Refusal(
+                f"the training shards hold {sum(map(len, shards)):,} tokens, too few for one of "
+                f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
         self.epoch, self.order, self.stream = -1, np.empty(0), []
         self.thread, self.ready = None, {}
 
@@ -641,7 +761,8 @@ class Loader:
                      locate(ids, self.h.train_seq_len, self.world.device))
 
     def fetch(self, number: int) -> None:
-        """Reads block `number` for `next`; runs on the thread, so an error is kept and raised there."""
+        """Reads block `number` for `next`; runs on the thread, so an error is kept and raised
+        there."""
         try:
             self.ready[number] = self.read(number)
         except Exception as error:
@@ -658,7 +779,9 @@ class Loader:
         if isinstance(batch, Exception):
             raise batch
         self.position += 1
-        self.thread = threading.Thread(target=self.fetch, args=(number + self.world.size,), daemon=True)
+        self.thread = threading.Thread(target=self.fetch,
+                                       args=(number + self.world.size, ),
+                                       daemon=True)
         self.thread.start()
         return to_device(batch, self.world.device)
 
@@ -667,20 +790,22 @@ class Loader:
 class Validation:
     """The whole validation set: no truncated tail, every token but the first is a target."""
 
-    tokens: Tensor        # (N + 1,) int64 on the CPU
-    bytes: np.ndarray     # (N,) bytes of text that each target stands for
-    documents: np.ndarray  # (n + 1,) places of the document starts, then N: targets [d[i], d[i + 1]) are scored together
+    tokens: Tensor    # (N + 1,) int64 on the CPU
+    bytes: np.ndarray    # (N,) bytes of text that each target stands for
+    documents: np.ndarray    # (n + 1,) first targets of the documents, then N
 
     @classmethod
     def of(cls, tokens: np.ndarray, target_bytes_: np.ndarray) -> Validation:
         """From tokens (N + 1,) and bytes per target (N,)."""
         starts = np.flatnonzero(tokens[:-1] == BOS)
         documents = np.unique(np.concatenate([[0], starts, [len(tokens) - 1]]))
-        return cls(torch.from_numpy(tokens.astype(np.int64)), target_bytes_.astype(np.int64), documents)
+        return cls(torch.from_numpy(tokens.astype(np.int64)), target_bytes_.astype(np.int64),
+                   documents)
 
 
 class Dataset(NamedTuple):
-    """What a run reads: training shards (memory-mapped), the validation set, and how its bytes were counted."""
+    """What a run reads: training shards (memory-mapped), the validation set, and how its bytes were
+    counted."""
 
     train: list[np.ndarray]
     val: Validation
@@ -688,15 +813,20 @@ class Dataset(NamedTuple):
 
 
 def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
-    """Finds or builds the data and checks all of it before any training; raises `Refusal` for whatever is wrong."""
+    """Finds or builds the data and checks all of it before any training; raises `Refusal` for
+    whatever is wrong."""
     folder = Path(h.data_path or Path(h.data_dir) / "datasets" / f"fineweb10B_sp{h.vocab_size}")
     if h.corpus == "embedded" or not h.corpus and not h.data_path and not folder.is_dir():
         if not h.corpus:
-            log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)")
+            log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)"
+                )
         if world.main:
             folder = embedded_corpus(Path(h.data_dir) / "cache", h.vocab_size, log)
         folder = Path(world.share(str(folder)))
-    names = {side: sorted(folder.glob(f"fineweb_{side}_*.bin")) for side in ("train", "val", "val_bytes")}
+    names = {
+        side: sorted(folder.glob(f"fineweb_{side}_*.bin"))
+        for side in ("train", "val", "val_bytes")
+    }
     names["val"] = [p for p in names["val"] if not p.name.startswith("fineweb_val_bytes")]
     for side in ("train", "val"):
         if not names[side]:
@@ -704,21 +834,26 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     train = [read_shard(path) for path in names["train"]]
     tokens = np.concatenate([read_shard(path) for path in names["val"]])
     for path, shard in [*zip(names["train"], train), (names["val"][0], tokens)]:
-        probe = shard if len(shard) < 1 << 24 else shard[:: len(shard) >> 22]
+        probe = shard if len(shard) < 1 << 24 else shard[::len(shard) >> 22]
         if len(shard) and (largest := int(probe.max())) >= h.vocab_size:
             raise Refusal(f"{path}: token {largest} is outside VOCAB_SIZE={h.vocab_size}; "
                           "shards and vocabulary do not belong together")
     if len(tokens) < 2 or not (tokens == BOS).any():
-        raise Refusal(f"{names['val'][0]}: no document start (token {BOS}) among {len(tokens)} tokens")
+        raise Refusal(
+            f"{names['val'][0]}: no document start (token {BOS}) among {len(tokens)} tokens")
     if names["val_bytes"]:
         sidecar = np.concatenate([read_shard(path) for path in names["val_bytes"]])
         if len(sidecar) != len(tokens):
-            raise Refusal(f"{names['val_bytes'][0]}: {len(sidecar)} byte counts for {len(tokens)} validation tokens; "
-                          "the sidecar must hold one for each token")
-        return Dataset(train, Validation.of(tokens, sidecar[1:]), f"sidecar {names['val_bytes'][0].name}")
-    path = Path(h.tokenizer_path or Path(h.data_dir) / "tokenizers" / f"fineweb_{h.vocab_size}_bpe.model")
+            raise Refusal(
+                f"{names['val_bytes'][0]}: {len(sidecar)} byte counts for {len(tokens)} tokens; "
+                "the sidecar must hold one for each token")
+        return Dataset(train, Validation.of(tokens, sidecar[1:]),
+                       f"sidecar {names['val_bytes'][0].name}")
+    path = Path(h.tokenizer_path
+                or Path(h.data_dir) / "tokenizers" / f"fineweb_{h.vocab_size}_bpe.model")
     tables = piece_bytes(load_tokenizer(path, h.vocab_size, False), h.vocab_size)
-    return Dataset(train, Validation.of(tokens, target_bytes(tokens, tables)), f"tokenizer {path.name}")
+    return Dataset(train, Validation.of(tokens, target_bytes(tokens, tables)),
+                   f"tokenizer {path.name}")
 
 
 class ShardWriter:
@@ -851,8 +986,10 @@ def held_out(key: str) -> bool:
 
 
 # Linux distributions package these apart from the library, so they are left out everywhere.
-OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize",
-                    "tkinter", "turtle", "turtledemo", "venv"}
+OPTIONAL_MODULES = {
+    "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize", "tkinter",
+    "turtle", "turtledemo", "venv"
+}
 EMBEDDED_MINIMUM_BYTES = 2_000_000
 
 
@@ -866,7 +1003,7 @@ def embedded_documents() -> list[tuple[str, str]]:
     library = Path(sysconfig.get_path("stdlib"))
     documents = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old sources carry invalid escapes
+        warnings.simplefilter("ignore")    # old sources carry invalid escapes
         for module in sorted(sys.stdlib_module_names - OPTIONAL_MODULES):
             for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
                 inside = path.relative_to(library).with_suffix("")
@@ -936,19 +1073,32 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
         Path(rules).write_text(ESCAPE_RULES)
         Path(unrules).write_text(UNESCAPE_RULES)
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=V,
-                pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(markers),
-                byte_fallback=True, split_digits=True, character_coverage=0.9995,
-                normalization_rule_tsv=rules, denormalization_rule_tsv=unrules,
-                add_dummy_prefix=False, remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, num_threads=1,
-                minloglevel=4)
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines,
+                                                     model_writer=model,
+                                                     model_type="bpe",
+                                                     vocab_size=V,
+                                                     pad_id=0,
+                                                     bos_id=1,
+                                                     eos_id=2,
+                                                     unk_id=3,
+                                                     user_defined_symbols=list(markers),
+                                                     byte_fallback=True,
+                                                     split_digits=True,
+                                                     character_coverage=0.9995,
+                                                     normalization_rule_tsv=rules,
+                                                     denormalization_rule_tsv=unrules,
+                                                     add_dummy_prefix=False,
+                                                     remove_extra_whitespaces=False,
+                                                     allow_whitespace_only_pieces=True,
+                                                     max_sentence_length=1 << 16,
+                                                     num_threads=1,
+                                                     minloglevel=4)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise Refusal(f"VOCAB_SIZE {V}: no tokenizer of this size can be trained on these "
                           f"documents ({reason})") from error
-    write_atomically(Path(path), model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
+    write_atomically(Path(path),
+                     model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
 
 
 def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
@@ -970,9 +1120,9 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
                       "would be lost")
     marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
     if marked != caseops:
-        raise Refusal(f"tokenizer {path}: " + (
-            "it was made for CaseOps text, add --caseops" if marked else
-            "it has no pieces for the four CaseOps markers, leave --caseops away"))
+        raise Refusal(f"tokenizer {path}: " +
+                      ("it was made for CaseOps text, add --caseops" if marked else
+                       "it has no pieces for the four CaseOps markers, leave --caseops away"))
     return tokenizer
 
 
@@ -987,17 +1137,20 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor,
     if len(tokenizer) != V:
         raise Refusal(f"the tokenizer has {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
     pieces = [tokenizer.id_to_piece(i) for i in range(V)]
-    boundary = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i)
-                         or tokenizer.is_unused(i) for i in range(V)])
+    boundary = np.array([
+        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        for i in range(V)
+    ])
     byte = np.array([tokenizer.is_byte(i) for i in range(V)])
     spaced = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~boundary & ~byte
-    sizes = [len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode())
-             for piece in pieces]
+    sizes = [
+        len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for piece in pieces
+    ]
     return np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16), spaced, boundary
 
 
-def target_bytes(tokens: np.ndarray,
-                 tables: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray,
+                                                   np.ndarray]) -> np.ndarray:
     """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
 
     A leading space counts one byte unless the token before it is a boundary.
@@ -1015,8 +1168,10 @@ def utf8_widths(text: str) -> np.ndarray:
 
 def piece_widths(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     """UTF-8 bytes (V,) that each piece covers in normalised text, where a space is U+2581."""
-    return np.array([1 if tokenizer.is_byte(i) else len(tokenizer.id_to_piece(i).encode())
-                     for i in range(len(tokenizer))])
+    return np.array([
+        1 if tokenizer.is_byte(i) else len(tokenizer.id_to_piece(i).encode())
+        for i in range(len(tokenizer))
+    ])
 
 
 def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarray, ids: np.ndarray,
@@ -1088,8 +1243,8 @@ def caseops_weights(text: str) -> np.ndarray:
     return weights
 
 
-Corpus = Callable[[], Iterator[tuple[bool, str]]]  # each call starts over: (held out, text)
-BUILDER = 1  # raise it whenever the same documents would give other files
+Corpus = Callable[[], Iterator[tuple[bool, str]]]    # each call starts over: (held out, text)
+BUILDER = 1    # raise it whenever the same documents would give other files
 SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
 
 
@@ -1177,22 +1332,23 @@ def intact(folder: Path) -> bool:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         return all(file_sha256(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # whatever is wrong with it, the answer is to build it again
+        return False    # whatever is wrong with it, the answer is to build it again
 
 
-def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path, caseops: bool,
-                 progress: Progress) -> dict[str, int]:
+def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
+                 caseops: bool, progress: Progress) -> dict[str, int]:
     """Writes train, val and val_bytes shards of `corpus` into `folder`; returns what it counted.
 
     A document for which the normaliser leaves no token is left out, so that every byte of the
     documents that stay has a token to stand on. Raises Refusal when one side stays empty.
     """
-    counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
-                            "train_bytes", "val_documents_decoded_exactly"], 0)
+    counts = dict.fromkeys([
+        "train_documents", "val_documents", "empty_documents", "val_bytes", "train_bytes",
+        "val_documents_decoded_exactly"
+    ], 0)
     widths = piece_widths(tokenizer)
-    with (ShardWriter(folder / "fineweb_train") as train,
-          ShardWriter(folder / "fineweb_val") as val,
-          ShardWriter(folder / "fineweb_val_bytes") as sidecar):
+    with (ShardWriter(folder / "fineweb_train") as train, ShardWriter(folder / "fineweb_val") as
+          val, ShardWriter(folder / "fineweb_val_bytes") as sidecar):
         for batch in batches(corpus()):
             texts = [caseops_encode(text) if caseops else text for _, text in batch]
             encoded = tokenizer.encode(texts, num_threads=os.cpu_count() or 1)
@@ -1254,13 +1410,20 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
         progress = Progress("encoding", say)
         counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, progress)
         progress.close()
-        manifest = {"builder": BUILDER, "vocab_size": V, "caseops": caseops, **counts,
-                    "files": {path.name: file_sha256(path) for path in sorted(folder.iterdir())}}
+        manifest = {
+            "builder": BUILDER,
+            "vocab_size": V,
+            "caseops": caseops,
+            **counts, "files": {
+                path.name: file_sha256(path)
+                for path in sorted(folder.iterdir())
+            }
+        }
         write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         try:
             os.rename(folder, out)
         except OSError as error:
-            if not intact(out):  # another process may have finished the same folder first
+            if not intact(out):    # another process may have finished the same folder first
                 raise Refusal(f"--out {out}: cannot be put in place ({error})") from error
     return manifest
 
@@ -1285,8 +1448,9 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         say(f"data: {path} is damaged and is built again")
-        with tempfile.TemporaryDirectory(dir=folder) as bin_folder, contextlib.suppress(FileNotFoundError):
-            os.rename(path, Path(bin_folder) / "damaged")  # gone when another process was faster
+        with (tempfile.TemporaryDirectory(dir=folder) as
+              bin_folder, contextlib.suppress(FileNotFoundError)):
+            os.rename(path, Path(bin_folder) / "damaged")    # gone when another process was faster
     documents = [(held_out(name), text) for name, text in embedded_documents()]
     build_dataset(functools.partial(iter, documents), V, None, path, False, say)
     return path
@@ -1300,7 +1464,11 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
     parser.add_argument("--caseops", action="store_true", help="lossless case transform")
-    parser.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
+    parser.add_argument("--val",
+                        nargs="+",
+                        type=Path,
+                        default=[],
+                        help="validation documents; "
                         "else one document in twenty, by a hash of its content")
     options = parser.parse_args(arguments)
     corpus = functools.partial(split_documents, options.files, options.val)
@@ -1311,30 +1479,35 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     return manifest
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 5. Roles and depth
-# One row per stored tensor. Construction, initialisation, optimisers, calibration, quantisation, packing and the size
-# report all walk this table; the artifact stores neither names nor shapes, because the table's order is its format.
-# ======================================================================================================================
+# One row per stored tensor. Construction, initialisation, optimisers, calibration, quantisation,
+# packing and the size
+# report all walk this table; the artifact stores neither names nor shapes, because the table's
+# order is its format.
+# ==================================================================================================
 class Role(NamedTuple):
     """What the pipeline needs to know about one stored tensor."""
 
-    shape: tuple[int, ...]      # leading L where there is one slice per layer
-    init: str | float           # "orthogonal", "normal", or the constant that fills it
-    optim: str                  # "muon", "embed" or "scalar"
-    bits: int = 16              # 16: stored as fp16; below: codes of that width with a step per row
-    tap: str = ""               # the activation that feeds it; empty: rounded without GPTQ
-    sigmas: float = 0.0         # clip width in standard deviations of a row; 0: the row's largest value
+    shape: tuple[int, ...]    # leading L where there is one slice per layer
+    init: str | float    # "orthogonal", "normal", or the constant that fills it
+    optim: str    # "muon", "embed" or "scalar"
+    bits: int = 16    # 16: stored as fp16; below: codes of that width with a step per row
+    tap: str = ""    # the activation that feeds it; empty: rounded without GPTQ
+    # clip width in standard deviations of a row; 0: the row's largest value
+    sigmas: float = 0.0
 
 
 def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
-    L, D, H, K, F_ = h.num_layers, h.model_dim, h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim, h.mlp_dim
+    L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
+    H, K = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
     S = len(depth_plan(h, looped=True)) // 2
     matrix = dict(optim="muon", bits=h.matrix_bits, sigmas=h.matrix_clip_sigmas)
     scalar = dict(optim="scalar")
     table = dict(
-        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final", h.embed_clip_sigmas),
+        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final",
+                   h.embed_clip_sigmas),
         wq=Role((L, H, D), "orthogonal", tap="attn_in", **matrix),
         wk=Role((L, K, D), "orthogonal", tap="attn_in", **matrix),
         wv=Role((L, K, D), "orthogonal", tap="attn_in", **matrix),
@@ -1356,7 +1529,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         table["lane_write"] = Role((L, 2, 2), 1.0, **scalar)
     if h.smear_gate:
         table["smear_gate"] = Role((1, h.gate_window), 0.0, **scalar)
-        table["smear_scale"] = Role((1,), 0.0, **scalar)
+        table["smear_scale"] = Role((1, ), 0.0, **scalar)
     return table
 
 
@@ -1364,14 +1537,15 @@ class Step(NamedTuple):
     """One executed block: the layer whose weights it uses and its part in the U-Net skips."""
 
     layer: int
-    push: bool        # its output is kept for the step that mirrors it
-    pop: int | None   # row of the skip weights that merges a kept output, or None
+    push: bool    # its output is kept for the step that mirrors it
+    pop: int | None    # row of the skip weights that merges a kept output, or None
     parallel: bool    # attention and MLP read and write lanes of their own
-    xsa: bool         # heads drop the part along their own value
+    xsa: bool    # heads drop the part along their own value
 
 
 def depth_plan(h: Hyperparameters, looped: bool) -> tuple[Step, ...]:
-    """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times when looped.
+    """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times when
+    looped.
 
     The first half pushes its outputs, the second half pops them in reverse (U-Net skips, #289).
     """
@@ -1379,28 +1553,34 @@ def depth_plan(h: Hyperparameters, looped: bool) -> tuple[Step, ...]:
     if not (looped and h.num_loops):
         order = list(range(h.num_layers))
     else:
-        order = [*range(h.loop_start), *list(segment) * (1 + h.num_loops), *range(h.loop_end + 1, h.num_layers)]
+        order = [
+            *range(h.loop_start), *list(segment) * (1 + h.num_loops),
+            *range(h.loop_end + 1, h.num_layers)
+        ]
     half = len(order) // 2
-    return tuple(Step(layer, slot < half, slot - half if half <= slot < 2 * half else None,
-                      layer >= h.parallel_start_layer and slot >= half,
-                      layer >= h.num_layers - h.xsa_last_n) for slot, layer in enumerate(order))
+    return tuple(
+        Step(layer, slot < half, slot - half if half <= slot < 2 * half else None,
+             layer >= h.parallel_start_layer and slot >= half, layer >= h.num_layers - h.xsa_last_n)
+        for slot, layer in enumerate(order))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 6. Model
-# The only forward pass of the file. `hidden` has two seams, both empty by default: `lora` adapts every `linear`, and
-# `probe` sees every activation that feeds a quantised matrix. Depth recurrence is the argument `plan`, never a flag.
-# ======================================================================================================================
+# The only forward pass of the file. `hidden` has two seams, both empty by default: `lora` adapts
+# every `linear`, and
+# `probe` sees every activation that feeds a quantised matrix. Depth recurrence is the argument
+# `plan`, never a flag.
+# ==================================================================================================
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension without a gain: x / sqrt(mean(x^2) + eps)."""
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1), ))
 
 
 class LoRA(NamedTuple):
     """Low-rank correction with separate factors for every row of the batch (arXiv 2106.09685)."""
 
-    a: Tensor      # (B, R, in)
-    b: Tensor      # (B, out, R)
+    a: Tensor    # (B, R, in)
+    b: Tensor    # (B, out, R)
     scale: float
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -1409,28 +1589,32 @@ class LoRA(NamedTuple):
 
 
 def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | None = None) -> Tensor:
-    """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is an adapter."""
+    """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is an
+    adapter."""
     y = F.linear(x, w)
     return y if lora is None else y + lora(x if lora_in is None else lora_in)
 
 
 def rope_table(h: Hyperparameters, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv 2104.09864), rounded last."""
+    """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv
+    2104.09864), rounded last."""
     pairs = torch.arange(0, h.rope_dims, 2, device=like.device, dtype=torch.float32)
     angle = torch.outer(torch.arange(T, device=like.device, dtype=torch.float32),
-                        h.rope_base ** (-pairs / h.rope_dims))[:, None]
+                        h.rope_base**(-pairs / h.rope_dims))[:, None]
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first 2 * cos.size(-1) dimensions of each head (B, T, H, E) by position; the rest pass through."""
+    """Rotates the first 2 * cos.size(-1) dimensions of each head (B, T, H, E) by position; the rest
+    pass through."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
 
 
 def attention_kernel(device: torch.device) -> str:
-    """The fastest causal attention this device and installation offer: fa3, fa2, varlen (torch >= 2.10) or blocks."""
+    """The fastest causal attention this device and installation offer: fa3, fa2, varlen (torch >=
+    2.10) or blocks."""
     if device.type != "cuda":
         return "blocks"
     if flash_attn_3 and torch.cuda.get_device_capability(device)[0] == 9:
@@ -1450,10 +1634,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     bounds, longest = docs.bounds, docs.longest
     q, k, v = (t.reshape(B * T, -1, E) for t in (q, k, v))
     if kernel == "fa3":
-        y = flash_attn_3.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+        y = flash_attn_3.flash_attn_varlen_func(q,
+                                                k,
+                                                v,
+                                                bounds,
+                                                bounds,
+                                                longest,
+                                                longest,
+                                                causal=True)
         y = y[0] if isinstance(y, tuple) else y
     elif kernel == "fa2":
-        y = flash_attn_2.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+        y = flash_attn_2.flash_attn_varlen_func(q,
+                                                k,
+                                                v,
+                                                bounds,
+                                                bounds,
+                                                longest,
+                                                longest,
+                                                causal=True)
     else:
         k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))
         y = torch_varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **VARLEN_CAUSAL)
@@ -1476,9 +1674,11 @@ def ungroup(t: Tensor) -> Tensor:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as the others' twin.
+    """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as
+    the others' twin.
 
-    The backward pass reuses the stored probabilities; torch's CPU kernel computes them again at two to three times
+    The backward pass reuses the stored probabilities; torch's CPU kernel computes them again at two
+    to three times
     the cost.
     """
 
@@ -1494,18 +1694,21 @@ class BlockAttention(torch.autograd.Function):
             seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
             rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
             logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT)
-            logits = logits.view(B, K, H // K, hi - lo, hi).float() * E ** -0.5
+            logits = logits.view(B, K, H // K, hi - lo, hi).float() * E**-0.5
             p = torch.where(seen[:, None, None], logits, -math.inf).softmax(-1).to(q.dtype)
             p = p.view(B * K, -1, hi)
             probabilities.append(p)
-            outputs.append(torch.bmm(p, values[:, :, 0, :hi].reshape(B * K, hi, E)).view(B, K, H // K, hi - lo, E))
+            outputs.append(
+                torch.bmm(p, values[:, :, 0, :hi].reshape(B * K, hi, E)).view(
+                    B, K, H // K, hi - lo, E))
         y = ungroup(torch.cat(outputs, 3))
         ctx.save_for_backward(q, k, v, y, *probabilities)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv 2205.14135, B.2)."""
+        """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv
+        2205.14135, B.2)."""
         q, k, v, y, *probabilities = ctx.saved_tensors
         B, T, H, E = q.shape
         K = k.size(2)
@@ -1516,9 +1719,11 @@ class BlockAttention(torch.autograd.Function):
             hi = min(lo + QUERY_BLOCK, T)
             rows, grads = (t[..., lo:hi, :].reshape(B * K, -1, E) for t in (Q, G))
             dp = torch.bmm(grads, values[:, :, 0, :hi].reshape(B * K, hi, E).mT).float()
-            ds = p.float() * (dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)) * E ** -0.5
+            ds = p.float() * (dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)) * E**-0.5
             ds = ds.to(q.dtype)
-            dq.append(torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(B, K, H // K, hi - lo, E))
+            dq.append(
+                torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(
+                    B, K, H // K, hi - lo, E))
             dk.append(F.pad(torch.bmm(ds.mT, rows).float(), (0, 0, 0, T - hi)))
             dv.append(F.pad(torch.bmm(p.mT, grads).float(), (0, 0, 0, T - hi)))
         dk, dv = (ungroup(sum(t).to(q.dtype).view(B, K, 1, T, E)) for t in (dk, dv))
@@ -1526,7 +1731,8 @@ class BlockAttention(torch.autograd.Function):
 
 
 class Layer(NamedTuple):
-    """One layer's slice of every bank; None where the model has no such role. Gains and scales stay fp32."""
+    """One layer's slice of every bank; None where the model has no such role. Gains and scales stay
+    fp32."""
 
     wq: Tensor
     wk: Tensor
@@ -1542,14 +1748,15 @@ class Layer(NamedTuple):
     head_gate: Tensor | None
     lane_keep: Tensor | None
     lane_write: Tensor | None
-    depth_scale: Tensor      # () 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE)
+    depth_scale: Tensor    # () 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE)
 
 
 Probe = Callable[[str, int, Tensor], None]
 
 
 class Block(nn.Module):
-    """The mathematics of one executed step; it owns no weights, so that one compiled graph serves every layer."""
+    """The mathematics of one executed step; it owns no weights, so that one compiled graph serves
+    every layer."""
 
     def __init__(self, h: Hyperparameters):
         """Keeps the hyperparameters only."""
@@ -1563,17 +1770,21 @@ class Block(nn.Module):
         if probe:
             probe("attn_in", n)
         heads = lambda t: t.view(B, T, -1, h.head_dim)
-        q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)                       # (B, T, H, E)
+        # (B, T, H, E)
+        q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
         q = (q * w.q_gain[:, None]).type_as(n)
-        k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)                       # (B, T, K, E)
+        # (B, T, K, E)
+        k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = heads(linear(n, w.wv, lora.get("v")))
         y = attend(q, k, v, docs)
-        if xsa:  # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
-            own = F.normalize(v, dim=-1)[..., None, :]                                       # (B, T, K, 1, E)
+        if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
+            # (B, T, K, 1, E)
+            own = F.normalize(v, dim=-1)[..., None, :]
             grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
         if w.head_gate is not None:
-            gate = F.linear(n[..., :h.gate_window], w.head_gate)                             # (B, T, H)
+            # (B, T, H)
+            gate = F.linear(n[..., :h.gate_window], w.head_gate)
             y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
         y = y.reshape(B, T, -1)
         if probe:
@@ -1585,17 +1796,29 @@ class Block(nn.Module):
         """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
         if probe:
             probe("mlp_in", n)
-        hidden = F.leaky_relu(F.linear(n, w.w_up), self.h.leaky_slope).square()              # (B, T, F)
+        # (B, T, F)
+        hidden = F.leaky_relu(F.linear(n, w.w_up), self.h.leaky_slope).square()
         if probe:
             probe("mlp_hidden", hidden)
         return linear(hidden, w.w_down, lora.get("mlp"), lora_in=n)
 
-    def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], docs: Docs,
-                parallel: bool, xsa: bool, lora: Mapping[str, LoRA] = {},
+    def forward(self,
+                w: Layer,
+                a: Tensor,
+                m: Tensor,
+                x0: Tensor,
+                rope: tuple[Tensor, Tensor],
+                docs: Docs,
+                parallel: bool,
+                xsa: bool,
+                lora: Mapping[str, LoRA] = {},
                 probe: Callable[[str, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
-        """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads `a` and leaves both equal."""
+        """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads `a` and
+        leaves both equal."""
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
-        attn = w.attn_scale * self.attention(w, norm(read) * w.depth_scale, rope, docs, xsa, lora, probe)
+        attn = w.attn_scale * self.attention(w,
+                                             norm(read) * w.depth_scale, rope, docs, xsa, lora,
+                                             probe)
         if not parallel:
             a = (read + attn).type_as(a)
             a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
@@ -1614,21 +1837,32 @@ class Head(nn.Module):
         super().__init__()
         self.h = h
 
-    def forward(self, x: Tensor, embed: Tensor, targets: Tensor, lora: LoRA | None = None) -> Tensor:
-        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax(cap tanh(z / cap))."""
+    def forward(self,
+                x: Tensor,
+                embed: Tensor,
+                targets: Tensor,
+                lora: LoRA | None = None) -> Tensor:
+        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax(cap
+        tanh(z / cap))."""
         cap = self.h.logit_softcap
         logits = cap * torch.tanh(linear(x, embed, lora).float() / cap)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                               reduction="none").view_as(targets)
 
 
 class GPT(nn.Module):
-    """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss in nats."""
+    """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss
+    in nats."""
 
     def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
-        """Weights are fp32 and initialised from the global random state; `dtype` is that of the matrix products."""
+        """Weights are fp32 and initialised from the global random state; `dtype` is that of the
+        matrix products."""
         super().__init__()
         self.h, self.dtype = h, dtype
-        self.bank = nn.ParameterDict({name: nn.Parameter(torch.empty(r.shape)) for name, r in roles(h).items()})
+        self.bank = nn.ParameterDict({
+            name: nn.Parameter(torch.empty(r.shape))
+            for name, r in roles(h).items()
+        })
         self.block, self.head = Block(h), Head(h)
         self.run_block: Callable = self.block
         self.run_head: Callable = self.head
@@ -1636,8 +1870,10 @@ class GPT(nn.Module):
         self.initialise()
 
     def compile(self, mode: str) -> None:
-        """Compiles the whole loss (`full`) or one block and the head (`block`); the loss is then `run_nats`."""
-        torch._dynamo.config.recompile_limit = 64    # one graph per depth plan, shape and gradient mode
+        """Compiles the whole loss (`full`) or one block and the head (`block`); the loss is then
+        `run_nats`."""
+        # one graph per depth plan, shape and gradient mode
+        torch._dynamo.config.recompile_limit = 64
         if mode == "full":
             self.run_nats = torch.compile(self.nats, dynamic=False, fullgraph=True)
         elif mode == "block":
@@ -1646,7 +1882,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Fills every bank as its role says; matrices that write to the residual stream start at zero."""
+        """Fills every bank as its role says; matrices that write to the residual stream start at
+        zero."""
         for name, role in roles(self.h).items():
             w = self.bank[name]
             if w.is_meta:
@@ -1660,17 +1897,22 @@ class GPT(nn.Module):
                 nn.init.constant_(w, role.init)
 
     def layers(self) -> list[Layer]:
-        """Each bank cast once and unbound once: indexing at each use would make a full-size gradient per use."""
+        """Each bank cast once and unbound once: indexing at each use would make a full-size
+        gradient per use."""
         table, banks = roles(self.h), self.bank
-        cast = {name: (banks[name] if table[name].optim == "scalar" and name != "head_gate" else
-                       banks[name].to(self.dtype)).unbind(0) for name in Layer._fields if name in banks}
+        cast = {
+            name: (banks[name] if table[name].optim == "scalar" and name != "head_gate" else
+                   banks[name].to(self.dtype)).unbind(0)
+            for name in Layer._fields if name in banks
+        }
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
-        cast["depth_scale"] = (numbers ** (-0.5 * self.h.ln_scale)).unbind(0)
-        absent = (None,) * self.h.num_layers
+        cast["depth_scale"] = (numbers**(-0.5 * self.h.ln_scale)).unbind(0)
+        absent = (None, ) * self.h.num_layers
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never across a document start."""
+        """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
+        across a document start."""
         x = F.embedding(ids, self.bank["embed"].to(self.dtype))
         if self.h.smear_gate:
             drive = F.linear(x[:, 1:, :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
@@ -1679,9 +1921,14 @@ class GPT(nn.Module):
             x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), 1)
         return norm(x)
 
-    def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
-               lora: Sequence[Mapping[str, LoRA]] | None = None, probe: Probe | None = None) -> Tensor:
-        """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each step, then the head's."""
+    def hidden(self,
+               ids: Tensor,
+               plan: tuple[Step, ...],
+               docs: Docs | None = None,
+               lora: Sequence[Mapping[str, LoRA]] | None = None,
+               probe: Probe | None = None) -> Tensor:
+        """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
+        step, then the head's."""
         x0 = a = m = self.embedded(ids)
         docs = docs or whole_rows(ids)
         run = self.block if probe or lora else self.run_block
@@ -1695,8 +1942,8 @@ class GPT(nn.Module):
                 gate = torch.sigmoid(gates[step.pop])
                 a = ((1 - gate) * weights[step.pop] * kept.pop() + gate * a).type_as(a)
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
-            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa,
-                                  **seam, **(dict(lora=lora[slot]) if lora else {}))
+            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam,
+                       **(dict(lora=lora[slot]) if lora else {}))
             if step.push:
                 kept.append(a)
         x = norm((a + m) / 2)
@@ -1704,9 +1951,14 @@ class GPT(nn.Module):
             probe("final", 0, x)
         return x
 
-    def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
+    def nats(self,
+             ids: Tensor,
+             targets: Tensor,
+             plan: tuple[Step, ...],
+             docs: Docs | None = None,
              lora: Sequence[Mapping[str, LoRA]] | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all read this."""
+        """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
+        read this."""
         x = self.hidden(ids, plan, docs, lora)
         return self.run_head(x, self.bank["embed"].to(self.dtype), targets,
                              *([lora[-1].get("head")] if lora else []))
@@ -1721,51 +1973,64 @@ def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
     probe(tap, layer, x)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 7. Adapters
-# LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and every row of the batch.
-# ======================================================================================================================
+# LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and
+# every row of the batch.
+# ==================================================================================================
 class AdapterBank(nn.Module):
-    """One LoRA per batch row, executed step and adapted map; b starts at zero, so a fresh bank changes nothing."""
+    """One LoRA per batch row, executed step and adapted map; b starts at zero, so a fresh bank
+    changes nothing."""
 
     def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...]):
         """`o` and `mlp` adapt a map from the block's normalised input to the residual stream."""
         super().__init__()
         self.h, table, D, R = h, roles(h), h.model_dim, h.lora_rank
-        out = dict(q=table["wq"].shape[1], k=table["wk"].shape[1], v=table["wv"].shape[1], o=D, mlp=D,
+        out = dict(q=table["wq"].shape[1],
+                   k=table["wk"].shape[1],
+                   v=table["wv"].shape[1],
+                   o=D,
+                   mlp=D,
                    head=h.vocab_size)
         steps = {name: 1 if name == "head" else len(plan) for name in out}
         self.a = nn.ParameterDict({n: nn.Parameter(torch.empty(steps[n], rows, R, D)) for n in out})
-        self.b = nn.ParameterDict({n: nn.Parameter(torch.zeros(steps[n], rows, out[n], R)) for n in out})
+        self.b = nn.ParameterDict(
+            {n: nn.Parameter(torch.zeros(steps[n], rows, out[n], R))
+             for n in out})
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the identity: a uniform in +-1/sqrt(D), b zero."""
         for name in self.a:
-            self.a[name].uniform_(-1, 1).mul_(self.h.model_dim ** -0.5)
+            self.a[name].uniform_(-1, 1).mul_(self.h.model_dim**-0.5)
             self.b[name].zero_()
 
     def adapters(self) -> list[dict[str, LoRA]]:
         """The adapters of each step in order; the last entry is the output head's."""
         scale = self.h.lora_alpha / self.h.lora_rank
-        banks = {n: [LoRA(a, b, scale) for a, b in zip(self.a[n].unbind(0), self.b[n].unbind(0))] for n in self.a}
+        banks = {
+            n: [LoRA(a, b, scale) for a, b in zip(self.a[n].unbind(0), self.b[n].unbind(0))]
+            for n in self.a
+        }
         head = banks.pop("head")
         return [dict(zip(banks, row)) for row in zip(*banks.values())] + [dict(head=head[0])]
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 8. Optimisers
-# Muon for the matrices, each rank the owner of a share of them; fused AdamW for the embedding and the small tensors;
-# the schedule, a pure function of progress; the exponential moving average, which is what gets exported.
-# ======================================================================================================================
-# Coefficients (a, b, c) of five Polar Express iterations X <- a X + (b A + c A^2) X, A = X X^T (arXiv 2505.16932).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+# Muon for the matrices, each rank the owner of a share of them; fused AdamW for the embedding and
+# the small tensors;
+# the schedule, a pure function of progress; the exponential moving average, which is what gets
+# exported.
+# ==================================================================================================
+# Coefficients (a, b, c) of five Polar Express iterations X <- a X + (b A + c A^2) X, A = X X^T
+# (arXiv 2505.16932).
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795,
+                  15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
 def orthogonalise(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1780,9 +2045,11 @@ def orthogonalise(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Stack:
-    """Banks of one matrix shape, up to transposition, laid in a row of slices and shared out among the ranks.
+    """Banks of one matrix shape, up to transposition, laid in a row of slices and shared out among
+    the ranks.
 
-    Slices of untransposed banks come first. Zero padding makes the shares equal; `gain` is max(1, rows / cols)^0.5.
+    Slices of untransposed banks come first. Zero padding makes the shares equal; `gain` is max(1,
+    rows / cols)^0.5.
     """
 
     def __init__(self, banks: Sequence[nn.Parameter], world: World):
@@ -1797,7 +2064,7 @@ class Stack:
         self.upright = min(max(upright - first, 0), share)    # of this rank's slices
         like = self.banks[0]
         gains = torch.ones(share * world.size, 1, 1, device=like.device)
-        gains[:upright] = max(1.0, rows / cols) ** 0.5
+        gains[:upright] = max(1.0, rows / cols)**0.5
         self.gain = gains[first:first + share]
         self.momentum = torch.zeros(share, rows, cols, device=like.device)
 
@@ -1811,7 +2078,8 @@ class Stack:
         return self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows).float()
 
     def direction(self, g: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
-        """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows, cols)."""
+        """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
+        cols)."""
         self.momentum.mul_(momentum).add_(g)
         u = g.add(self.momentum, alpha=momentum)
         u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
@@ -1829,9 +2097,11 @@ class Stack:
 
 
 class Optimiser:
-    """Every parameter's update: one call a step. Gradients are averaged over the ranks here and nowhere else.
+    """Every parameter's update: one call a step. Gradients are averaged over the ranks here and
+    nowhere else.
 
-    Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982). The rest: all-reduce, AdamW.
+    Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982). The rest:
+    all-reduce, AdamW.
     The global norm is clipped on the device; nothing waits for the host.
     """
 
@@ -1846,9 +2116,14 @@ class Optimiser:
         self.stacks = [Stack(banks, world) for banks in shapes.values()]
         self.matrices = [p for stack in self.stacks for p in stack.banks]
         h = self.h
-        groups = [dict(params=[bank[n] for n, r in table.items() if r.optim == kind], lr=rate, peak=rate,
-                       weight_decay=decay)
-                  for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd), ("scalar", h.scalar_lr, h.adam_wd))]
+        groups = [
+            dict(params=[bank[n] for n, r in table.items() if r.optim == kind],
+                 lr=rate,
+                 peak=rate,
+                 weight_decay=decay)
+            for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd),
+                                      ("scalar", h.scalar_lr, h.adam_wd))
+        ]
         self.adam = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
         self.others = [p for group in groups for p in group["params"]]
         self.wire = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -1871,7 +2146,8 @@ class Optimiser:
             clip = (self.h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
         for stack, g in zip(self.stacks, shares):
-            stack.apply(stack.direction(g, momentum, self.model.dtype), factor * self.h.matrix_lr, self.h.muon_wd)
+            stack.apply(stack.direction(g, momentum, self.model.dtype), factor * self.h.matrix_lr,
+                        self.h.muon_wd)
         for group in self.adam.param_groups:
             group["lr"] = factor * group["peak"]
         self.adam.step()
@@ -1879,7 +2155,8 @@ class Optimiser:
 
     def state(self) -> dict[str, Any]:
         """A copy of everything that changes from step to step."""
-        return dict(momenta=[s.momentum.clone() for s in self.stacks], adam=copy.deepcopy(self.adam.state_dict()))
+        return dict(momenta=[s.momentum.clone() for s in self.stacks],
+                    adam=copy.deepcopy(self.adam.state_dict()))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to a state taken before, bit for bit."""
@@ -1889,7 +2166,8 @@ class Optimiser:
 
 
 def rate_factor(h: Hyperparameters, step: int, progress: float) -> float:
-    """Share of the peak rate: linear warm-up by steps, one, then linear to MIN_LR over the last WARMDOWN_FRAC."""
+    """Share of the peak rate: linear warm-up by steps, one, then linear to MIN_LR over the last
+    WARMDOWN_FRAC."""
     rise = min(1.0, (step + 1) / h.lr_warmup_steps) if h.lr_warmup_steps else 1.0
     left = (1 - progress) / h.warmdown_frac if h.warmdown_frac else 1.0
     return rise * max(h.min_lr, min(1.0, left))
@@ -1902,7 +2180,8 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of all banks, from the initial weights on; its decay ramps up over the first steps."""
+    """Exponential moving average of all banks, from the initial weights on; its decay ramps up over
+    the first steps."""
 
     def __init__(self, model: GPT):
         """Starts as a copy of the weights."""
@@ -1920,15 +2199,18 @@ class EMA:
         torch._foreach_copy_(self.live, self.mean)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 9. Training
-# The loop inside the clock. Ranks agree on the time by a device-side mean that the host reads steps later, so the loop
-# never waits for the device. Nothing of a rehearsal survives it: weights, optimiser, average and loader are rewound.
-# ======================================================================================================================
+# The loop inside the clock. Ranks agree on the time by a device-side mean that the host reads steps
+# later, so the loop
+# never waits for the device. Nothing of a rehearsal survives it: weights, optimiser, average and
+# loader are rewound.
+# ==================================================================================================
 class Clock:
     """Training seconds that all ranks agree on; `tick` is called once a step by every rank."""
 
-    LAG = 2    # steps between taking the time and reading the agreed value on GPUs, so that no step waits
+    # steps between taking the time and reading the agreed value on GPUs, so that no step waits
+    LAG = 2
 
     def __init__(self, world: World):
         """Starts when every rank is here."""
@@ -1937,7 +2219,10 @@ class Clock:
 
     def tick(self) -> float:
         """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs."""
-        now = torch.full((1,), time.perf_counter() - self.begin_s, dtype=torch.float64, device=self.world.device)
+        now = torch.full((1, ),
+                         time.perf_counter() - self.begin_s,
+                         dtype=torch.float64,
+                         device=self.world.device)
         self.world.mean(now)
         if self.world.device.type != "cuda":
             return now.item()
@@ -1954,13 +2239,16 @@ class Clock:
     def read_s(self) -> float:
         """Agreed seconds with the device's queue drained; ends a stage."""
         self.world.wait()
-        now = torch.tensor([time.perf_counter() - self.begin_s], dtype=torch.float64, device=self.world.device)
+        now = torch.tensor([time.perf_counter() - self.begin_s],
+                           dtype=torch.float64,
+                           device=self.world.device)
         return self.world.mean(now).item()
 
 
 @dataclass
 class Trainer:
-    """What a training run changes: model, optimiser, average, loader; and what it needs to run a step."""
+    """What a training run changes: model, optimiser, average, loader; and what it needs to run a
+    step."""
 
     h: Hyperparameters
     world: World
@@ -1972,7 +2260,8 @@ class Trainer:
     @classmethod
     def of(cls, h: Hyperparameters, world: World, model: GPT, data: Dataset) -> Trainer:
         """Everything at step zero."""
-        return cls(h, world, model, Loader(h, world, data.train), Optimiser(model, world), EMA(model))
+        return cls(h, world, model, Loader(h, world, data.train), Optimiser(model, world),
+                   EMA(model))
 
     @property
     def accumulation(self) -> int:
@@ -1984,7 +2273,8 @@ class Trainer:
         plan, loss = depth_plan(self.h, looped), 0.0
         for _ in range(self.accumulation):
             batch = self.loader.next()
-            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs).mean() / self.accumulation
+            nats = self.model.run_nats(batch.ids, batch.targets, plan,
+                                       batch.docs).mean() / self.accumulation
             nats.backward()
             loss = loss + nats.detach()
         self.optimiser.step(rate_factor(self.h, number, progress), momentum_at(self.h, number))
@@ -1993,8 +2283,11 @@ class Trainer:
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of the state."""
-        return dict(weights=[p.detach().clone() for p in self.model.bank.values()], mean=[t.clone() for t in self.ema.mean],
-                    optimiser=self.optimiser.state(), position=self.loader.position, random=torch.get_rng_state())
+        return dict(weights=[p.detach().clone() for p in self.model.bank.values()],
+                    mean=[t.clone() for t in self.ema.mean],
+                    optimiser=self.optimiser.state(),
+                    position=self.loader.position,
+                    random=torch.get_rng_state())
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
@@ -2008,11 +2301,13 @@ class Trainer:
 
 
 def accumulation(h: Hyperparameters, world: World) -> int:
-    """Micro-batches per rank and step; raises `Refusal` where the batch does not divide into whole ones."""
+    """Micro-batches per rank and step; raises `Refusal` where the batch does not divide into whole
+    ones."""
     share = world.size * h.micro_batch_tokens
     if h.train_batch_tokens % share:
-        raise Refusal(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of {world.size} ranks x "
-                      f"MICRO_BATCH_TOKENS={h.micro_batch_tokens}: change either, or the number of processes")
+        raise Refusal(
+            f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of {world.size} ranks x "
+            f"MICRO_BATCH_TOKENS={h.micro_batch_tokens}: change either, or the number of processes")
     return h.train_batch_tokens // share
 
 
@@ -2024,8 +2319,10 @@ class Trained(NamedTuple):
     looped_from: int | None    # first step of the recurrence
 
 
-def train(t: Trainer, reserve_s: float, log: Log, validate: Callable[[], str]) -> tuple[Trained, Clock]:
-    """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the average.
+def train(t: Trainer, reserve_s: float, log: Log, validate: Callable[[],
+                                                                     str]) -> tuple[Trained, Clock]:
+    """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the
+    average.
 
     Raises `Refusal` when the loss is not finite.
     """
@@ -2065,23 +2362,27 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     """One training line in the official form; raises `Refusal` when the loss is not finite."""
     value = float(t.world.mean(loss.clone()))
     if not math.isfinite(value):
-        raise Refusal(f"the loss is {value} at step {step}: lower MATRIX_LR={t.h.matrix_lr}, "
-                      f"TIED_EMBED_LR={t.h.tied_embed_lr} or SCALAR_LR={t.h.scalar_lr}, or check the shards")
+        raise Refusal(
+            f"the loss is {value} at step {step}: lower MATRIX_LR={t.h.matrix_lr}, "
+            f"TIED_EMBED_LR={t.h.tied_embed_lr} or SCALAR_LR={t.h.scalar_lr}, or check the shards")
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 10. Quantisation
-# Second moments of the activations through the probe, then GPTQ of whole banks, all layers of a bank at once.
+# Second moments of the activations through the probe, then GPTQ of whole banks, all layers of a
+# bank at once.
 # Reads training data in `second_moments` only, inside the clock.
-# ======================================================================================================================
+# ==================================================================================================
 @torch.no_grad()
 def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
-    """Sum of x x^T over tokens for every tap: tap -> (L | 1, n, n) fp64 on every rank, over `batches` of all ranks.
+    """Sum of x x^T over tokens for every tap: tap -> (L | 1, n, n) fp64 on every rank, over
+    `batches` of all ranks.
 
-    A product of one batch is fp32; sums are fp64, so that they do not depend on the number of ranks.
+    A product of one batch is fp32; sums are fp64, so that they do not depend on the number of
+    ranks.
     """
     sums: dict[tuple[str, int], Tensor] = {}
 
@@ -2095,15 +2396,17 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
         batch = loader.next()
         model.hidden(batch.ids, depth_plan(model.h, looped=True), batch.docs, probe=probe)
     taps = sorted({tap for tap, _ in sums})
-    return {tap: torch.stack([world.sum(sums[tap, i]) for i in sorted(i for t, i in sums if t == tap)])
-            for tap in taps}
+    return {
+        tap: torch.stack([world.sum(sums[tap, i]) for i in sorted(i for t, i in sums if t == tap)])
+        for tap in taps
+    }
 
 
 class Coded(NamedTuple):
     """A quantised bank: weight = codes * step[..., None]."""
 
     codes: Tensor    # int8 (L, rows, cols)
-    step: Tensor     # fp16 (L, rows)
+    step: Tensor    # fp16 (L, rows)
 
     def decode(self) -> Tensor:
         """The weights, fp32 (L, rows, cols)."""
@@ -2111,43 +2414,54 @@ class Coded(NamedTuple):
 
 
 def row_steps(w: Tensor, bits: int, sigmas: float) -> Tensor:
-    """fp16 (L, rows): `sigmas` standard deviations of the row (0: its largest value) over the largest code."""
+    """fp16 (L, rows): `sigmas` standard deviations of the row (0: its largest value) over the
+    largest code."""
     reach = sigmas * w.std(-1) if sigmas else w.abs().amax(-1)
-    return (reach / (2 ** (bits - 1) - 1)).clamp(2.0 ** -20, 60000.0).half()
+    return (reach / (2**(bits - 1) - 1)).clamp(2.0**-20, 60000.0).half()
 
 
 def round_rows(w: Tensor, bits: int, sigmas: float) -> Coded:
     """Each weight (L, rows, cols) to its nearest code."""
-    step, top = row_steps(w, bits, sigmas), 2 ** (bits - 1) - 1
+    step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
     return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int8), step)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse moment in that order.
+    """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
+    moment in that order.
 
     `damping` times the mean diagonal is added, tenfold more each time Cholesky fails.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    H = moment.gather(1, order[:, :, None].expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
+    H = moment.gather(1, order[:, :, None].expand_as(moment)).gather(
+        2, order[:, None, :].expand_as(moment))
     mean = diagonal.mean(-1)[:, None]
     for attempt in range(6):
-        extra = damping * 10 ** attempt * mean.clamp_min(1e-12) + torch.zeros_like(diagonal)
+        extra = damping * 10**attempt * mean.clamp_min(1e-12) + torch.zeros_like(diagonal)
         factor, failed = torch.linalg.cholesky_ex(H + torch.diag_embed(extra))
         if not failed.any():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed.any():
                 return order, upper.float()
-    raise Refusal(f"GPTQ_DAMPING={damping}: a second moment is not positive definite even at {damping * 1e5:g}; "
-                  "the activations hold NaN or infinity")
+    raise Refusal(
+        f"GPTQ_DAMPING={damping}: a second moment is not positive definite at {damping * 1e5:g}; "
+        "the activations hold NaN or infinity")
 
 
-def gptq(w: Tensor, moment: Tensor, bits: int, sigmas: float, damping: float, block: int = 128) -> Coded:
-    """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet rounded.
+def gptq(w: Tensor,
+         moment: Tensor,
+         bits: int,
+         sigmas: float,
+         damping: float,
+         block: int = 128) -> Coded:
+    """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
+    rounded.
 
-    arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one product.
+    arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one
+    product.
     """
-    step, top = row_steps(w, bits, sigmas), 2 ** (bits - 1) - 1
+    step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
     scale = step.float()
     order, upper = inverse_factor(moment, damping)
     columns = order[:, None, :].expand_as(w)
@@ -2175,8 +2489,11 @@ def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Ten
             stored[name] = w.half()
             continue
         w = w.reshape(-1, *w.shape[-2:])
-        stored[name] = gptq(w, moments[role.tap], role.bits, role.sigmas, model.h.gptq_damping) if role.tap \
-            else round_rows(w, role.bits, role.sigmas)
+        if role.tap:
+            moment, damping = moments[role.tap], model.h.gptq_damping
+            stored[name] = gptq(w, moment, role.bits, role.sigmas, damping)
+        else:
+            stored[name] = round_rows(w, role.bits, role.sigmas)
     return stored
 
 
@@ -2188,26 +2505,28 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
         model.bank[name].copy_(w.view(model.bank[name].shape))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 11. Artifact
-# magic | header length | header | streams | checksum. The header holds the model's knobs and the lengths of the streams;
-# the streams follow the role table. Nothing is pickled: reading a hostile file can only fail. Then the code's bytes.
-# ======================================================================================================================
+# magic | header length | header | streams | checksum. The header holds the model's knobs and the
+# lengths of the streams;
+# the streams follow the role table. Nothing is pickled: reading a hostile file can only fail. Then
+# the code's bytes.
+# ==================================================================================================
 MAGIC = b"PGOLF\x01"
 CHECKSUM_BYTES = 16
 HEADER_LIMIT = 1 << 16
-MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_slope",
-               "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n", "head_gate_scale", "smear_gate",
-               "gate_window", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "logit_softcap",
-               "matrix_bits", "embed_bits")
+MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
+               "leaky_slope", "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n",
+               "head_gate_scale", "smear_gate", "gate_window", "num_loops", "loop_start",
+               "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits")
 
 
 class Coder(NamedTuple):
     """One general-purpose compressor: its letter in the stream, and how to write and read bytes."""
 
     letter: bytes
-    encode: Callable[[bytes, bool], bytes]     # (raw, quick) -> coded; quick is for rehearsals
-    decode: Callable[[bytes, int], bytes]      # (coded, most bytes of output) -> raw
+    encode: Callable[[bytes, bool], bytes]    # (raw, quick) -> coded; quick is for rehearsals
+    decode: Callable[[bytes, int], bytes]    # (coded, most bytes of output) -> raw
 
 
 LZMA_RAW = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
@@ -2217,10 +2536,12 @@ def coders() -> dict[str, Coder]:
     """The compressors that this installation offers, by COMPRESSOR name."""
     found = dict(lzma=Coder(
         b"l", lambda raw, quick: lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_RAW),
-        lambda coded, limit: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_RAW).decompress(coded, limit)))
+        lambda coded, limit: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_RAW).decompress(
+            coded, limit)))
     if zstandard:
         found["zstd"] = Coder(
-            b"z", lambda raw, quick: zstandard.ZstdCompressor(level=3 if quick else 22).compress(raw),
+            b"z", lambda raw, quick: zstandard.ZstdCompressor(level=3
+                                                              if quick else 22).compress(raw),
             lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit))
     if brotli:
         found["brotli"] = Coder(
@@ -2241,13 +2562,16 @@ def expand(coded: bytes, size: int) -> bytes:
         if coded[:1] == coder.letter:
             try:
                 raw = coder.decode(coded[1:], size)
-            except Exception as error:    # each library has its own error types; all mean a damaged stream
+            # each library has its own error types; all mean a damaged stream
+            except Exception as error:
                 raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
             if len(raw) != size:
-                raise Refusal(f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
+                raise Refusal(
+                    f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
             return raw
-    raise Refusal(f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is not installed "
-                  f"(here: {', '.join(coders())})")
+    raise Refusal(
+        f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is not installed "
+        f"(here: {', '.join(coders())})")
 
 
 def shuffled(halves: np.ndarray) -> bytes:
@@ -2257,19 +2581,25 @@ def shuffled(halves: np.ndarray) -> bytes:
 
 def unshuffled(raw: bytes) -> np.ndarray:
     """The inverse of `shuffled`."""
-    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(2, -1).T).view(np.float16).reshape(-1)
+    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(2, -1).T).view(
+        np.float16).reshape(-1)
 
 
 def stream_plan(h: Hyperparameters) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(role, kind, shape) of each stream: codes of each coded bank, transposed, then one of steps and one of fp16 banks."""
+    """(role, kind, shape) of each stream: codes of each coded bank, transposed, then one of steps
+    and one of fp16 banks."""
     coded = {n: r for n, r in roles(h).items() if r.bits < 16}
     plan = [(n, "codes", (math.prod(r.shape[:-2]), *r.shape[-2:])) for n, r in coded.items()]
     steps = sum(math.prod(r.shape[:-1]) for r in coded.values())
-    return [*plan, ("", "steps", (steps,)), ("", "fp16", (sum(math.prod(r.shape) for r in roles(h).values()
-                                                              if r.bits == 16),))]
+    return [
+        *plan, ("", "steps", (steps, )),
+        ("", "fp16", (sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16), ))
+    ]
 
 
-def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor], quick: bool = False) -> tuple[bytes, dict[str, int]]:
+def pack(h: Hyperparameters,
+         stored: Mapping[str, Coded | Tensor],
+         quick: bool = False) -> tuple[bytes, dict[str, int]]:
     """(artifact, bytes by part). `unpack` gives back exactly `stored`."""
     half = lambda tensors: shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors]))
     streams, ledger = [], {}
@@ -2282,23 +2612,29 @@ def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor], quick: bool =
             raw = half(v for v in stored.values() if not isinstance(v, Coded))
         streams.append(squeeze(raw, h.compressor, quick))
         ledger[name or kind] = len(streams[-1])
-    header = lzma.compress(json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
-                                           streams=[len(s) for s in streams]),
-                                      separators=(",", ":")).encode(), lzma.FORMAT_ALONE)
+    header = lzma.compress(
+        json.dumps(dict(knobs=h.changed() | {n: getattr(h, n)
+                                             for n in MODEL_KNOBS},
+                        streams=[len(s) for s in streams]),
+                   separators=(",", ":")).encode(), lzma.FORMAT_ALONE)
     body = MAGIC + struct.pack("<I", len(header)) + header + b"".join(streams)
     ledger["header"] = len(MAGIC) + 4 + len(header) + CHECKSUM_BYTES
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
 
 
-def unpack(blob: bytes, place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
-    """(model knobs, stored banks) of an artifact. Checks the sum before anything is decoded, sizes before memory is taken.
+def unpack(blob: bytes,
+           place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
+    """(model knobs, stored banks) of an artifact. Checks the sum before anything is decoded, sizes
+    before memory is taken.
 
     Raises `Refusal` for whatever is wrong with it.
     """
     h, lengths, first = read_header(blob, place)
     plan = stream_plan(h)
     if len(lengths) != len(plan) or first + sum(lengths) + CHECKSUM_BYTES != len(blob):
-        raise Refusal(f"{place}: the lengths of its streams do not add up to the {len(blob)} bytes of the file")
+        raise Refusal(
+            f"{place}: the lengths of its streams do not add up to its {len(blob)} bytes"
+        )
     stored, half = {}, {}
     for (name, kind, shape), length in zip(plan, lengths):
         raw = expand(blob[first:first + length], math.prod(shape) * (1 if kind == "codes" else 2))
@@ -2311,34 +2647,44 @@ def unpack(blob: bytes, place: str = "artifact") -> tuple[Hyperparameters, dict[
     banks: dict[str, Coded | Tensor] = {}
     for name, role in roles(h).items():
         kind, shape = ("fp16", role.shape) if role.bits == 16 else ("steps", stored[name].shape[:2])
-        values, half[kind] = half[kind].split([math.prod(shape), half[kind].numel() - math.prod(shape)])
-        banks[name] = values.view(shape) if role.bits == 16 else Coded(torch.from_numpy(stored[name]), values.view(shape))
+        values, half[kind] = half[kind].split(
+            [math.prod(shape), half[kind].numel() - math.prod(shape)])
+        banks[name] = values.view(shape) if role.bits == 16 else Coded(
+            torch.from_numpy(stored[name]), values.view(shape))
     return h, banks
 
 
 def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, list[int], int]:
-    """(model knobs, lengths of the streams, place of the first one); raises `Refusal`, having taken no memory."""
+    """(model knobs, lengths of the streams, place of the first one); raises `Refusal`, having taken
+    no memory."""
     if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or blob[:len(MAGIC)] != MAGIC:
-        raise Refusal(f"{place}: not an artifact of this script (it starts with {blob[:6]!r}, expected {MAGIC!r})")
+        raise Refusal(
+            f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not {MAGIC!r})"
+        )
     if hashlib.sha256(blob[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != blob[-CHECKSUM_BYTES:]:
         raise Refusal(f"{place}: damaged, its checksum does not match its {len(blob)} bytes")
-    (length,), first = struct.unpack_from("<I", blob, len(MAGIC)), len(MAGIC) + 4
+    (length, ), first = struct.unpack_from("<I", blob, len(MAGIC)), len(MAGIC) + 4
     if length > min(HEADER_LIMIT, len(blob) - first):
         raise Refusal(f"{place}: its header claims {length} bytes")
     try:
-        raw = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26).decompress(blob[first:first + length], HEADER_LIMIT)
+        raw = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26).decompress(
+            blob[first:first + length], HEADER_LIMIT)
         header = json.loads(raw)
         knobs, lengths = header["knobs"], header["streams"]
         kinds = {f.name: f.type for f in fields(Hyperparameters)}
-        typed = all(type(v).__name__ == kinds[n] for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
+        typed = all(type(v).__name__ == kinds[n]
+                    for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
         if not typed or not all(type(n) is int and n > 0 for n in lengths):
             raise ValueError("a value is missing or has the wrong type")
         h = Hyperparameters(**knobs)
     except (lzma.LZMAError, ValueError, KeyError, TypeError, Refusal) as error:
         raise Refusal(f"{place}: its header cannot be used ({error})") from None
-    sizes = max(h.num_layers, h.num_loops, h.num_heads) < 4096 and max(h.model_dim, h.mlp_dim) < 1 << 20
-    if not sizes or sum(math.prod(r.shape) for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
-        raise Refusal(f"{place}: its header claims a model far too large for a file of {len(blob)} bytes")
+    sizes = max(h.num_layers, h.num_loops, h.num_heads) < 4096 and max(h.model_dim,
+                                                                       h.mlp_dim) < 1 << 20
+    if not sizes or sum(math.prod(r.shape)
+                        for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
+        raise Refusal(
+            f"{place}: its header claims a model far too large for a file of {len(blob)} bytes")
     return h, lengths, first + length
 
 
@@ -2350,7 +2696,7 @@ UNPACKER = (
     b"import linecache,lzma\n_=lzma.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
     b"exec(compile(_,__file__+'*','exec'))\n")
-KEPT = ["main", "Hyperparameters", "GPT"]  # what importers of the file use
+KEPT = ["main", "Hyperparameters", "GPT"]    # what importers of the file use
 
 
 def shipped(source: str) -> str:
@@ -2415,13 +2761,17 @@ def minified(source: str) -> str:
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
     classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
     parameters = {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self", "cls"}
-    return python_minifier.minify(
-        text, rename_globals=True, hoist_literals=False, convert_posargs_to_args=False,
-        preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
-        preserve_locals=sorted(parameters),
-        remove_annotations=python_minifier.RemoveAnnotationsOptions(
-            remove_variable_annotations=True, remove_return_annotations=False,
-            remove_argument_annotations=False, remove_class_attribute_annotations=False))
+    return python_minifier.minify(text,
+                                  rename_globals=True,
+                                  hoist_literals=False,
+                                  convert_posargs_to_args=False,
+                                  preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
+                                  preserve_locals=sorted(parameters),
+                                  remove_annotations=python_minifier.RemoveAnnotationsOptions(
+                                      remove_variable_annotations=True,
+                                      remove_return_annotations=False,
+                                      remove_argument_annotations=False,
+                                      remove_class_attribute_annotations=False))
 
 
 def literal(data: bytes) -> bytes:
@@ -2441,13 +2791,21 @@ def pack_source(source: str) -> bytes:
     Equal sources give equal bytes under equal Pythons; the file needs the Python version that
     packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
     text = minified(shipped(source)).encode()
-    coder = dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lp=0, pb=0, depth=1000,
-                 dict_size=1 << max(12, len(text).bit_length()))
+    coder = dict(id=lzma.FILTER_LZMA1,
+                 preset=9 | lzma.PRESET_EXTREME,
+                 lp=0,
+                 pb=0,
+                 depth=1000,
+                 dict_size=1 << max(12,
+                                    len(text).bit_length()))
     grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
     literals = [
-        literal(lzma.compress(text, lzma.FORMAT_ALONE,
-                              filters=[coder | dict(lc=context, nice_len=length, mf=finder)]))
-        for context, length, finder in grid]
+        literal(
+            lzma.compress(text,
+                          lzma.FORMAT_ALONE,
+                          filters=[coder | dict(lc=context, nice_len=length, mf=finder)]))
+        for context, length, finder in grid
+    ]
     return PACKED + UNPACKER % min(literals, key=len)
 
 
@@ -2462,28 +2820,32 @@ def running_source(path: str | Path) -> tuple[str | None, bytes]:
     return source, pack_source(source)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 12. Scoring
-# Plain, sliding and document scores differ only in a list of spans. `Ledger` alone owns the validation tokens: it refuses
-# a target that was scored before, lends only what has been scored, and gives no result until all of it is.
-# ======================================================================================================================
+# Plain, sliding and document scores differ only in a list of spans. `Ledger` alone owns the
+# validation tokens: it refuses
+# a target that was scored before, lends only what has been scored, and gives no result until all of
+# it is.
+# ==================================================================================================
 class Windows(NamedTuple):
-    """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length]; the targets at places
+    """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
+    the targets at places
     lo <= i < hi of each span are scored, the places before lo are context."""
 
     start: np.ndarray
     length: np.ndarray
     lo: np.ndarray
     hi: np.ndarray
-    width: int          # T of the batch: rows are padded to it
+    width: int    # T of the batch: rows are padded to it
 
 
 Span = tuple[int, int, int, int]
 
 
 def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[Span]:
-    """Spans that score targets [begin, end) once each, `stride` at a time, with up to T - stride tokens of context, none
-    before `floor`. At `floor` the first span scores T targets at once; stride == T is the plain score."""
+    """Spans that score targets [begin, end) once each, `stride` at a time, with up to T - stride
+    tokens of context, none
+    before `floor`. At `floor` the first span scores T targets; stride == T is the plain score."""
     spans, lo = [], begin
     while lo < end:
         hi = min(end, lo + (T if lo == floor else stride))
@@ -2494,30 +2856,42 @@ def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[S
 
 
 def document_spans(documents: np.ndarray, T: int, stride: int) -> list[Span]:
-    """Spans that score each document by itself: in one pass where it fits into T, by windows where it does not."""
-    return [span for b, e in zip(documents[:-1].tolist(), documents[1:].tolist())
-            for span in sliding(b, e, T, stride, floor=b)]
+    """Spans that score each document by itself: in one pass where it fits into T, by windows where
+    it does not."""
+    return [
+        span for b, e in zip(documents[:-1].tolist(), documents[1:].tolist())
+        for span in sliding(b, e, T, stride, floor=b)
+    ]
 
 
 def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
-    """Batches of equal shape (rows, T); missing rows are empty windows, so that one compiled graph serves all."""
+    """Batches of equal shape (rows, T); missing rows are empty windows, so that one compiled graph
+    serves all."""
     rows = max(1, batch_tokens // T)
     padded = [*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)]
-    return [Windows(*np.array(padded[i:i + rows], np.int64).T, T) for i in range(0, len(padded), rows)]
+    return [
+        Windows(*np.array(padded[i:i + rows], np.int64).T, T) for i in range(0, len(padded), rows)
+    ]
 
 
 def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
-    """Batches of spans of about one length, padded to powers of two from 64 to T; order does not matter to fixed weights."""
+    """Batches of spans of about one length, padded to powers of two from 64 to T; order does not
+    matter to fixed weights."""
     groups: dict[int, list[Span]] = {}
     for span in spans:
         groups.setdefault(min(T, 1 << max(6, (span[1] - 1).bit_length())), []).append(span)
-    return [w for width in sorted(groups, reverse=True) for w in batched(groups[width], batch_tokens, width)]
+    return [
+        w for width in sorted(groups, reverse=True)
+        for w in batched(groups[width], batch_tokens, width)
+    ]
 
 
 class Ledger:
-    """Owner of the validation tokens: scores go in, training data comes out, and only in that order.
+    """Owner of the validation tokens: scores go in, training data comes out, and only in that
+    order.
 
-    Nats stay on the device; which targets are scored is known on the host, so that no check waits for the device.
+    Nats stay on the device; which targets are scored is known on the host, so that no check waits
+    for the device.
     """
 
     def __init__(self, val: Validation, world: World):
@@ -2528,46 +2902,64 @@ class Ledger:
         self._nats = torch.zeros(len(val.bytes), dtype=torch.float32, device=world.device)
 
     def inputs(self, w: Windows) -> tuple[Tensor, Tensor]:
-        """Token ids and targets (B, T); what lies beyond a window's end is the pad token 0, whatever the stream holds."""
+        """Token ids and targets (B, T); what lies beyond a window's end is the pad token 0,
+        whatever the stream holds."""
         place = np.arange(w.width)
         inside = torch.from_numpy(place < w.hi[:, None]).to(self._tokens.device)
-        index = torch.from_numpy(np.minimum(w.start[:, None] + place, len(self._scored) - 1)).to(self._tokens.device)
+        index = torch.from_numpy(np.minimum(w.start[:, None] + place,
+                                            len(self._scored) - 1)).to(self._tokens.device)
         return self._tokens[index] * inside, self._tokens[index + 1] * inside
 
     def record(self, w: Windows, nats: Tensor) -> None:
-        """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be scored twice."""
+        """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be
+        scored twice."""
         place = np.arange(w.width)
         mask = (place >= w.lo[:, None]) & (place < w.hi[:, None])
         targets = (w.start[:, None] + place)[mask]
         if self._scored[targets].any() or len(np.unique(targets)) != len(targets):
-            raise RuntimeError(f"a target between {targets.min()} and {targets.max()} would be scored twice")
+            raise RuntimeError(
+                f"a target between {targets.min()} and {targets.max()} would be scored twice")
         self._scored[targets] = True
-        self._nats[torch.from_numpy(targets).to(nats.device)] = nats.detach().float()[torch.from_numpy(mask).to(nats.device)]
+        self._nats[torch.from_numpy(targets).to(
+            nats.device)] = nats.detach().float()[torch.from_numpy(mask).to(nats.device)]
 
     def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError unless all are scored."""
-        done = self.world.sum(torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
+        """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError
+        unless all are scored."""
+        done = self.world.sum(
+            torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
         if int(done) != end - begin:
-            raise RuntimeError(f"{end - begin - int(done)} of the targets {begin} to {end} are not scored yet")
+            raise RuntimeError(
+                f"{end - begin - int(done)} of the targets {begin} to {end} are not scored yet")
         return self._tokens[begin:end], self._tokens[begin + 1:end + 1]
 
     def targets_nats(self) -> np.ndarray:
         """Nats (N,) of all ranks' targets; RuntimeError unless each was scored exactly once."""
-        times = self.world.sum(torch.from_numpy(self._scored.astype(np.int32)).to(self.world.device))
+        times = self.world.sum(
+            torch.from_numpy(self._scored.astype(np.int32)).to(self.world.device))
         if bool((times != 1).any()):
-            raise RuntimeError(f"{int((times == 0).sum())} targets were never scored, {int((times > 1).sum())} twice")
+            raise RuntimeError(
+                f"{int((times == 0).sum())} targets were never scored, "
+                f"{int((times > 1).sum())} twice"
+            )
         return self.world.sum(self._nats.clone()).cpu().numpy()
 
     def result(self, seconds: float) -> dict[str, float]:
         """val_loss in nats per token and val_bpb in bits per byte of text, over all targets."""
         nats, size = float(self.targets_nats().sum(dtype=np.float64)), int(self._bytes.sum())
-        return dict(val_loss=nats / len(self._scored), val_bpb=nats / size / math.log(2), tokens=len(self._scored),
-                    bytes=size, seconds=round(seconds, 3))
+        return dict(val_loss=nats / len(self._scored),
+                    val_bpb=nats / size / math.log(2),
+                    tokens=len(self._scored),
+                    bytes=size,
+                    seconds=round(seconds, 3))
 
 
-def score(ledger: Ledger, batches: Iterable[Windows], nats_of: Callable[[Tensor, Tensor], Tensor],
+def score(ledger: Ledger,
+          batches: Iterable[Windows],
+          nats_of: Callable[[Tensor, Tensor], Tensor],
           learn: Callable[[Windows], None] | None = None) -> None:
-    """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger has the score."""
+    """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger
+    has the score."""
     for w in batches:
         ids, targets = ledger.inputs(w)
         with torch.no_grad():
@@ -2588,14 +2980,17 @@ def watched(batches: Sequence[Windows], name: str, log: Log) -> Iterator[Windows
         yield w
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 13. Test-time training
-# Learns from validation text only after it was scored. Here: the leaderboard's chunk form (#549, #1493).
-# ======================================================================================================================
+# Learns from validation text only after it was scored. Here: the leaderboard's chunk form (#549,
+# #1493).
+# ==================================================================================================
 def chunk_sgd(model: GPT, ledger: Ledger, targets: int, name: str, log: Log) -> None:
-    """Scores a chunk by sliding windows, then trains all weights on it by SGD with momentum; the last chunk trains nobody.
+    """Scores a chunk by sliding windows, then trains all weights on it by SGD with momentum; the
+    last chunk trains nobody.
 
-    The rate falls as a cosine over the chunks; ranks share every gradient. The weights are restored afterwards.
+    The rate falls as a cosine over the chunks; ranks share every gradient. The weights are restored
+    afterwards.
     """
     h, world, plan = model.h, ledger.world, depth_plan(model.h, looped=True)
     weights = list(model.bank.values())
@@ -2604,10 +2999,12 @@ def chunk_sgd(model: GPT, ledger: Ledger, targets: int, name: str, log: Log) -> 
     chunks = -(-targets // h.ttt_chunk_tokens)
     for chunk in range(chunks):
         begin, end = chunk * h.ttt_chunk_tokens, min(targets, (chunk + 1) * h.ttt_chunk_tokens)
-        batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride), h.eval_batch_tokens, h.eval_seq_len)
+        batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride), h.eval_batch_tokens,
+                          h.eval_seq_len)
         score(ledger, batches[world.rank::world.size], functools.partial(model.run_nats, plan=plan))
         if chunk + 1 < chunks:
-            sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
+            sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (
+                1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
             learn_chunk(model, sgd, *ledger.lend(begin, end), world)
         if chunk and chunk % max(1, chunks // 4) == 0:
             log.progress(f"score:{name} chunk {chunk}/{chunks}")
@@ -2616,8 +3013,10 @@ def chunk_sgd(model: GPT, ledger: Ledger, targets: int, name: str, log: Log) -> 
     model.zero_grad(set_to_none=True)
 
 
-def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor, world: World) -> None:
-    """TTT_EPOCHS passes over one scored chunk of (n,) tokens in sequences of TRAIN_SEQ_LEN; leftovers are not used."""
+def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
+                world: World) -> None:
+    """TTT_EPOCHS passes over one scored chunk of (n,) tokens in sequences of TRAIN_SEQ_LEN;
+    leftovers are not used."""
     h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
@@ -2641,8 +3040,10 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
 SCORES = ("prequant", "quantized", "sliding", "documents", "ttt")
 
 
-def score_by_name(name: str, model: GPT, val: Validation, world: World, log: Log) -> tuple[dict[str, float], Ledger]:
-    """One of SCORES over the whole validation set: its result and the ledger; all ranks take part."""
+def score_by_name(name: str, model: GPT, val: Validation, world: World,
+                  log: Log) -> tuple[dict[str, float], Ledger]:
+    """One of SCORES over the whole validation set: its result and the ledger; all ranks take part.
+    """
     h, watch, ledger = model.h, Stopwatch(world), Ledger(val, world)
     plan, T, N = depth_plan(h, looped=True), h.eval_seq_len, len(val.bytes)
     nats_of = functools.partial(model.run_nats, plan=plan)
@@ -2657,17 +3058,20 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World, log: Log
     return ledger.result(watch.read_s()), ledger
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 15. Pipeline
 # The whole run in the order of its stages; each is one call and one line of the log.
-# ======================================================================================================================
+# ==================================================================================================
 def compute_dtype(h: Hyperparameters, device: torch.device) -> torch.dtype:
     """bf16 where PRECISION asks for it or, with auto, where the chip multiplies it natively."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
     else:
-        native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.bfloat16 if h.precision == "bf16" or h.precision == "auto" and native else torch.float32
+        native = any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    wanted = h.precision == "bf16" or h.precision == "auto" and native
+    return torch.bfloat16 if wanted else torch.float32
 
 
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
@@ -2684,9 +3088,11 @@ def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], 
 
 
 def tune_process(device: torch.device) -> None:
-    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs freed memory is kept by the process.
+    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs freed memory is kept by
+    the process.
 
-    glibc returns large blocks to the system at each free, and zeroing them again took up to two thirds of a step.
+    glibc returns large blocks to the system at each free, and zeroing them again took up to two
+    thirds of a step.
     """
     torch.set_float32_matmul_precision("high")
     if device.type != "cuda" and sys.platform == "linux":
@@ -2694,23 +3100,29 @@ def tune_process(device: torch.device) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-1, 1 << 30)    # M_TRIM_THRESHOLD
             libc.mallopt(-3, 1 << 30)    # M_MMAP_THRESHOLD
-            libc.mallopt(-4, 0)          # M_MMAP_MAX
+            libc.mallopt(-4, 0)    # M_MMAP_MAX
 
 
 def wanted_scores(h: Hyperparameters) -> list[str]:
     """The scores that this run computes, in the order of the pipeline."""
-    return [name for name in SCORES if name in h.scores.split(",") and (h.ttt_enabled or name != "ttt")]
+    return [
+        name for name in SCORES if name in h.scores.split(",") and (h.ttt_enabled or name != "ttt")
+    ]
 
 
 def preflight(h: Hyperparameters, world: World, folder: Path) -> None:
-    """Checks what later stages need, before anything costs time; raises one `Refusal` that lists all that is missing."""
+    """Checks what later stages need, before anything costs time; raises one `Refusal` that lists
+    all that is missing."""
     wrong = []
     if h.compressor != "auto" and h.compressor not in coders():
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
+        wrong.append(
+            f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
     need_bytes = 4 * h.budget_bytes
     if (free_bytes := shutil.disk_usage(folder).free) < need_bytes:
-        wrong.append(f"{folder}: {free_bytes:,} bytes are free, {need_bytes:,} are needed for the artifact and its log")
+        wrong.append(
+            f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}"
+        )
     try:
         accumulation(h, world)
     except Refusal as error:
@@ -2720,9 +3132,11 @@ def preflight(h: Hyperparameters, world: World, folder: Path) -> None:
 
 
 def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
-    """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep for calibration.
+    """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
+    for calibration.
 
-    So nothing fails late, and no graph is compiled inside the clock. Validation text is never touched.
+    So nothing fails late, and no graph is compiled inside the clock. Validation text is never
+    touched.
     """
     h, watch, before = t.h, Stopwatch(t.world), t.snapshot()
     for looped in sorted({False, h.num_loops > 0}):
@@ -2736,7 +3150,8 @@ def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
     stored = quantise(t.model, moments)
     _, again = unpack(pack(h, stored, quick=True)[0])
     load_stored(t.model, again)
-    tokens = np.concatenate([shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
+    tokens = np.concatenate(
+        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
     tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
     fake = Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
     quiet = Log(t.world, None, quiet=True)
@@ -2756,7 +3171,8 @@ def build_model(h: Hyperparameters, world: World) -> GPT:
     return model
 
 
-def measured_score(name: str, model: GPT, data: Dataset, world: World, log: Log) -> dict[str, float]:
+def measured_score(name: str, model: GPT, data: Dataset, world: World,
+                   log: Log) -> dict[str, float]:
     """`score_by_name` with its line of the log."""
     result, _ = score_by_name(name, model, data.val, world, log)
     log(f"final_{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
@@ -2765,7 +3181,8 @@ def measured_score(name: str, model: GPT, data: Dataset, world: World, log: Log)
 
 
 def run(h: Hyperparameters, world: World, log: Log, env: Mapping[str, str]) -> dict[str, Any]:
-    """The pipeline: rehearse, train, calibrate, quantise, pack, read back, score. Returns what result.json holds."""
+    """The pipeline: rehearse, train, calibrate, quantise, pack, read back, score. Returns what
+    result.json holds."""
     begin_s, seconds = time.perf_counter(), {}
 
     def stage(name: str, watch: Stopwatch) -> None:
@@ -2785,14 +3202,20 @@ def run(h: Hyperparameters, world: World, log: Log, env: Mapping[str, str]) -> d
     reserve_s = rehearse(trainer, data, log) if h.rehearsal_steps else h.gptq_reserve_seconds
     stage("rehearsal", watch)
 
-    plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(
-        **score_by_name("quantized", model, data.val, world, Log(world, None, quiet=True))[0])
+    plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
+        "quantized", model, data.val, world, Log(world, None, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
     moments = second_moments(model, world, trainer.loader, h.gptq_calibration_batches)
     clock_s = clock.read_s()
-    log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} (calibration included)")
-    seconds |= dict(train=round(trained.seconds, 3), calibration=round(clock_s - trained.seconds, 3))
-    scores = {n: measured_score(n, model, data, world, log) for n in wanted_scores(h) if n == "prequant"}
+    log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
+        "(calibration included)"
+        )
+    seconds |= dict(train=round(trained.seconds, 3),
+                    calibration=round(clock_s - trained.seconds, 3))
+    scores = {
+        n: measured_score(n, model, data, world, log)
+        for n in wanted_scores(h) if n == "prequant"
+    }
 
     watch = Stopwatch(world)
     stored = quantise(model, moments) if world.main else {}
@@ -2819,13 +3242,20 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     """The first lines of a log: everything that is needed to repeat the run."""
     log(f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}")
     log(f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
-        f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} attention:{attention_kernel(world.device)}")
+        f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} "
+        f"attention:{attention_kernel(world.device)}"
+        )
     log(f"knobs:{json.dumps(asdict(h))}")
     log(f"model_params:{sum(p.numel() for p in model.parameters())} "
         f"steps_of_depth:{len(depth_plan(h, False))}->{len(depth_plan(h, True))}")
-    log(f"data: train_tokens:{sum(map(len, data.train))} shards:{len(data.train)} val_targets:{len(data.val.bytes)} "
-        f"val_bytes:{int(data.val.bytes.sum())} val_documents:{len(data.val.documents) - 1} bytes_by:{data.byte_rule}")
-    log(f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks x {h.micro_batch_tokens}")
+    log(f"data: train_tokens:{sum(map(len, data.train))} shards:{len(data.train)} "
+        f"val_targets:{len(data.val.bytes)} "
+        f"val_bytes:{int(data.val.bytes.sum())} val_documents:{len(data.val.documents) - 1} "
+        f"bytes_by:{data.byte_rule}"
+        )
+    log(f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks x "
+        f"{h.micro_batch_tokens}"
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -2839,20 +3269,25 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or "cpu"
 
 
-def report_bytes(ledger: Mapping[str, int], table: Mapping[str, Role], blob: bytes, code: bytes, h: Hyperparameters,
-                 log: Log) -> None:
-    """The size ledger: bytes of every part and bits per weight, then the total in the official form."""
+def report_bytes(ledger: Mapping[str, int], table: Mapping[str, Role], blob: bytes, code: bytes,
+                 h: Hyperparameters, log: Log) -> None:
+    """The size ledger: bytes of every part and bits per weight, then the total in the official
+    form."""
     for name, size in ledger.items():
-        bits = f" bits_per_weight:{8 * size / math.prod(table[name].shape):.3f}" if name in table else ""
+        bits = ""
+        if name in table:
+            bits = f" bits_per_weight:{8 * size / math.prod(table[name].shape):.3f}"
         log(f"bytes:{name} {size}{bits}")
     log(f"Serialized model: {len(blob)} bytes")
     log(f"Code size: {len(code)} bytes (packed)")
     log(f"Total submission size {h.compressor}: {len(blob) + len(code)} bytes")
 
 
-def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clock_s: float, sizes: dict[str, int],
-             scores: dict[str, dict[str, float]], seconds: dict[str, float], log: Log) -> dict[str, Any]:
-    """Writes result.json and the table of scores; raises `Refusal` afterwards if the artifact is over the budget."""
+def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clock_s: float,
+             sizes: dict[str, int], scores: dict[str, dict[str, float]], seconds: dict[str, float],
+             log: Log) -> dict[str, Any]:
+    """Writes result.json and the table of scores; raises `Refusal` afterwards if the artifact is
+    over the budget."""
     violations = []
     if sizes["total"] > h.budget_bytes:
         violations.append(f"bytes: {sizes['total']} is over BUDGET_BYTES={h.budget_bytes}")
@@ -2860,13 +3295,24 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
         violations.append(f"time: {clock_s:.2f} s of training data is over MAX_WALLCLOCK_SECONDS="
                           f"{h.max_wallclock_seconds:g}")
     tokens = trained.steps * h.train_batch_tokens
-    result = dict(
-        run_id=h.run_id, seed=h.seed, recipe=h.recipe, changed_knobs=h.changed(), knobs=asdict(h),
-        device=device_name(world.device), world_size=world.size, torch=torch.__version__,
-        params=sum(p.numel() for p in model.parameters()), steps=trained.steps,
-        train_seconds=round(trained.seconds, 3), train_tokens=tokens,
-        tokens_per_second=round(tokens / max(trained.seconds, 1e-9), 1), bytes=sizes, scores=scores, seconds=seconds,
-        compliant=not violations, violations=violations)
+    result = dict(run_id=h.run_id,
+                  seed=h.seed,
+                  recipe=h.recipe,
+                  changed_knobs=h.changed(),
+                  knobs=asdict(h),
+                  device=device_name(world.device),
+                  world_size=world.size,
+                  torch=torch.__version__,
+                  params=sum(p.numel() for p in model.parameters()),
+                  steps=trained.steps,
+                  train_seconds=round(trained.seconds, 3),
+                  train_tokens=tokens,
+                  tokens_per_second=round(tokens / max(trained.seconds, 1e-9), 1),
+                  bytes=sizes,
+                  scores=scores,
+                  seconds=seconds,
+                  compliant=not violations,
+                  violations=violations)
     if world.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(world.device)
     log("score          val_loss     val_bpb      seconds")
@@ -2876,23 +3322,28 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
         write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
     log("RESULT " + json.dumps(result))
     if sizes["total"] > h.budget_bytes:
-        raise Refusal(f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; everything is saved in "
-                      f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
+        raise Refusal(
+            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is saved in "
+            f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
     return result
 
 
 def claim_run(h: Hyperparameters, world: World) -> tuple[Hyperparameters, Log]:
     """The run's name, one for all ranks, and its folder, claimed before anything else is done."""
-    name = world.share(h.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{h.recipe.replace(',', '+')}-seed{h.seed}")
+    name = world.share(
+        h.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{h.recipe.replace(',', '+')}-seed{h.seed}")
     h = replace(h, run_id=name)
     return h, Log(world, Path(h.logs_dir) / name)
 
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
-    """The verb `eval ARTIFACT`: scores it again in this process; scoring knobs come from the artifact, then from the
+    """The verb `eval ARTIFACT`: scores it again in this process; scoring knobs come from the
+    artifact, then from the
     environment. Prints the same lines as the run that made it."""
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
-        raise Refusal(f"eval needs one artifact that exists, such as logs/<RUN_ID>/model.bin; got {' '.join(arguments)!r}")
+        raise Refusal(
+            f"eval needs one file, such as logs/<RUN_ID>/model.bin; got {' '.join(arguments)!r}"
+        )
     log = Log(world, None)
     path = Path(arguments[0])
     shipped_h, stored = unpack(path.read_bytes(), str(path))
@@ -2900,18 +3351,23 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
     h = Hyperparameters.from_env(env, base=changed)
     for name in MODEL_KNOBS:
         if getattr(h, name) != getattr(shipped_h, name):
-            raise Refusal(f"{name.upper()}={getattr(h, name)} contradicts {path}, which was made with "
-                          f"{getattr(shipped_h, name)}; leave it unset")
+            raise Refusal(
+                f"{name.upper()}={getattr(h, name)} contradicts {path}, which was made with "
+                f"{getattr(shipped_h, name)}; leave it unset")
     data = find_dataset(h, world, log)
     model = build_model(h, world)
     model.compile(compile_mode(h, world.device, log))
     load_stored(model, stored)
-    scores = {name: measured_score(name, model, data, world, log) for name in wanted_scores(h) if name != "prequant"}
+    scores = {
+        name: measured_score(name, model, data, world, log)
+        for name in wanted_scores(h) if name != "prequant"
+    }
     log("RESULT " + json.dumps(dict(artifact=str(path), bytes=path.stat().st_size, scores=scores)))
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The command line; returns the exit status. A `Refusal` is one sentence on standard error and status 2."""
+    """The command line; returns the exit status. A `Refusal` is one sentence on standard error and
+    status 2."""
     if arguments and arguments[0] in ("--help", "-h", "help"):
         print(help_text())
         return 0
@@ -2921,8 +3377,9 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             make_dataset(list(arguments[1:]))
             return 0
         if arguments and arguments[0] != "eval":
-            raise Refusal(f"unknown verb {arguments[0]!r}" + nearest(arguments[0], ("data", "eval"))
-                          + "; expected data, eval, --help, or nothing for a run")
+            raise Refusal(f"unknown verb {arguments[0]!r}" +
+                          nearest(arguments[0], ("data", "eval")) +
+                          "; expected data, eval, --help, or nothing for a run")
         world = World.from_env(env)
         tune_process(world.device)
         if arguments:
