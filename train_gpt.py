@@ -1,7 +1,7 @@
 """Parameter Golf in one file: the best language model that fits in 16,000,000 bytes.
 
-At most 600 s of training on 8xH100, scored in bits per byte (BPB). A run is one pipeline; each arrow
-is one function call and one line of the log:
+At most 600 s of training on 8xH100, scored in bits per byte (BPB). A run is one pipeline; each
+arrow is one function call and one line of the log:
 
     shards -> rehearse -> train -> calibrate -> quantise -> pack -> read back -> score
 
@@ -13,14 +13,14 @@ is one function call and one line of the log:
 Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=demo is chosen, aloud):
     python train_gpt.py                                       # CPU or one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # eight GPUs
-    python train_gpt.py --help                                # every knob is an environment variable
+    python train_gpt.py --help                                # every knob
     python train_gpt.py eval logs/<RUN_ID>/model.bin          # score an artifact again
     python train_gpt.py data FILES... --vocab V --out DIR     # shards from documents of your own
 
-Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP width,
-V vocabulary, L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of depth is
-executed, a *window* is scored, a *chunk* is the part of the stream that is scored before it is
-learned from, a *bank* holds all layers of a role.
+Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP
+width, V vocabulary, L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of
+depth is executed, a *window* is scored, a *chunk* is the part of the stream that is scored before
+it is learned from, a *bank* holds all layers of a role. A knob is an environment variable.
 
 Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6 model, 7 adapters,
 8 optimisers, 9 training, 10 quantisation, 11 artifact, 12 scoring, 13 test-time training,
@@ -3323,7 +3323,7 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     log("RESULT " + json.dumps(result))
     if sizes["total"] > h.budget_bytes:
         raise Refusal(
-            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is saved in "
+            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
             f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
     return result
 

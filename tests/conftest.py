@@ -1,0 +1,101 @@
+"""What all tests share: the module on the path, a tiny model, small shards, the script as users run it, several ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+import train_gpt as tg
+
+torch.set_num_threads(1)
+
+# Every seam is in use: grouped heads, a loop, skips, lanes, XSA on some layers only, both gates; fp32, no compiler.
+TINY = dict(
+    vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2.0, rope_dims=4,
+    qk_gain_init=2.0, xsa_last_n=3, gate_window=6, num_loops=1, loop_start=1, loop_end=2,
+    parallel_start_layer=3, iterations=4, max_wallclock_seconds=0.0, train_batch_tokens=256,
+    micro_batch_tokens=64, train_seq_len=16, rehearsal_steps=1, muon_momentum_warmup_steps=10,
+    train_log_every=1, compile="off", precision="fp32", gptq_calibration_batches=4,
+    eval_seq_len=16, eval_stride=4, eval_batch_tokens=64, ttt_chunk_tokens=128, ttt_batch_seqs=4,
+    ttt_epochs=2, lora_rank=2)
+
+
+@pytest.fixture
+def tiny() -> tg.Hyperparameters:
+    """Hyperparameters of a model that takes milliseconds."""
+    return tg.Hyperparameters(**TINY)
+
+
+def alive(h: tg.Hyperparameters, seed: int = 0, dtype: torch.dtype = torch.float32) -> tg.GPT:
+    """A model with every bank moved off its initial value: a fresh one has zero outputs, which hide mistakes."""
+    torch.manual_seed(seed)
+    model = tg.GPT(h, dtype)
+    with torch.no_grad():
+        for p in model.bank.values():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def random_tokens(h: tg.Hyperparameters, count: int, seed: int = 0, document: int = 12) -> np.ndarray:
+    """(count,) tokens that start with a document and open another about every `document` tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, h.vocab_size, count).astype(np.uint16)
+    tokens[rng.random(count) < 1 / document] = tg.BOS
+    tokens[0] = tg.BOS
+    return tokens
+
+
+def write_dataset(folder: Path, h: tg.Hyperparameters, train: int = 5000, val: int = 700, sidecar: bool = True) -> Path:
+    """Two train shards, a validation shard and its sidecar of random tokens in `folder`, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = random_tokens(h, train)
+    tg.write_shard(folder / "fineweb_train_000000.bin", tokens[:train // 3])
+    tg.write_shard(folder / "fineweb_train_000001.bin", tokens[train // 3:])
+    held = random_tokens(h, val, seed=1)
+    tg.write_shard(folder / "fineweb_val_000000.bin", held)
+    if sidecar:
+        tg.write_shard(folder / "fineweb_val_bytes_000000.bin", np.where(held == tg.BOS, 0, 1 + held % 5))
+    return folder
+
+
+def clean_env(**knobs: object) -> dict[str, str]:
+    """This process's environment without knobs or ranks, on the CPU, with one thread, plus `knobs`."""
+    ours = {name.upper() for name in tg.Hyperparameters.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    base = {name: value for name, value in os.environ.items() if name not in ours}
+    text = {name: str(int(v) if isinstance(v, bool) else v) for name, v in knobs.items()}
+    return base | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") | text
+
+
+def run_script(env: dict[str, object], *args: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
+    """train_gpt.py in a process of its own (torchrun for several) with the knobs `env`; nothing is checked."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(REPO / "train_gpt.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=clean_env(**env), capture_output=True, text=True, timeout=300)
+
+
+def rank_main(rank: int, size: int, port: int, work, arguments: tuple) -> None:
+    """One rank of `on_ranks`."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    world = tg.World.from_env(os.environ)
+    try:
+        work(world, *arguments)
+    finally:
+        world.leave()
+
+
+def on_ranks(size: int, work, *arguments) -> None:
+    """Runs `work(world, *arguments)`, a function of a test module, on `size` gloo processes; raises what a rank raises."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(rank_main, (size, port, work, arguments), nprocs=size)

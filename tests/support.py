@@ -1,0 +1,67 @@
+"""What the tests of sections 9 to 15 share beside conftest.py: smaller steps, made-up tokens, a log that keeps lines."""
+from __future__ import annotations
+
+import numpy as np
+from conftest import TINY, alive as model_of, tg as t
+
+WORLD = t.World()
+SMALL = TINY | dict(train_batch_tokens=128, iterations=6, train_log_every=1000, gptq_calibration_batches=2,
+                    ttt_chunk_tokens=32, ttt_batch_seqs=2)
+
+
+def settings(**changes) -> t.Hyperparameters:
+    """Hyperparameters of a model that takes milliseconds; `changes` override single knobs."""
+    return t.Hyperparameters(**SMALL | changes)
+
+
+def stream(length: int, V: int = 64, document: int = 11, seed: int = 0) -> np.ndarray:
+    """Random tokens (length,) of 2 .. V - 1 with token 1 at the start of each document of 1 to 2 * document - 1."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, V, length)
+    starts = np.cumsum([0, *rng.integers(1, 2 * document, length)])
+    tokens[starts[starts < length]] = t.BOS
+    return tokens
+
+
+def repetitive(length: int) -> np.ndarray:
+    """Tokens (length,) in which a phrase of eight comes again and again: easy to learn."""
+    tokens = np.tile(np.arange(5, 13), length // 8 + 1)[:length]
+    tokens[0] = t.BOS
+    return tokens
+
+
+def validation(tokens: np.ndarray) -> t.Validation:
+    """A validation set in which every target stands for two bytes."""
+    return t.Validation.of(tokens, np.full(len(tokens) - 1, 2))
+
+
+def dataset(tokens: np.ndarray) -> t.Dataset:
+    """One training shard in memory, and a validation set that is the beginning of it."""
+    return t.Dataset([tokens.astype(np.uint16)], validation(tokens[:97]), "test")
+
+
+def moments_of(model: t.GPT, world: t.World = WORLD, batches: int = 4) -> dict:
+    """Second moments of the activations over `batches` micro-batches of a made-up shard."""
+    loader = t.Loader(model.h, world, [stream(3000).astype(np.uint16)])
+    return t.second_moments(model, world, loader, batches)
+
+
+class Half(t.World):
+    """One of two ranks whose sums stay its own: adding up what two of them find simulates two processes."""
+
+    def sum(self, tensor):
+        """Its own part."""
+        return tensor
+
+
+class Lines(t.Log):
+    """A log that keeps its lines instead of printing them."""
+
+    def __init__(self, world: t.World = WORLD):
+        """Claims no folder."""
+        super().__init__(world, None)
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        """Keeps one line."""
+        self.lines.append(line)

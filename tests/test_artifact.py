@@ -1,0 +1,213 @@
+"""The artifact: pack and unpack are inverses, whatever is wrong with a file is refused, hostile headers take no memory."""
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import resource
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings as limits, strategies as st
+
+from support import model_of, moments_of, settings, t
+
+MODEL = model_of(settings())
+STORED = t.quantise(MODEL, moments_of(MODEL))
+BLOB = t.pack(settings(), STORED, quick=True)[0]
+
+
+def same(a: t.Coded | torch.Tensor, b: t.Coded | torch.Tensor) -> bool:
+    """True where two stored banks are equal bit for bit."""
+    if isinstance(a, t.Coded):
+        return isinstance(b, t.Coded) and same(a.codes, b.codes) and same(a.step, b.step)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("compressor", [*t.coders(), "auto"])
+def test_unpack_is_the_inverse_of_pack(compressor, quick):
+    """Every compressor gives back every code, step and fp16 bit, and the knobs of the model."""
+    h = settings(compressor=compressor)
+    blob, ledger = t.pack(h, STORED, quick)
+    again_h, again = t.unpack(blob)
+    assert list(again) == list(STORED) and all(same(again[n], STORED[n]) for n in STORED)
+    assert all(getattr(again_h, n) == getattr(h, n) for n in t.MODEL_KNOBS) and again_h.changed() == h.changed()
+    assert sum(ledger.values()) == len(blob)
+    assert t.pack(h, again, quick)[0] == blob
+
+
+@pytest.mark.parametrize("changes", [
+    dict(num_loops=0), dict(head_gate_scale=0.0), dict(smear_gate=False), dict(parallel_start_layer=4),
+    dict(num_layers=1, loop_start=0, loop_end=0), dict(matrix_bits=2, embed_bits=8), dict(vocab_size=300)])
+def test_every_shape_of_model_is_packed(changes):
+    """Absent roles, other depths and widths of codes: the table alone decides what is stored."""
+    h = settings(**changes)
+    model = model_of(h)
+    stored = t.quantise(model, moments_of(model))
+    again_h, again = t.unpack(t.pack(h, stored, quick=True)[0])
+    assert list(again) == list(t.roles(again_h)) and all(same(again[n], stored[n]) for n in stored)
+
+
+def test_a_loaded_artifact_computes_what_was_packed():
+    """A fresh model with the unpacked banks has the nats of the model that stores them, bit for bit."""
+    h, stored = t.unpack(BLOB)
+    ids, nats = torch.arange(2, 34)[None] % 64, []
+    for banks in (stored, STORED):
+        model = t.GPT(h)
+        t.load_stored(model, banks)
+        nats.append(model.nats(ids, ids, t.depth_plan(h, True)))
+    assert torch.equal(*nats)
+
+
+def test_auto_keeps_the_shortest_coder():
+    """`auto` is never longer than any single coder."""
+    raw = np.random.default_rng(0).normal(0, 9, 4000).astype(np.int8).tobytes()
+    assert len(t.squeeze(raw, "auto", False)) == min(len(t.squeeze(raw, name, False)) for name in t.coders())
+
+
+@limits(max_examples=60, deadline=None)
+@given(raw=st.binary(max_size=600), name=st.sampled_from(sorted(t.coders())))
+def test_squeeze_and_expand_are_inverses(raw, name):
+    """Any bytes, the empty string included."""
+    assert t.expand(t.squeeze(raw, name, True), len(raw)) == raw
+
+
+@limits(max_examples=60, deadline=None)
+@given(halves=st.lists(st.integers(0, 65535), max_size=50))
+def test_shuffled_halves_come_back(halves):
+    """All bit patterns, NaN included."""
+    array = np.array(halves, np.uint16).view(np.float16)
+    assert t.unshuffled(t.shuffled(array)).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("name", sorted(t.coders()))
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_a_stream_of_another_size_is_refused(name, wrong):
+    """A stream that holds one byte more or less than the role table says is damaged."""
+    raw = bytes(range(256)) * 8
+    with pytest.raises(t.Refusal, match="stream"):
+        t.expand(t.squeeze(raw, name, True), len(raw) + wrong)
+
+
+def test_an_unknown_coder_is_named():
+    """A stream whose package is missing says which letter it needs and what is installed here."""
+    with pytest.raises(t.Refusal, match="needs coder b'\\?'.*lzma"):
+        t.expand(b"?123", 3)
+
+
+def test_a_flipped_bit_anywhere_is_caught():
+    """One bit of every byte in turn, magic, header, streams and checksum alike."""
+    rng = np.random.default_rng(0)
+    for place, bit in enumerate(rng.integers(0, 8, len(BLOB))):
+        damaged = bytearray(BLOB)
+        damaged[place] ^= 1 << bit
+        with pytest.raises(t.Refusal, match="damaged|not an artifact"):
+            t.unpack(bytes(damaged))
+
+
+def test_a_cut_or_lengthened_file_is_caught():
+    """Every shorter length near the ends and many between, and trailing bytes."""
+    lengths = [*range(64), *range(64, len(BLOB), 97), *range(len(BLOB) - 40, len(BLOB))]
+    for blob in [*(BLOB[:n] for n in lengths), BLOB + b"\0", BLOB + BLOB]:
+        with pytest.raises(t.Refusal, match="damaged|not an artifact"):
+            t.unpack(blob)
+
+
+@pytest.mark.parametrize("blob", [b"", b"\x80\x04.", b"PK\x03\x04" * 99, b"\0" * 500])
+def test_other_files_are_refused_by_name(blob):
+    """A pickle, a zip or nothing at all: the sentence names the file."""
+    with pytest.raises(t.Refusal, match="^some/model.bin: not an artifact"):
+        t.unpack(blob, "some/model.bin")
+
+
+def sealed(header: bytes, body: bytes = b"", length: int | None = None) -> bytes:
+    """An artifact with a right checksum around any header, as a hostile author could make one."""
+    blob = t.MAGIC + struct.pack("<I", len(header) if length is None else length) + header + body
+    return blob + hashlib.sha256(blob).digest()[:t.CHECKSUM_BYTES]
+
+
+def hostile(header: object, body: bytes = b"x" * 40) -> bytes:
+    """The same with any JSON value as its header."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    return sealed(lzma.compress(text.encode(), lzma.FORMAT_ALONE), body)
+
+
+KNOBS = {n: getattr(settings(), n) for n in t.MODEL_KNOBS}
+STREAMS = [5] * len(t.stream_plan(settings()))
+ABSURD = {
+    "layers": dict(num_layers=10 ** 9), "width": dict(model_dim=1 << 40), "long width": dict(model_dim=4 * 10 ** 400),
+    "vocabulary": dict(vocab_size=1 << 40), "heads": dict(num_heads=1 << 30, model_dim=1 << 30),
+    "mlp": dict(mlp_mult=1e300), "mlp beyond floats": dict(mlp_mult=1e308), "loops": dict(num_loops=10 ** 9),
+    "long loop": dict(num_layers=4000, num_loops=400, loop_start=0, loop_end=3999),
+    "gate": dict(gate_window=10 ** 9), "rope": dict(rope_dims=1 << 40),
+    "model of 800 GB": dict(num_layers=4000, model_dim=1 << 16, num_heads=4, vocab_size=65536)}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_sizes_are_refused_and_take_no_memory(name):
+    """A header that claims a huge model is refused, and the process grows by less than 64 MB."""
+    blob = hostile(dict(knobs=KNOBS | ABSURD[name], streams=STREAMS))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(t.Refusal, match="header"):
+        t.unpack(blob)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+@pytest.mark.parametrize("length", [0, 1 << 16, (1 << 32) - 1])
+def test_absurd_header_lengths_are_refused(length):
+    """A header longer than the file, or empty."""
+    with pytest.raises(t.Refusal, match="header"):
+        t.unpack(sealed(b"x" * 50, length=length))
+
+
+def test_a_header_that_expands_without_end_is_refused():
+    """A gigabyte of blanks in a kilobyte is cut at the limit and takes no memory."""
+    packer = lzma.LZMACompressor(lzma.FORMAT_ALONE, preset=0)
+    bomb = b"".join([*(packer.compress(b" " * (1 << 20)) for _ in range(256)), packer.flush()])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(t.Refusal, match="header"):
+        t.unpack(sealed(bomb, b"x" * 100))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+@pytest.mark.parametrize("streams", [
+    [0] * len(STREAMS), [-5] * len(STREAMS), [1.0] * len(STREAMS), [True] * len(STREAMS), STREAMS[1:], [],
+    [1 << 62] * len(STREAMS), "lengths", None, 7, {"a": 1}, [[5]] * len(STREAMS), [2, 1 << 80, *STREAMS[2:]]])
+def test_wrong_lengths_of_streams_are_refused(streams):
+    """Too few, not whole, negative, beyond the file, or no list at all."""
+    with pytest.raises(t.Refusal, match="header|lengths"):
+        t.unpack(hostile(dict(knobs=KNOBS, streams=streams)))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(num_layers="3"), dict(num_layers=3.0), dict(num_layers=True), dict(num_layers=None), dict(num_layers=-1),
+    dict(mlp_mult=2), dict(smear_gate=1), dict(ln_scale="yes"), dict(no_such_knob=1), dict(rope_base=float("nan")),
+    dict(logit_softcap=float("inf")), dict(num_heads=3), dict(matrix_bits=16), dict(run_id="../../etc"),
+    dict(vocab_size=[64]), dict(mlp_mult={"a": 1})])
+def test_wrong_types_and_values_of_knobs_are_refused(changes):
+    """Types are compared exactly, ranges and relations by the same checks as the environment's."""
+    with pytest.raises(t.Refusal, match="header"):
+        t.unpack(hostile(dict(knobs=KNOBS | changes, streams=STREAMS)))
+
+
+@pytest.mark.parametrize("header", [
+    [], {}, 5, None, "text", dict(knobs=[], streams=STREAMS), dict(knobs="x", streams=STREAMS), dict(knobs=KNOBS),
+    dict(knobs={}, streams=STREAMS), dict(knobs=None, streams=[]), "[" * 60000, "{", "\x00", '{"knobs":' * 9000,
+    '{"knobs": {"num_layers": 1' + "0" * 5000 + "}}"],
+    ids=lambda value: str(value)[:20])
+def test_headers_that_are_no_table_are_refused(header):
+    """Any JSON value, unfinished JSON, nesting without end."""
+    with pytest.raises(t.Refusal, match="header"):
+        t.unpack(hostile(json.dumps(header) if header == "text" else header))
+
+
+def test_streams_that_do_not_decode_are_refused():
+    """Right checksum, right header, streams of noise: a sentence, not a traceback."""
+    rng = np.random.default_rng(0)
+    for letter in (b"l", b"z", b"b", b"?"):
+        body = b"".join(letter + rng.bytes(4) for _ in STREAMS)
+        with pytest.raises(t.Refusal, match="stream"):
+            t.unpack(hostile(dict(knobs=KNOBS, streams=STREAMS), body))

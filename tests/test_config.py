@@ -1,0 +1,221 @@
+"""Section 2: one table of knobs: defaults, parsing, ranges, relations, recipes, help, and refusals that name the mistake."""
+
+import dataclasses
+import difflib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import train_gpt as tg
+from conftest import REPO, clean_env, run_script
+
+FIELDS = {f.name: f for f in dataclasses.fields(tg.Hyperparameters)}
+from_env = tg.Hyperparameters.from_env
+
+
+def test_defaults_are_the_submission():
+    """The values of the 8xH100 run, as published."""
+    h = tg.Hyperparameters()
+    for name, value in dict(
+            num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=4, vocab_size=8192, leaky_slope=0.5,
+            train_seq_len=2048, train_batch_tokens=786432, loop_start=3, loop_end=5, num_loops=2, enable_looping_at=0.35,
+            parallel_start_layer=8, rope_dims=16, qk_gain_init=5.25, ln_scale=True, xsa_last_n=11, gate_window=12,
+            head_gate_scale=0.5, smear_gate=True, logit_softcap=30, max_wallclock_seconds=600, eval_stride=64,
+            ttt_chunk_tokens=32768, matrix_bits=6, budget_bytes=16_000_000, ttt_enabled=True).items():
+        assert getattr(h, name) == value, name
+    assert h.head_dim == 64 and h.mlp_dim == 2048
+    assert from_env({}) == dataclasses.replace(h, recipe="record") and not from_env({}).changed()
+
+
+def test_the_table_is_typed_and_frozen():
+    """Every default has its declared type, every knob a meaning, and nobody can change a value."""
+    for f in FIELDS.values():
+        assert type(f.default).__name__ == f.type and len(f.metadata["meaning"]) >= 10, f.name
+        assert f.metadata["check"](f.default), f.name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tg.Hyperparameters().seed = 1
+
+
+def test_environment_is_parsed_by_type():
+    """Whole numbers may carry underscores, booleans are 0, 1, false, true, text stays as it is."""
+    h = from_env(dict(NUM_LAYERS="9", TRAIN_BATCH_TOKENS="1_572_864", MATRIX_LR="2e-2", SMEAR_GATE="0", LN_SCALE="true",
+                      TTT_ENABLED=" False ", RUN_ID="a.b-1", LOGIT_SOFTCAP="20", DATA_DIR="", PATH="/bin"))
+    assert (h.num_layers, h.train_batch_tokens, h.matrix_lr, h.logit_softcap) == (9, 1572864, 0.02, 20.0)
+    assert (h.smear_gate, h.ln_scale, h.ttt_enabled, h.run_id, h.data_dir) == (False, True, False, "a.b-1", "")
+    assert h.changed() == dict(num_layers=9, train_batch_tokens=1572864, matrix_lr=0.02, smear_gate=False,
+                               ttt_enabled=False, logit_softcap=20.0)
+
+
+@pytest.mark.parametrize("name, raw, wanted", [
+    ("NUM_LAYERS", "eleven", "a whole number"), ("NUM_LAYERS", "11.0", "a whole number"), ("SEED", "", "a whole number"),
+    ("MATRIX_LR", "1,5", "a number"), ("SMEAR_GATE", "yes", "0 or 1"), ("SMEAR_GATE", "2", "0 or 1")])
+def test_values_of_the_wrong_type_are_refused(name, raw, wanted):
+    """The sentence holds variable, value, the expected type and the meaning."""
+    with pytest.raises(tg.Refusal) as refusal:
+        from_env({name: raw})
+    assert str(refusal.value) == f"{name}={raw!r} must be {wanted}: {FIELDS[name.lower()].metadata['meaning']}"
+
+
+OUT_OF_RANGE = [(name, -1) for name, f in FIELDS.items() if f.type in ("int", "float")]
+OUT_OF_RANGE += [(name, bad) for name, f in FIELDS.items() if f.type == "float" for bad in (float("nan"), float("inf"))]
+OUT_OF_RANGE += [(name, 1.01) for name in ("leaky_slope", "enable_looping_at", "warmdown_frac", "min_lr")]
+OUT_OF_RANGE += [(name, 1.0) for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2", "ema_decay",
+                                          "ttt_momentum")]
+OUT_OF_RANGE += [(name, 0) for name in (
+    "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base", "qk_gain_init",
+    "gate_window", "logit_softcap", "tied_embed_init_std", "train_batch_tokens", "micro_batch_tokens", "adam_eps",
+    "train_log_every", "gptq_calibration_batches", "gptq_damping", "matrix_clip_sigmas", "embed_clip_sigmas",
+    "budget_bytes", "eval_stride", "eval_batch_tokens", "ttt_chunk_tokens", "ttt_batch_seqs", "ttt_grad_clip",
+    "lora_rank")]
+OUT_OF_RANGE += [("vocab_size", 3), ("vocab_size", 65537), ("train_seq_len", 1), ("eval_seq_len", 1), ("matrix_bits", 1),
+                 ("matrix_bits", 9), ("embed_bits", 1), ("embed_bits", 9), ("run_id", "a/b"), ("run_id", "a b"),
+                 ("corpus", "web"), ("compile", "yes"), ("precision", "fp16"), ("compressor", "gzip"),
+                 ("scores", "sliding,best")]
+
+
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
+def test_ranges(name, value):
+    """Each check refuses a value outside its range and says which knob, which value and what it means."""
+    with pytest.raises(tg.Refusal) as refusal:
+        tg.Hyperparameters(**{name: value})
+    assert str(refusal.value) == f"{name.upper()}={value!r} is out of range: {FIELDS[name].metadata['meaning']}"
+
+
+def test_every_number_has_a_range():
+    """The list above tests each numeric knob; text that is not a place or a list of names has a check too."""
+    assert {name for name, _ in OUT_OF_RANGE} >= {
+        name for name, f in FIELDS.items() if f.type in ("int", "float")} | {"compressor", "compile", "precision", "scores"}
+
+
+RELATIONS = [
+    (dict(model_dim=510), "MODEL_DIM=510 must be a multiple of NUM_HEADS=8"),
+    (dict(num_kv_heads=3), "NUM_HEADS=8 must be a multiple of NUM_KV_HEADS=3"),
+    (dict(mlp_mult=1.001), "MLP_MULT=1.001 x MODEL_DIM=512 must be a whole number"),
+    (dict(rope_dims=15), "ROPE_DIMS=15 must be even and at most the head size MODEL_DIM / NUM_HEADS"),
+    (dict(rope_dims=66), "ROPE_DIMS=66 must be even and at most the head size MODEL_DIM / NUM_HEADS"),
+    (dict(gate_window=513), "GATE_WINDOW=513 must be at most MODEL_DIM=512"),
+    (dict(loop_end=11), "LOOP_START=3 <= LOOP_END=11 < NUM_LAYERS=11 must hold"),
+    (dict(loop_start=6), "LOOP_START=6 <= LOOP_END=5 < NUM_LAYERS=11 must hold"),
+    (dict(train_batch_tokens=786433), "TRAIN_BATCH_TOKENS=786433 must be a multiple of MICRO_BATCH_TOKENS=98304"),
+    (dict(train_seq_len=2000), "MICRO_BATCH_TOKENS=98304 must be a multiple of TRAIN_SEQ_LEN=2000"),
+    (dict(eval_stride=2049), "EVAL_STRIDE=2049 must be at most EVAL_SEQ_LEN=2048"),
+    (dict(ttt_chunk_tokens=3000), "TTT_CHUNK_TOKENS=3000 must be a multiple of TRAIN_SEQ_LEN=2048"),
+    (dict(max_wallclock_seconds=0.0, iterations=0),
+     "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero, or training never ends"),
+]
+
+
+@pytest.mark.parametrize("knobs, sentence", RELATIONS)
+def test_relations_between_knobs(knobs, sentence):
+    """Contradicting knobs are refused with names and values."""
+    with pytest.raises(tg.Refusal) as refusal:
+        tg.Hyperparameters(**knobs)
+    assert str(refusal.value) == sentence
+
+
+def test_relations_that_do_not_bind():
+    """A loop that is switched off may lie anywhere; one bound of training is enough."""
+    assert tg.Hyperparameters(num_loops=0, loop_end=50).num_loops == 0
+    assert tg.Hyperparameters(max_wallclock_seconds=0.0).iterations == 20000
+    assert tg.Hyperparameters(iterations=0).max_wallclock_seconds == 600
+
+
+@pytest.mark.parametrize("typo, meant", [
+    ("NUM_LAYER", "NUM_LAYERS"), ("LAYERS_NUM", "NUM_LAYERS"), ("num_layers", "NUM_LAYERS"), ("MATRX_LR", "MATRIX_LR"),
+    ("LR_MATRIX", "MATRIX_LR"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"), ("TTT_ENABLE", "TTT_ENABLED"),
+    ("VOCABSIZE", "VOCAB_SIZE"), ("EVAL_STRIDES", "EVAL_STRIDE"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"), ("RECIPES", "RECIPE")])
+def test_near_misses_are_refused_with_the_nearest_knob(typo, meant):
+    """A typo must not train the wrong model."""
+    with pytest.raises(tg.Refusal) as refusal:
+        from_env({typo: "7"})
+    assert str(refusal.value) == f"{typo} is no knob; did you mean {meant}? (it is set to '7')"
+
+
+def test_ordinary_environments_are_accepted():
+    """Variables of shells, launchers, CUDA, clusters and continuous integration are no near misses."""
+    names = """PATH HOME USER SHELL TERM LANG LC_ALL PWD OLDPWD SHLVL EDITOR DISPLAY HOSTNAME LOGNAME MAIL TMPDIR TZ
+        VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED XDG_DATA_DIRS XDG_RUNTIME_DIR
+        XDG_DATA_HOME XDG_CONFIG_DIRS SSH_AUTH_SOCK SSH_CONNECTION LD_LIBRARY_PATH CC CXX CFLAGS MAKEFLAGS CI GITHUB_RUN_ID
+        GITHUB_WORKSPACE RUNNER_TEMP JOB_ID RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME
+        GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT
+        TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE TORCH_NCCL_ASYNC_ERROR_HANDLING OMP_NUM_THREADS
+        MKL_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_VERSION NVIDIA_VISIBLE_DEVICES NCCL_DEBUG NCCL_SOCKET_IFNAME
+        GLOO_SOCKET_IFNAME SLURM_JOB_ID SLURM_NNODES SLURM_PROCID SLURM_NTASKS SLURM_LOCALID HF_HOME HF_TOKEN
+        TOKENIZERS_PARALLELISM TRITON_CACHE_DIR TRITON_INTERPRET TORCHINDUCTOR_CACHE_DIR WANDB_API_KEY WANDB_PROJECT
+        PIP_INDEX_URL UV_INDEX_URL NO_COLOR COLUMNS LINES DIST_TIMEOUT_SECONDS KUBERNETES_SERVICE_HOST""".split()
+    assert from_env(dict.fromkeys(names, "x")) == from_env({})
+
+
+def test_recipes():
+    """Rows apply from left to right, single knobs override them, and the row names only knobs."""
+    demo = from_env(dict(RECIPE="demo"))
+    assert demo.num_layers == 6 and demo.recipe == "demo" and demo.changed()["vocab_size"] == 1024
+    assert from_env({}, "demo") == demo == from_env(dict(RECIPE=""), "demo")
+    assert from_env(dict(RECIPE="record"), "demo").num_layers == 11
+    assert from_env(dict(RECIPE="demo", NUM_LAYERS="7")).num_layers == 7
+    assert from_env(dict(RECIPE="demo"), base=dict(num_layers=8, seed=5)).seed == 5
+    for name, row in tg.RECIPES.items():
+        assert set(row) <= set(FIELDS), name
+        assert all(type(v).__name__ == FIELDS[n].type for n, v in row.items()), name
+
+
+def test_recipes_apply_from_left_to_right(monkeypatch):
+    """The later row wins; both leave their other knobs."""
+    monkeypatch.setitem(tg.RECIPES, "a", dict(seed=1, num_layers=7))
+    monkeypatch.setitem(tg.RECIPES, "b", dict(seed=2, ttt_epochs=1))
+    h = from_env(dict(RECIPE="a,b"))
+    assert (h.seed, h.num_layers, h.ttt_epochs) == (2, 7, 1) and from_env(dict(RECIPE="b,a")).seed == 1
+
+
+def test_unknown_recipe_is_refused():
+    """With the nearest one and the list."""
+    with pytest.raises(tg.Refusal) as refusal:
+        from_env(dict(RECIPE="record,dmo"))
+    assert str(refusal.value).startswith("RECIPE=record,dmo: there is no recipe 'dmo'; did you mean 'demo'?; known: record,")
+
+
+def test_help_lists_every_knob():
+    """Name, type, default and meaning of each, in the order of the table, by the real command; exit status 0."""
+    done = run_script({}, "--help", cwd=REPO)
+    assert done.returncode == 0 and not done.stderr
+    rows = re.findall(r"^  ([A-Z][A-Z0-9_]+) +(\w+) (.*)$", done.stdout, re.M)
+    assert [name for name, _, _ in rows] == [name.upper() for name in FIELDS]
+    for (name, kind, rest), f in zip(rows, FIELDS.values()):
+        assert kind == f.type and rest.strip().startswith(str(f.default)) and rest.endswith(f.metadata["meaning"]), name
+    assert all(recipe in done.stdout for recipe in tg.RECIPES)
+
+
+def test_refusals_reach_the_user(tmp_path):
+    """One sentence on standard error, status 2, no traceback, nothing left behind."""
+    for env, args, sentence in [
+            (dict(RECIPE="demo", NUM_LAYER=3), (), "NUM_LAYER is no knob; did you mean NUM_LAYERS? (it is set to '3')"),
+            ({}, ("evl", "x"), "unknown verb 'evl'; did you mean 'eval'?; expected data, eval, --help, or nothing for a run")]:
+        done = run_script(env, *args, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"train_gpt.py: error: {sentence}"
+        assert "Traceback" not in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_has_no_side_effect(tmp_path):
+    """Reviewers import the file and build the class: nothing is printed, written or joined."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import train_gpt, torch;"
+            "assert train_gpt.Hyperparameters().num_layers == 11 and not torch.distributed.is_initialized()")
+    done = subprocess.run([sys.executable, "-B", "-c", code, str(REPO)], cwd=tmp_path, env=clean_env(WORLD_SIZE="4"),
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+README = REPO / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README yet")
+def test_readme_table_is_the_knob_table():
+    """Rows `| NAME | default | ... |` of the README name every knob once, with its default."""
+    rows = re.findall(r"^\| `([A-Z][A-Z0-9_]+)` \| *`?(.*?)`? *\|", README.read_text(), re.M)
+    documented, declared = dict(rows), {name.upper(): str(f.default) for name, f in FIELDS.items()}
+    assert len(documented) == len(rows), "a knob stands twice"
+    hints = {name: difflib.get_close_matches(name, declared, 1) for name in set(documented) - set(declared)}
+    assert not hints and not set(declared) - set(documented)
+    assert {n: (v, declared[n]) for n, v in documented.items() if v.replace(",", "") != declared[n].replace(",", "")} == {}

@@ -1,0 +1,175 @@
+"""Every plan scores every target exactly once, and the ledger refuses whatever the rules forbid."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings as limits, strategies as st
+
+from support import Lines, WORLD, model_of, settings, stream, t, validation
+
+
+def plans(tokens: np.ndarray, T: int, stride: int, batch_tokens: int, chunk: int) -> dict[str, list[t.Windows]]:
+    """The batches of each way to score `tokens` (N + 1,), by name."""
+    N = len(tokens) - 1
+    documents = t.document_spans(validation(tokens).documents, T, stride)
+    chunks = [s for b in range(0, N, chunk) for s in t.sliding(b, min(N, b + chunk), T, stride)]
+    return dict(plain=t.batched(t.sliding(0, N, T, T), batch_tokens, T),
+                sliding=t.batched(t.sliding(0, N, T, stride), batch_tokens, T),
+                documents=t.bucketed(documents, batch_tokens, T),
+                chunks=t.batched(chunks, batch_tokens, T))
+
+
+def scored(batches: list[t.Windows]) -> list[int]:
+    """Every target that the batches score, in their order."""
+    return [target for w in batches for start, lo, hi in zip(w.start, w.lo, w.hi)
+            for target in range(start + lo, start + hi)]
+
+
+@limits(max_examples=150, deadline=None)
+@given(N=st.integers(1, 200), T=st.integers(2, 70), cut=st.integers(1, 70), rows=st.integers(0, 5),
+       chunk=st.integers(1, 90), seed=st.integers(0, 9))
+def test_every_plan_scores_every_target_once(N, T, cut, rows, chunk, seed):
+    """Any stream, window, stride, batch and chunk: the scored targets are a permutation of all."""
+    tokens = stream(N + 1, document=20, seed=seed)
+    for name, batches in plans(tokens, T, min(cut, T), rows * T + 1, chunk).items():
+        assert sorted(scored(batches)) == list(range(N)), name
+        for w in batches:
+            real = w.hi > 0
+            assert (w.hi <= w.width).all() and (w.lo < w.hi)[real].all(), name
+            assert (w.start >= 0).all() and (w.start + w.hi <= N).all(), name
+            assert (w.length == w.hi).all(), name
+
+
+@pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_streams_shorter_than_equal_to_and_longer_than_the_window(N, stride):
+    """Windows of 16 over N targets: all scored in order, each but the first with the context it can have."""
+    spans = t.sliding(0, N, 16, stride)
+    assert [i for s, _, lo, hi in spans for i in range(s + lo, s + hi)] == list(range(N))
+    for start, length, lo, hi in spans[1:]:
+        assert lo >= min(16 - stride, start + lo) and hi == length <= 16
+
+
+def test_documents_of_one_token_and_an_empty_tail():
+    """Consecutive starts make documents of one target; a start as last token is a target and opens nothing."""
+    tokens = np.array([1, 1, 1, 5, 6, 1, 7, 1])
+    val = validation(tokens)
+    assert val.documents.tolist() == [0, 1, 2, 5, 7]
+    assert t.document_spans(val.documents, 4, 2) == [
+        (0, 1, 0, 1), (1, 1, 0, 1), (2, 3, 0, 3), (5, 2, 0, 2)]
+    assert sorted(scored(t.bucketed(t.document_spans(val.documents, 4, 2), 8, 4))) == list(range(7))
+
+
+def test_document_windows_never_read_another_document():
+    """Each document's windows start inside it, however long it is."""
+    tokens = stream(300, document=40, seed=3)
+    edges = validation(tokens).documents
+    for start, length, lo, hi in t.document_spans(edges, 16, 4):
+        owner = np.searchsorted(edges, start, "right") - 1
+        assert edges[owner] <= start and start + hi <= edges[owner + 1]
+
+
+def test_batches_of_one_plan_repeat_few_shapes():
+    """All batches of a plan without buckets have one shape; buckets are powers of two up to T."""
+    made = plans(stream(400, document=60), 100, 10, 300, 50)
+    for name in ("plain", "sliding", "chunks"):
+        assert {(len(w.start), w.width) for w in made[name]} == {(3, 100)}, name
+    assert {w.width for w in made["documents"]} <= {64, 100}
+
+
+def ledger_of(N: int = 32) -> t.Ledger:
+    """A ledger over N targets."""
+    return t.Ledger(validation(stream(N + 1)), WORLD)
+
+
+def test_a_target_is_not_scored_twice():
+    """Neither by a second batch nor inside one batch."""
+    ledger, (first, *_) = ledger_of(), t.batched(t.sliding(0, 32, 16, 16), 16, 16)
+    ledger.record(first, torch.ones(1, 16))
+    with pytest.raises(RuntimeError, match="twice"):
+        ledger.record(first, torch.ones(1, 16))
+    twin = t.Windows(*(np.concatenate([a, a]) for a in first[:4]), 16)
+    with pytest.raises(RuntimeError, match="twice"):
+        ledger_of().record(twin, torch.ones(2, 16))
+
+
+def test_unscored_targets_are_not_lent_and_no_result_before_the_end():
+    """Lending needs every target of the range to be scored; a result needs all of them."""
+    ledger, (first, second) = ledger_of(), t.batched(t.sliding(0, 32, 16, 16), 16, 16)
+    with pytest.raises(RuntimeError, match="not scored"):
+        ledger.lend(0, 1)
+    ledger.record(first, torch.ones(1, 16))
+    with pytest.raises(RuntimeError, match="1 of the targets"):
+        ledger.lend(0, 17)
+    ids, targets = ledger.lend(0, 16)
+    assert torch.equal(ids[1:], targets[:-1]) and len(targets) == 16
+    with pytest.raises(RuntimeError, match="16 targets were never scored"):
+        ledger.result(0.0)
+    ledger.record(second, torch.ones(1, 16))
+    result = ledger.result(0.0)
+    assert result["val_loss"] == 1 and result["tokens"] == 32 and result["bytes"] == 64
+    assert result["val_bpb"] == pytest.approx(32 / 64 / np.log(2))
+
+
+def test_a_dropped_tail_gives_no_result():
+    """A plan that leaves the last target out, as a truncated validation set does, is caught."""
+    ledger = ledger_of()
+    for w in t.batched(t.sliding(0, 31, 16, 16), 16, 16):
+        ledger.record(w, torch.ones(1, 16))
+    with pytest.raises(RuntimeError, match="1 targets were never scored"):
+        ledger.targets_nats()
+
+
+@pytest.mark.parametrize("name", ["plain", "sliding", "documents", "chunks"])
+def test_inputs_beyond_a_window_are_zeros(name):
+    """Whatever stands behind hi in the stream, model and loss are handed the pad token."""
+    tokens = stream(101, seed=5)
+    ledger = t.Ledger(validation(tokens), WORLD)
+    for w in plans(tokens, 16, 4, 48, 30)[name]:
+        ids, targets = ledger.inputs(w)
+        assert ids.shape == targets.shape == (len(w.start), w.width)
+        for row, (start, hi) in enumerate(zip(w.start, w.hi)):
+            assert ids[row, :hi].tolist() == tokens[start:start + hi].tolist()
+            assert targets[row, :hi].tolist() == tokens[start + 1:start + hi + 1].tolist()
+            assert not ids[row, hi:].any() and not targets[row, hi:].any()
+
+
+def test_learning_comes_after_the_score():
+    """`score` fetches, scores, books and only then learns, batch by batch."""
+    order, ledger = [], ledger_of()
+    book = ledger.record
+    ledger.record = lambda w, nats: (order.append("record"), book(w, nats))
+    t.score(ledger, t.batched(t.sliding(0, 32, 16, 16), 16, 16),
+            lambda ids, targets: order.append("nats") or torch.ones(ids.shape), lambda w: order.append("learn"))
+    assert order == ["nats", "record", "learn"] * 2
+
+
+def test_scores_need_no_gradient_and_equal_the_model():
+    """`quantized` is the mean of the model's own nats over plain windows, to the last bit of fp32."""
+    h, tokens = settings(), stream(65)
+    model, plan = model_of(h), t.depth_plan(h, True)
+    result, ledger = t.score_by_name("quantized", model, validation(tokens), WORLD, Lines())
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        nats = model.nats(ids[:-1].view(4, 16), ids[1:].view(4, 16), plan)
+    np.testing.assert_array_equal(ledger.targets_nats(), nats.flatten().numpy())
+    assert result["val_loss"] == pytest.approx(float(nats.double().mean()), abs=1e-7)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["quantized", "sliding", "documents"])
+def test_two_ranks_share_the_batches(name, monkeypatch):
+    """The shares of two ranks are disjoint and together make the score of one."""
+    h, tokens = settings(eval_batch_tokens=32), stream(120)
+    model, val = model_of(h), validation(tokens)
+    alone = t.score_by_name(name, model, val, WORLD, Lines())[1].targets_nats()
+    monkeypatch.setattr(t.World, "sum", lambda self, tensor: tensor)
+    monkeypatch.setattr(t.Ledger, "result", lambda self, seconds: {})
+    shares = []
+    for rank in (0, 1):
+        world = t.World(rank, 2)
+        ledger = t.score_by_name(name, model, val, world, Lines(world))[1]
+        shares.append((ledger._scored, ledger._nats.numpy()))
+    assert (shares[0][0] ^ shares[1][0]).all()
+    np.testing.assert_array_equal(shares[0][1] + shares[1][1], alone)

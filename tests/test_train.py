@@ -1,0 +1,248 @@
+"""Training: a rehearsal leaves no trace, the loop learns, recurrence follows the progress, bad losses are refused."""
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from support import Lines, WORLD, dataset, repetitive, settings, stream, t
+
+
+def trainer(h: t.Hyperparameters, tokens: np.ndarray | None = None) -> tuple[t.Trainer, t.Dataset]:
+    """A trainer at step zero, and its data."""
+    data = dataset(stream(3000) if tokens is None else tokens)
+    return t.Trainer.of(h, WORLD, t.build_model(h, WORLD), data), data
+
+
+def tensors(value) -> list[torch.Tensor]:
+    """Every tensor and number inside a nested state, in order, as tensors."""
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in tensors(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in tensors(item)]
+    return [value if torch.is_tensor(value) else torch.tensor(hash(value))]
+
+
+def same(a, b) -> bool:
+    """True where two states are equal bit for bit."""
+    a, b = tensors(a), tensors(b)
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_rehearsal_is_rewound_bit_for_bit(steps):
+    """Weights, optimiser, average, loader and generator are as before, at step zero and in mid-run."""
+    h = settings(scores="prequant,quantized,sliding,documents,ttt", rehearsal_steps=2)
+    trained, data = trainer(h)
+    for number in range(steps):
+        trained.step(number, 0.0, True)
+    before = trained.snapshot()
+    log = Lines()
+    reserve_s = t.rehearse(trained, data, log)
+    assert same(before, trained.snapshot()) and trained.loader.position == steps * trained.accumulation
+    assert all(p.grad is None for p in trained.model.parameters())
+    assert reserve_s > 0 and re.match(r"rehearsal:[\d.]+s .*reserve:[\d.]+s", log.lines[-1])
+
+
+def test_steps_after_a_rehearsal_are_those_without_one():
+    """Four steps with and without a rehearsal in front make the same losses and weights, bit for bit."""
+    h, runs = settings(), []
+    for rehearsed in (False, True):
+        trained, data = trainer(h)
+        if rehearsed:
+            t.rehearse(trained, data, Lines())
+        losses = [float(trained.step(n, n / 4, n > 1)) for n in range(4)]
+        runs.append((losses, trained.snapshot()))
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
+
+
+def test_the_rehearsal_reads_no_validation_text():
+    """Its scorers get training text: a validation set that cannot be read does not disturb it."""
+    trained, data = trainer(settings())
+    t.rehearse(trained, data._replace(val=None), Lines())
+
+
+def test_a_fixed_reserve_is_taken_as_it_is():
+    """GPTQ_RESERVE_SECONDS above zero replaces the measurement."""
+    trained, data = trainer(settings(gptq_reserve_seconds=7.5))
+    assert t.rehearse(trained, data, Lines()) == 7.5
+
+
+def test_training_lowers_the_loss():
+    """On a text that repeats, 30 steps take the loss from ln V to less than half of it."""
+    h = settings(iterations=30, muon_momentum_warmup_steps=10, ema_decay=0.5)
+    trained, _ = trainer(h, repetitive(3000))
+    log = Lines()
+    done, _ = t.train(trained, 0.0, log, lambda: "")
+    losses = [float(m[1]) for line in log.lines if (m := re.search(r"train_loss:([\d.]+)", line))]
+    assert done.steps == 30 and abs(losses[0] - math.log(64)) < 0.2 and losses[-1] < losses[0] / 2
+
+
+def test_the_exported_weights_are_the_average():
+    """After `train` the weights are the moving average, which differs from the last weights."""
+    h = settings(iterations=5)
+    trained, _ = trainer(h)
+    kept = []
+    update = trained.ema.update
+    trained.ema.update = lambda decay: (update(decay), kept.append(
+        ([p.detach().clone() for p in trained.model.bank.values()], [m.clone() for m in trained.ema.mean])))
+    t.train(trained, 0.0, Lines(), lambda: "")
+    live, mean = kept[-1]
+    assert same(list(trained.model.bank.values()), mean) and not same(live, mean)
+
+
+@pytest.mark.parametrize("at, first", [(0.0, 0), (0.5, 3), (0.34, 3), (1.0, None)])
+def test_recurrence_switches_on_by_progress(at, first):
+    """Of 6 steps, those from ENABLE_LOOPING_AT on run the looped plan, and the log says when it began."""
+    trained, _ = trainer(settings(enable_looping_at=at))
+    seen, step = [], trained.step
+    trained.step = lambda number, progress, looped: seen.append(looped) or step(number, progress, looped)
+    log = Lines()
+    done, _ = t.train(trained, 0.0, log, lambda: "")
+    assert done.looped_from == first and seen == [first is not None and n >= first for n in range(6)]
+    assert any(f"recurrence:on step:{first} " in line for line in log.lines) == (first is not None)
+
+
+def test_no_loops_means_no_recurrence():
+    """NUM_LOOPS=0 never switches."""
+    trained, _ = trainer(settings(num_loops=0, enable_looping_at=0.0))
+    assert t.train(trained, 0.0, Lines(), lambda: "")[0].looped_from is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_refused(bad):
+    """A NaN in the weights stops the run with a sentence that names step and rates."""
+    trained, _ = trainer(settings())
+    with torch.no_grad():
+        trained.model.bank["embed"].fill_(bad)
+    with pytest.raises(t.Refusal, match="loss is nan at step 1.*MATRIX_LR"):
+        t.train(trained, 0.0, Lines(), lambda: "")
+
+
+def test_a_loss_that_breaks_late_is_refused_before_the_export():
+    """Between two log lines nothing is read, but the last line of the loop checks the loss again."""
+    trained, _ = trainer(settings())
+    step = trained.step
+
+    def breaking(number, progress, looped):
+        """The ordinary step; the fifth one poisons the embedding."""
+        loss = step(number, progress, looped)
+        return loss * math.nan if number == 5 else loss
+    trained.step = breaking
+    before = trained.snapshot()["mean"]
+    with pytest.raises(t.Refusal, match="step 6"):
+        t.train(trained, 0.0, Lines(), lambda: "")
+    assert not same(before, trained.snapshot()["weights"])
+
+
+@pytest.mark.parametrize("reserve_s", [2.0, 3.5])
+def test_a_clock_too_short_is_refused(reserve_s):
+    """Where the reserve eats the clock, the sentence names the knob and both times."""
+    trained, _ = trainer(settings(max_wallclock_seconds=2.0))
+    with pytest.raises(t.Refusal, match=f"MAX_WALLCLOCK_SECONDS=2 leaves no time.*{reserve_s} s"):
+        t.train(trained, reserve_s, Lines(), lambda: "")
+
+
+def fake_time(monkeypatch, per_read_s: float) -> None:
+    """Makes every reading of the clock come `per_read_s` after the one before."""
+    ticks = iter(range(10 ** 9))
+    monkeypatch.setattr(t.time, "perf_counter", lambda: next(ticks) * per_read_s)
+
+
+def test_the_clock_ends_training_before_the_budget(monkeypatch):
+    """With a step a second, 20 s and a reserve of 5 s, training ends by second 15 and uses nearly all of it."""
+    trained, _ = trainer(settings(iterations=0, max_wallclock_seconds=20.0))
+    fake_time(monkeypatch, 1.0)
+    progress, step = [], trained.step
+    trained.step = lambda number, done, looped: progress.append(done) or step(number, done, looped)
+    done, clock = t.train(trained, 5.0, Lines(), lambda: "")
+    assert 12 <= done.steps <= 15 and done.seconds <= 15
+    assert progress == sorted(progress) and progress[-1] >= 0.85
+
+
+def test_validation_inside_training_is_not_counted(monkeypatch):
+    """VAL_LOSS_EVERY pauses the clock and writes the official line."""
+    trained, _ = trainer(settings(iterations=4, val_loss_every=2, max_wallclock_seconds=1000.0))
+    fake_time(monkeypatch, 1.0)
+    spent = []
+
+    def validate() -> str:
+        """Takes a hundred seconds."""
+        spent.extend(t.time.perf_counter() for _ in range(100))
+        return "val_loss:1.0000 val_bpb:2.0000"
+    log = Lines()
+    done, clock = t.train(trained, 0.0, log, validate)
+    pattern = r"step:[02]/4 val_loss:1\.0000 val_bpb:2\.0000 train_time:\d+ms step_avg:[\d.]+ms"
+    assert sum(bool(re.fullmatch(pattern, line)) for line in log.lines) == 2 and len(spent) == 200
+    assert done.seconds < 20 and clock.read_s() < 25    # or a run that validates would seem to overrun its clock
+
+
+def test_training_lines_keep_the_official_form():
+    """step:a/b train_loss:x train_time:yms step_avg:zms, then ours."""
+    trained, _ = trainer(settings(train_log_every=2))
+    log = Lines()
+    t.train(trained, 0.0, log, lambda: "")
+    pattern = r"step:\d+/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms tok/s:\d+"
+    assert {int(line.split("/")[0][5:]) for line in log.lines if re.fullmatch(pattern, line)} == {1, 2, 3, 4, 6}
+
+
+def test_training_lines_count_the_steps_they_name(monkeypatch):
+    """With a second per reading of the clock, the line of step n has at least n seconds and a sane token rate."""
+    trained, _ = trainer(settings(train_log_every=1))
+    fake_time(monkeypatch, 1.0)
+    log = Lines()
+    t.train(trained, 0.0, log, lambda: "")
+    found = [re.match(r"step:(\d+)/6 .*train_time:(\d+)ms .*tok/s:(\d+)", line) for line in log.lines]
+    times = [(int(m[1]), int(m[2]), int(m[3])) for m in found if m]
+    assert len(times) >= 6 and all(ms >= 1000 * step and rate <= 128 for step, ms, rate in times)
+
+
+def test_a_restored_run_goes_on_as_if_never_stopped():
+    """Six steps at a stretch equal three, a snapshot carried to a fresh trainer, and three more."""
+    h = settings()
+    whole, _ = trainer(h)
+    for n in range(6):
+        whole.step(n, n / 6, n > 2)
+    first, _ = trainer(h)
+    for n in range(3):
+        first.step(n, n / 6, n > 2)
+    second, _ = trainer(h)
+    second.restore(first.snapshot())
+    for n in range(3, 6):
+        second.step(n, n / 6, n > 2)
+    assert same(whole.snapshot(), second.snapshot())
+
+
+def test_a_snapshot_is_a_copy():
+    """Steps after a snapshot do not change it."""
+    trained, _ = trainer(settings())
+    trained.step(0, 0.0, False)
+    state = trained.snapshot()
+    kept = [x.clone() for x in tensors(state)]
+    trained.step(1, 0.5, True)
+    assert same(kept, state)
+
+
+def test_accumulation_divides_or_says_which_knobs_to_change():
+    """Steps of 128 tokens are two micro-batches of 64 on one rank, one on two, and nothing on three."""
+    h = settings()
+    assert t.accumulation(h, WORLD) == 2 and t.accumulation(h, t.World(0, 2)) == 1
+    with pytest.raises(t.Refusal, match="TRAIN_BATCH_TOKENS=128.*3 ranks.*MICRO_BATCH_TOKENS=64"):
+        t.accumulation(h, t.World(0, 3))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Two micro-batches of 64 tokens leave the gradients of one of 128."""
+    grads = []
+    for micro in (64, 128):
+        trained, _ = trainer(settings(micro_batch_tokens=micro))
+        trained.loader.arrange(0)
+        trained.loader.order = np.arange(trained.loader.blocks)
+        trained.optimiser.step = lambda factor, momentum: None
+        trained.step(0, 0.0, True)
+        grads.append([p.grad for p in trained.model.bank.values()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)

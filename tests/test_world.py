@@ -1,0 +1,186 @@
+"""Section 3: collectives, one process = two processes, the log and what is written; gloo on the loopback interface."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt as tg
+from conftest import TINY, alive, on_ranks, run_script, write_dataset
+
+STEPS = 5
+
+
+def rehearsed_run(world: tg.World, folder: Path) -> None:
+    """What both world sizes must agree on, saved by each rank: weights after 5 steps, moments, artifact, scores."""
+    h = tg.Hyperparameters(**dict(TINY, data_path=str(folder / "data"), iterations=STEPS))
+    silent = tg.Log(world, None, quiet=True)
+    data = tg.find_dataset(h, world, silent)
+    trainer = tg.Trainer.of(h, world, tg.build_model(h, world), data)
+    initial = [p.detach().clone() for p in trainer.model.bank.values()]
+    losses = [trainer.world.mean(trainer.step(n, n / STEPS, looped=n > 1)).item() for n in range(STEPS)]
+    trained = [p.detach().clone() for p in trainer.model.bank.values()]
+    model = alive(h, seed=world.rank)    # the rest starts from the same weights, on both sizes: rank 0's
+    world.share_tensors(p.data for p in model.bank.values())
+    loader = tg.Loader(h, world, data.train)
+    moments = tg.second_moments(model, world, loader, h.gptq_calibration_batches)
+    blob, _ = tg.pack(h, tg.quantise(model, moments))
+    scores, nats = {}, {}
+    for name in ("quantized", "sliding", "documents", "ttt"):
+        result, ledger = tg.score_by_name(name, model, data.val, world, silent)
+        scores[name], nats[name] = result, ledger.targets_nats()
+    torch.save(dict(losses=losses, initial=initial, trained=trained, blob=blob, scores=scores, nats=nats,
+                    momenta=[s.momentum.shape[0] for s in trainer.optimiser.stacks],
+                    collectives=collectives(world)), folder / f"{world.size}-{world.rank}.pt")
+
+
+def collectives(world: tg.World) -> dict[str, object]:
+    """Every collective on numbers that tell the ranks apart."""
+    r = float(world.rank)
+    rows = torch.arange(8.0).view(4, 2) + 100 * r
+    tensors = [torch.full((2,), r + 1), torch.full((1,), r + 5)]
+    world.share_tensors(tensors)
+    world.wait()
+    clock = tg.Clock(world)
+    return dict(sum=world.sum(torch.tensor([1.0, r])), mean=world.mean(torch.tensor([1.0, r])),
+                scatter_mean=world.scatter_mean(rows), gather=world.gather(torch.tensor([[r, r + 1]])),
+                share=world.share(dict(rank=world.rank, raw=b"\0\xff")), share_tensors=tensors,
+                clock=clock.tick(), main=world.main, size=world.size, rank=world.rank)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[tuple[int, int], dict]:
+    """(size, rank) -> what `rehearsed_run` saved."""
+    folder = tmp_path_factory.mktemp("world")
+    write_dataset(folder / "data", tg.Hyperparameters(**TINY))
+    on_ranks(2, rehearsed_run, folder)
+    rehearsed_run(tg.World(), folder)
+    return {(size, rank): torch.load(folder / f"{size}-{rank}.pt", weights_only=False)
+            for size, rank in ((1, 0), (2, 0), (2, 1))}
+
+
+def test_collectives(outcomes):
+    """Sums, means, shares and broadcasts of two ranks."""
+    first, second = (outcomes[2, rank]["collectives"] for rank in (0, 1))
+    for mine in (first, second):
+        assert mine["sum"].tolist() == [2, 1] and mine["mean"].tolist() == [1, 0.5]
+        assert mine["gather"].tolist() == [[0, 1], [1, 2]]
+        assert mine["share"] == dict(rank=0, raw=b"\0\xff")
+        assert [t.tolist() for t in mine["share_tensors"]] == [[1, 1], [5]]
+    assert first["scatter_mean"].tolist() == [[50, 51], [52, 53]]
+    assert second["scatter_mean"].tolist() == [[54, 55], [56, 57]]
+    assert first["clock"] == second["clock"] > 0, "the ranks agree on the time"
+    assert (first["main"], second["main"], second["rank"], second["size"]) == (True, False, 1, 2)
+
+
+def test_one_process_is_the_identity():
+    """At size 1 every collective returns the very tensor it was given, untouched, without a process group."""
+    world, t = tg.World.from_env({}), torch.randn(4, 2)
+    before = t.clone()
+    assert (world.rank, world.size, world.main) == (0, 1, True) and not torch.distributed.is_initialized()
+    for collective in (world.sum, world.mean, world.scatter_mean, world.gather, world.share):
+        assert collective(t) is t
+    world.share_tensors([t])
+    world.wait()
+    world.leave()
+    assert torch.equal(t, before)
+
+
+def test_equal_weights_after_training(outcomes):
+    """Two ranks and one process: losses and all weights to 1e-5 after 5 fp32 steps; both ranks alike to the bit."""
+    one, *two = (outcomes[key] for key in ((1, 0), (2, 0), (2, 1)))
+    for a, b in zip(two[0]["trained"], two[1]["trained"]):
+        assert torch.equal(a, b)
+    for a, b in zip(one["trained"], two[0]["trained"]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert one["losses"] == pytest.approx(two[0]["losses"], abs=1e-5) and len(set(one["losses"])) == STEPS
+    assert all((a != b).any() for a, b in zip(one["trained"], one["initial"]))
+    assert sum(two[0]["momenta"]) < sum(one["momenta"]), "each rank holds a share of the momenta"
+
+
+def test_equal_artifact_bytes(outcomes):
+    """Calibrated by one or two processes, the same weights give the same artifact."""
+    assert outcomes[1, 0]["blob"] == outcomes[2, 0]["blob"] == outcomes[2, 1]["blob"]
+
+
+def test_equal_scores(outcomes):
+    """Fixed weights: every target's nats to the bit. TTT: to the rounding of shared gradients."""
+    for name in ("quantized", "sliding", "documents", "ttt"):
+        one, two, other = (outcomes[key] for key in ((1, 0), (2, 0), (2, 1)))
+        assert (two["nats"][name] == other["nats"][name]).all()
+        if name == "ttt":
+            assert abs(one["nats"][name] - two["nats"][name]).max() < 1e-3
+        else:
+            assert (one["nats"][name] == two["nats"][name]).all(), name
+        for key in ("val_loss", "val_bpb"):
+            assert one["scores"][name][key] == pytest.approx(two["scores"][name][key], rel=1e-6)
+        assert [s["scores"][name]["tokens"] for s in (one, two, other)] == [699] * 3
+    assert one["scores"]["ttt"]["val_loss"] != one["scores"]["sliding"]["val_loss"]
+
+
+def test_a_batch_that_does_not_divide_is_refused(tiny):
+    """With the knobs to change; sizes that divide give whole micro-batches."""
+    assert [tg.accumulation(tiny, tg.World(0, size)) for size in (1, 2, 4)] == [4, 2, 1]
+    for size in (3, 8):
+        with pytest.raises(tg.Refusal) as refusal:
+            tg.accumulation(tiny, tg.World(0, size))
+        assert str(refusal.value) == (f"TRAIN_BATCH_TOKENS=256 is no multiple of {size} ranks x MICRO_BATCH_TOKENS=64: "
+                                      "change either, or the number of processes")
+    assert tg.accumulation(tg.Hyperparameters(), tg.World(0, 8)) == 1
+
+
+def test_torchrun_refuses_too(tmp_path):
+    """The same sentence from the real launcher, on every rank, before any data is touched."""
+    knobs = {name.upper(): value for name, value in dict(TINY, train_batch_tokens=64).items()}
+    done = run_script(dict(knobs, RUN_ID="r", RECIPE="record"), cwd=tmp_path, processes=2)
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert (f"train_gpt.py: error (rank {rank}): TRAIN_BATCH_TOKENS=64 is no multiple of 2 ranks x "
+                "MICRO_BATCH_TOKENS=64: change either, or the number of processes") in done.stderr
+    assert "step:" not in done.stdout and not (tmp_path / "logs" / "r" / "model.bin").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+def test_writes_are_atomic(tmp_path, monkeypatch):
+    """The new content or the old one; a full disk is a refusal that leaves no fragment."""
+    path = tmp_path / "a.bin"
+    tg.write_atomically(path, b"one", b"two")
+    assert path.read_bytes() == b"onetwo"
+
+    def full(descriptor: int) -> None:
+        """Stands for a disk without space."""
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tg.os, "fsync", full)
+    with pytest.raises(tg.Refusal, match=r"a.bin: 1,000 bytes could not be written \(No space left on device\)"):
+        tg.write_atomically(path, b"x" * 1000)
+    assert path.read_bytes() == b"onetwo" and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_log(tmp_path, capsys):
+    """Rank 0 prints and keeps each line; other ranks and quiet logs say nothing; no folder is claimed twice."""
+    folder = tmp_path / "logs" / "r"
+    log = tg.Log(tg.World(), folder)
+    log("one")
+    log.progress("two")
+    tg.Log(tg.World(1, 2), folder)("from rank 1")
+    tg.Log(tg.World(), None, quiet=True)("quiet")
+    tg.Log(tg.World(), None)("no file")
+    assert capsys.readouterr().out == "one\ntwo\nno file\n"
+    assert (folder / "log.txt").read_text() == "one\ntwo\n"
+    with pytest.raises(tg.Refusal, match=re.escape(f"RUN_ID=r was used before: {folder} exists")):
+        tg.Log(tg.World(), folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(tg.Refusal, match="LOGS_DIR=.*file cannot be written"):
+        tg.Log(tg.World(), tmp_path / "file" / "r")
+
+
+def test_progress_updates_one_line_on_a_terminal(capsys, monkeypatch):
+    """A shorter line covers a longer one, and the next ordinary line starts clean."""
+    monkeypatch.setattr(tg.sys.stdout, "isatty", lambda: True, raising=False)
+    log = tg.Log(tg.World(), None)
+    log.progress("longer line")
+    log.progress("short")
+    log("done")
+    assert capsys.readouterr().out == "\rlonger line\rshort      \r           \rdone\n"
