@@ -62,6 +62,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
@@ -241,8 +242,11 @@ class Hyperparameters:
         12.85, "largest code of a matrix row, in standard deviations of the row", positive)
     embed_clip_sigmas: float = knob(
         14.0, "largest code of an embedding row, in standard deviations of the row", positive)
-    compressor: str = knob("auto", "coder of the streams; auto: the shortest per stream",
-                           among("auto", "brotli", "zstd", "lzma"))
+    trellis_states: int = knob(
+        8, "states of the trellis down each column of codes; 0: each code to its nearest",
+        lambda v: v in (0, 4, 8, 16, 32, 64))
+    compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
+                           among("auto", "rans", "brotli", "zstd", "lzma"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
@@ -821,7 +825,13 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
             log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)"
                 )
         if world.main:
-            folder = embedded_corpus(Path(h.data_dir) / "cache", h.vocab_size, log)
+            cache = Path(h.data_dir) / "cache"
+            folder = corpus_path(cache, h.vocab_size)
+            if build_corpus:
+                folder = build_corpus(cache, h.vocab_size, log)
+            elif not intact(folder):
+                raise Refusal(f"CORPUS=embedded: {folder} is not there, and this packed script cannot "
+                              "build it; run the readable script once, or set DATA_PATH")
         folder = Path(world.share(str(folder)))
     names = {
         side: sorted(folder.glob(f"fineweb_{side}_*.bin"))
@@ -856,6 +866,96 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
                    f"tokenizer {path.name}")
 
 
+SPACE_MARK = "\u2581"
+MARKERS = TITLE, ALL_CAPS, CAP_NEXT, ESCAPE = "\ue001\ue002\ue003\ue004"    # of CaseOps
+BUILDER = 1    # raise it whenever the same documents would give other files
+
+
+def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer in `path`; raises Refusal unless it has V pieces and suits the text form."""
+    path = Path(path)
+    if not path.is_file():
+        raise Refusal(f"tokenizer {path}: there is no such file")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise Refusal(f"tokenizer {path}: not a SentencePiece model") from error
+    if len(tokenizer) != V:
+        raise Refusal(f"tokenizer {path}: {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
+    if tokenizer.bos_id() != BOS:
+        raise Refusal(f"tokenizer {path}: document start has id {tokenizer.bos_id()}, expected "
+                      f"{BOS}")
+    if not any(tokenizer.is_byte(i) for i in range(V)):
+        raise Refusal(f"tokenizer {path}: it has no byte pieces, so text outside its alphabet "
+                      "would be lost")
+    marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
+    if marked != caseops:
+        raise Refusal(f"tokenizer {path}: " +
+                      ("it was made for CaseOps text, add --caseops" if marked else
+                       "it has no pieces for the four CaseOps markers, leave --caseops away"))
+    return tokenizer
+
+
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor,
+                V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The challenge's byte tables: base bytes int16 (V,), leading space (V,), boundary (V,).
+
+    A byte piece is 1 byte; control, unknown and unused ids are boundaries of 0 bytes; any other
+    piece is its UTF-8 length without a leading space mark. Further marks inside a piece stand for
+    one byte each; official vocabularies have none, lossless ones spell runs of spaces with them.
+    """
+    if len(tokenizer) != V:
+        raise Refusal(f"the tokenizer has {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
+    pieces = [tokenizer.id_to_piece(i) for i in range(V)]
+    boundary = np.array([
+        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        for i in range(V)
+    ])
+    byte = np.array([tokenizer.is_byte(i) for i in range(V)])
+    spaced = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~boundary & ~byte
+    sizes = [
+        len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for piece in pieces
+    ]
+    return np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16), spaced, boundary
+
+
+def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray,
+                                                   np.ndarray]) -> np.ndarray:
+    """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
+
+    A leading space counts one byte unless the token before it is a boundary.
+    """
+    base, spaced, boundary = tables
+    previous, target = tokens[:-1], tokens[1:]
+    return (base[target] + (spaced[target] & ~boundary[previous])).astype(np.uint16)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def intact(folder: Path) -> bool:
+    """True where `folder` has a manifest and every file it names is there and unchanged."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return all(file_sha256(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False    # whatever is wrong with it, the answer is to build it again
+
+
+def corpus_path(folder: Path, V: int) -> Path:
+    """Where the embedded corpus of this Python and vocabulary lies inside the cache `folder`."""
+    return folder / f"embedded_py{platform.python_version()}_sp{V}_b{BUILDER}"
+
+
+# The packed script reads data but makes none: the code up to the end of this section stays behind.
+build_corpus: Callable[..., Path] | None = None
+make_data: Callable[..., dict] | None = None
+
+
+# >>> not packed
 class ShardWriter:
     """A context that streams tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so on.
 
@@ -1050,7 +1150,6 @@ def documented(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
 
 # SentencePiece writes a space as U+2581. A lossless tokenizer must tell a real U+2581 from a space:
 # the normaliser spells U+2581 as U+10FFFD "_" and U+10FFFD twice, and the denormaliser undoes it.
-SPACE_MARK = "\u2581"
 ESCAPE_RULES = "10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n"
 RULES_PATH = 160
 UNESCAPE_RULES = "10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n"
@@ -1101,65 +1200,6 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
                      model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
 
 
-def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer in `path`; raises Refusal unless it has V pieces and suits the text form."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refusal(f"tokenizer {path}: there is no such file")
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except (RuntimeError, OSError) as error:
-        raise Refusal(f"tokenizer {path}: not a SentencePiece model") from error
-    if len(tokenizer) != V:
-        raise Refusal(f"tokenizer {path}: {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
-    if tokenizer.bos_id() != BOS:
-        raise Refusal(f"tokenizer {path}: document start has id {tokenizer.bos_id()}, expected "
-                      f"{BOS}")
-    if not any(tokenizer.is_byte(i) for i in range(V)):
-        raise Refusal(f"tokenizer {path}: it has no byte pieces, so text outside its alphabet "
-                      "would be lost")
-    marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
-    if marked != caseops:
-        raise Refusal(f"tokenizer {path}: " +
-                      ("it was made for CaseOps text, add --caseops" if marked else
-                       "it has no pieces for the four CaseOps markers, leave --caseops away"))
-    return tokenizer
-
-
-def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor,
-                V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The challenge's byte tables: base bytes int16 (V,), leading space (V,), boundary (V,).
-
-    A byte piece is 1 byte; control, unknown and unused ids are boundaries of 0 bytes; any other
-    piece is its UTF-8 length without a leading space mark. Further marks inside a piece stand for
-    one byte each; official vocabularies have none, lossless ones spell runs of spaces with them.
-    """
-    if len(tokenizer) != V:
-        raise Refusal(f"the tokenizer has {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
-    pieces = [tokenizer.id_to_piece(i) for i in range(V)]
-    boundary = np.array([
-        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        for i in range(V)
-    ])
-    byte = np.array([tokenizer.is_byte(i) for i in range(V)])
-    spaced = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~boundary & ~byte
-    sizes = [
-        len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for piece in pieces
-    ]
-    return np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16), spaced, boundary
-
-
-def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray,
-                                                   np.ndarray]) -> np.ndarray:
-    """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
-
-    A leading space counts one byte unless the token before it is a boundary.
-    """
-    base, spaced, boundary = tables
-    previous, target = tokens[:-1], tokens[1:]
-    return (base[target] + (spaced[target] & ~boundary[previous])).astype(np.uint16)
-
-
 def utf8_widths(text: str) -> np.ndarray:
     """UTF-8 bytes int64 (characters,) of each character."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
@@ -1200,7 +1240,6 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarra
 
 # Lossless case transform (parameter-golf #1729): lower-case text with markers before each run of
 # ASCII letters that had capitals. A marker that stands in the original is escaped.
-MARKERS = TITLE, ALL_CAPS, CAP_NEXT, ESCAPE = "\ue001\ue002\ue003\ue004"
 CASED = re.compile(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{MARKERS}]")
 MARKED = re.compile(f"{ESCAPE}([{MARKERS}])|[{TITLE}{CAP_NEXT}]([a-z])|{ALL_CAPS}([a-z]+)")
 
@@ -1244,7 +1283,6 @@ def caseops_weights(text: str) -> np.ndarray:
 
 
 Corpus = Callable[[], Iterator[tuple[bool, str]]]    # each call starts over: (held out, text)
-BUILDER = 1    # raise it whenever the same documents would give other files
 SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
 
 
@@ -1318,21 +1356,6 @@ def batches(documents: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, 
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def intact(folder: Path) -> bool:
-    """True where `folder` has a manifest and every file it names is there and unchanged."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all(file_sha256(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False    # whatever is wrong with it, the answer is to build it again
 
 
 def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
@@ -1442,7 +1465,7 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
     Processes that build at the same time make the same bytes, and the first to finish wins.
     """
     folder = Path(folder)
-    path = folder / f"embedded_py{platform.python_version()}_sp{V}_b{BUILDER}"
+    path = corpus_path(folder, V)
     if intact(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -1477,6 +1500,10 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     say(f"data: {manifest['train_tokens']} train and {manifest['val_tokens']} val tokens "
         f"({manifest['val_bytes']} bytes) in {options.out}")
     return manifest
+
+
+build_corpus, make_data = embedded_corpus, make_dataset
+# <<< not packed
 
 
 # ==================================================================================================
@@ -2405,12 +2432,112 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
 class Coded(NamedTuple):
     """A quantised bank: weight = codes * step[..., None]."""
 
-    codes: Tensor    # int8 (L, rows, cols)
+    codes: Tensor    # int16 (L, rows, cols)
     step: Tensor    # fp16 (L, rows)
 
     def decode(self) -> Tensor:
         """The weights, fp32 (L, rows, cols)."""
         return self.codes.float() * self.step.float()[..., None]
+
+
+TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
+
+
+def trellis_next(states: int) -> np.ndarray:
+    """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2).
+
+    The lowest bit of a state is the parity of the code. Ungerboeck's codes, as parity polynomials
+    in octal (IEEE Trans. IT-28, 1982). Raises ValueError for a size that is not in TRELLIS_TAPS.
+    """
+    if states not in TRELLIS_TAPS:
+        raise ValueError(f"a trellis of {states} states is unknown: one of {sorted(TRELLIS_TAPS)}")
+    parity, upper = TRELLIS_TAPS[states]
+    state, bit = np.arange(states)[:, None], np.arange(2)
+    return state >> 1 ^ (state & 1) * (parity >> 1) ^ bit * (upper >> 1)
+
+
+def trellis_before(states: int) -> np.ndarray:
+    """Inverse of `trellis_next`: the state (2, states) from which bit 1 = 0 or 1 leads to each."""
+    before = np.empty((2, states), np.int64)
+    for bit, reached in enumerate(trellis_next(states).T):
+        before[bit, reached] = np.arange(states)
+    return before
+
+
+def join_runs(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last state (N, runs) of each run in the cheapest chain of runs from state 0.
+
+    `cost` (last, first, N, runs) is the least error of a run between two states.
+    """
+    best, chosen = cost[:, 0, :, 0], []
+    for run in cost.unbind(3)[1:]:
+        best, meeting = (best + run).min(1)         # over the state in which two runs meet
+        chosen.append(meeting)
+    path = [best.argmin(0)]
+    for meeting in reversed(chosen):
+        path.append(meeting.gather(0, path[-1][None])[0])
+    path = torch.stack([*path, torch.zeros_like(path[0])][::-1], 1)
+    return path[:, :-1], path[:, 1:]
+
+
+def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Viterbi's search of all runs at once: states (run, M) before each step, and bits (run, M).
+
+    `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`.
+    With more than one run a row, each is searched from every state at once, so joining is exact.
+    """
+    (run, _, many), states = error.shape, before.shape[1]
+    starts = states if shape[1] > 1 else 1
+    cost = torch.full((states, starts, many), 1e30, device=error.device)
+    cost.diagonal().zero_()
+    bits = torch.empty(run, *cost.shape, dtype=torch.bool, device=error.device)
+    both, source = cost.new_empty(2 * states, starts, many), before.ravel()
+    for branch, bit in zip(error[:, :, None].unbind(), bits.unbind()):
+        torch.index_select(cost, 0, source, out=both).add_(branch)
+        torch.lt(both[states:], both[:states], out=bit)
+        torch.minimum(both[states:], both[:states], out=cost)
+    first, last = join_runs(cost.unflatten(2, shape))
+    if starts > 1:
+        bits = bits.gather(2, first.reshape(1, 1, 1, many).expand(run, states, 1, many))
+    bits = bits[:, :, 0]                                                    # (run, states, M)
+    came = torch.where(bits, before[1, :, None], before[0, :, None])
+    path = [last.reshape(1, many)]
+    for back in came.flip(0).unbind():
+        path.append(back.gather(0, path[-1]))
+    path = torch.stack(path[::-1])                                          # (run + 1, 1, M)
+    return path[:-1, 0], bits.gather(1, path[1:])[:, 0]
+
+
+@torch.no_grad()
+def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
+                  run: int | None = None) -> Tensor:
+    """Codes (N, R) int16 of least squared error from targets (N, R), in lattice steps.
+
+    Each row is a path from state 0. A state of parity p allows the codes 2k + p, and the lowest bit
+    of k chooses the next state: a code costs the bits of a lattice twice as coarse, but lies 1.1 dB
+    closer (8 states; Marcellin and Fischer, IEEE Trans. Comm. 38, 1990). `weight` (R,) or (N, R)
+    multiplies the squared errors. Rows are searched in runs of `run` steps, which changes only the
+    time: many starting states make short runs dear, one long run makes many small operations.
+    """
+    rows, length = x.shape
+    run = min(run or (64 if states <= 16 else length), length)
+    runs = -(-length // run)
+
+    def cut(values: Tensor) -> Tensor:
+        """Rows (N, R) as runs (run, N * runs), padded with zeros."""
+        return F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
+
+    x = x.float().clamp(-32_760, 32_760)
+    weight = x.new_ones(()) if weight is None else weight.float()
+    targets, weights = cut(x), cut(weight.expand_as(x))
+    part = (targets[:, None] - torch.arange(4, device=x.device)[:, None]) * 0.25
+    error = (part - (part + 0.5).floor()).square_() * weights[:, None]      # (run, 4, M)
+    before = torch.as_tensor(trellis_before(states), device=x.device)
+    residue = torch.cat([before[0] & 1, (before[1] & 1) + 2])               # of a branch's codes
+    state, bit = search_runs(error.index_select(1, residue), before, (rows, runs))
+    low = (state & 1) + 2 * bit
+    codes = low + 4 * ((targets - low) * 0.25 + 0.5).floor()
+    return codes.T.reshape(rows, -1)[:, :length].to(torch.int16)
 
 
 def row_steps(w: Tensor, bits: int, sigmas: float) -> Tensor:
@@ -2423,7 +2550,7 @@ def row_steps(w: Tensor, bits: int, sigmas: float) -> Tensor:
 def round_rows(w: Tensor, bits: int, sigmas: float) -> Coded:
     """Each weight (L, rows, cols) to its nearest code."""
     step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
-    return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int8), step)
+    return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int16), step)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -2449,19 +2576,31 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         "the activations hold NaN or infinity")
 
 
+def nearest_codes(x: Tensor, top: int, states: int) -> Tensor:
+    """Targets (L, rows) in steps -> codes: along the trellis of so many states, or each to its
+    nearest.
+
+    A trellis has half the step and no largest code; the coder escapes rare large ones.
+    """
+    return trellis_codes(x, states).float() if states else x.round().clamp_(-top, top)
+
+
 def gptq(w: Tensor,
          moment: Tensor,
          bits: int,
          sigmas: float,
          damping: float,
+         states: int = 0,
          block: int = 128) -> Coded:
     """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
     rounded.
 
     arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one
-    product.
+    product. All rows of a column share one weight in the error, so a trellis search down the column
+    followed by the same feedback is exact.
     """
     step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
+    step = step / 2 if states else step
     scale = step.float()
     order, upper = inverse_factor(moment, damping)
     columns = order[:, None, :].expand_as(w)
@@ -2470,13 +2609,13 @@ def gptq(w: Tensor,
         hi = min(lo + block, w.size(2))
         part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
         for j in range(hi - lo):
-            q = (part[:, :, j] / scale).round_().clamp_(-top, top)
+            q = nearest_codes(part[:, :, j] / scale, top, states)
             codes[:, :, lo + j] = q
             error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
             errors[:, :, j] = error
             part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
         work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
-    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int8), step)
+    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), step)
 
 
 @torch.no_grad()
@@ -2491,7 +2630,8 @@ def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Ten
         w = w.reshape(-1, *w.shape[-2:])
         if role.tap:
             moment, damping = moments[role.tap], model.h.gptq_damping
-            stored[name] = gptq(w, moment, role.bits, role.sigmas, damping)
+            states = model.h.trellis_states
+            stored[name] = gptq(w, moment, role.bits, role.sigmas, damping, states)
         else:
             stored[name] = round_rows(w, role.bits, role.sigmas)
     return stored
@@ -2518,7 +2658,7 @@ HEADER_LIMIT = 1 << 16
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                "leaky_slope", "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n",
                "head_gate_scale", "smear_gate", "gate_window", "num_loops", "loop_start",
-               "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits")
+               "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits", "trellis_states")
 
 
 class Coder(NamedTuple):
@@ -2551,9 +2691,11 @@ def coders() -> dict[str, Coder]:
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
-    """The coded bytes behind the letter of their coder; `auto` tries all and keeps the shortest."""
-    chosen = coders() if compressor == "auto" else {compressor: coders()[compressor]}
-    return min((c.letter + c.encode(raw, quick) for c in chosen.values()), key=len)
+    """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
+    the shortest."""
+    known = coders()
+    chosen = [known[compressor]] if compressor in known else known.values()
+    return min((c.letter + c.encode(raw, quick) for c in chosen), key=len)
 
 
 def expand(coded: bytes, size: int) -> bytes:
@@ -2574,26 +2716,391 @@ def expand(coded: bytes, size: int) -> bytes:
         f"(here: {', '.join(coders())})")
 
 
-def shuffled(halves: np.ndarray) -> bytes:
-    """fp16 numbers as all low bytes, then all high bytes: those compress better apart."""
-    return np.ascontiguousarray(halves.view(np.uint8).reshape(-1, 2).T).tobytes()
+def shuffled(numbers: np.ndarray) -> bytes:
+    """16-bit numbers as all low bytes, then all high bytes: those compress better apart."""
+    flat = np.ascontiguousarray(numbers).reshape(-1)
+    return np.ascontiguousarray(flat.view(np.uint8).reshape(-1, 2).T).tobytes()
 
 
-def unshuffled(raw: bytes) -> np.ndarray:
+def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
     """The inverse of `shuffled`."""
-    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(2, -1).T).view(
-        np.float16).reshape(-1)
+    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(2, -1).T).view(dtype).reshape(-1)
 
 
-def stream_plan(h: Hyperparameters) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(role, kind, shape) of each stream: codes of each coded bank, transposed, then one of steps
-    and one of fp16 banks."""
-    coded = {n: r for n, r in roles(h).items() if r.bits < 16}
-    plan = [(n, "codes", (math.prod(r.shape[:-2]), *r.shape[-2:])) for n, r in coded.items()]
-    steps = sum(math.prod(r.shape[:-1]) for r in coded.values())
+# A code is Gaussian given the scale of its column, and no other context was worth 0.02%. So each
+# code is drawn from a static table chosen by the sizes its column has shown so far: the scale is
+# learned backwards and costs no side information. Decoding uses integers alone, so that every
+# platform reads the same numbers.
+RANS_LANES = 512        # lanes, one per column of a strip, run through all tensors as one chain
+RANS_BITS = 15          # probabilities are multiples of 2^-15
+RANS_FLOOR = 1 << 16    # a lane's 32-bit state stays at or above this by taking in 16-bit words
+FIRST_ESCAPE, LARGEST_SYMBOL = 124, 127     # a larger |code| goes as 124..127 and an excess
+SCALE_ONE = 1024        # a mean |symbol| of 1 in integer arithmetic
+RUNGS = np.concatenate([np.arange(8), *(np.arange(8, 16) << octave for octave in range(24))])
+
+
+class ColumnModel(NamedTuple):
+    """What the decoder is told of one tensor: how scales are learned, and a table per scale.
+
+    `mean` is the mean |symbol| of the tensor, in units of 1 / SCALE_ONE like all scales. The prior
+    of a column counts as 2^`trust` rows and takes `mix` quarters from the same column of the layer
+    before. `tables` (K, top + 1) uint8 hold the rung of the weight of each |symbol|, the first
+    table for the rung `lowest` of the scale.
+    """
+    mean: int
+    trust: int
+    mix: int
+    lowest: int
+    tables: np.ndarray
+
+    def pack(self) -> bytes:
+        """Bytes that zlib shrinks well: the numbers, then each table's difference to the last."""
+        steps = np.diff(self.tables, axis=0, prepend=np.uint8(0))
+        return struct.pack("<IBBBBB", *self[:4], *self.tables.shape) + steps.tobytes()
+
+
+def rung(value: np.ndarray) -> np.ndarray:
+    """Index of the largest of RUNGS (0 to 7, then 8 an octave) that is not above `value`."""
+    return np.searchsorted(RUNGS, value, "right") - 1
+
+
+def refreshes(rows: int) -> np.ndarray:
+    """Rows at which scales are looked at anew: each of the first 16, then every 1/8 further on."""
+    starts = [0]
+    while (row := starts[-1] + max(1, starts[-1] >> 3)) < rows:
+        starts.append(row)
+    return np.array(starts)
+
+
+def stretches(rows: int) -> np.ndarray:
+    """Number of rows from each refresh to the next."""
+    return np.diff(refreshes(rows), append=rows)
+
+
+def prior_scale(previous: np.ndarray, mean: int, mix: int) -> np.ndarray:
+    """Scale expected of a column before its first row, from its scale in the previous layer."""
+    return (mix * previous + (4 - mix) * mean) >> 2
+
+
+def running_scale(total: np.ndarray, row, prior: np.ndarray, trust: int) -> np.ndarray:
+    """Scale of columns whose first `row` symbols add up to `total` in size."""
+    return (total * SCALE_ONE + (prior << trust)) // (row + (1 << trust))
+
+
+def column_scales(sizes: np.ndarray, mean: int, trust: int, mix: int) -> np.ndarray:
+    """Scales (L, refreshes, C) that the decoder will know of |symbols| (L, R, C)."""
+    starts = refreshes(sizes.shape[1])
+    sums = np.add.reduceat(sizes, starts, axis=1, dtype=np.int64)
+    after = sums.cumsum(1)
+    reached = after[:, -1:] * SCALE_ONE // sizes.shape[1]
+    previous = np.concatenate([np.full_like(reached[:1], mean), reached[:-1]])
+    return running_scale(after - sums, starts[:, None], prior_scale(previous, mean, mix), trust)
+
+
+def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
+    """The (trust, mix) with which scales s predict |symbols| (L, R, C) best: log s + |q| / s."""
+    layers, rows, columns = sizes.shape
+    sample, lengths = sizes[:, :, ::-(-columns // 48)], stretches(rows)[:, None]
+    sums = np.add.reduceat(sample, refreshes(rows), axis=1, dtype=np.float32) * SCALE_ONE
+
+    def nats(trust: int, mix: int) -> float:
+        """Cost of the sampled columns, up to a constant."""
+        scale = column_scales(sample, mean, trust, mix).astype(np.float32) + 1
+        return float((lengths * np.log(scale) + sums / scale).sum())
+
+    trust = min(range(8), key=lambda t: nats(t, 2 if layers > 1 else 0))
+    mix = min(range(5), key=lambda m: nats(trust, m)) if layers > 1 else 0
+    return min(range(8), key=lambda t: nats(t, mix)), mix
+
+
+def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarray]:
+    """The model of symbols (L, R, C), tables in use (L, refreshes, C), and counts (K, top + 1)."""
+    sizes = np.abs(symbols).astype(np.uint8)
+    mean = int(sizes.sum(dtype=np.int64)) * SCALE_ONE // sizes.size
+    trust, mix = learning_rate(sizes, mean)
+    used = rung(column_scales(sizes, mean, trust, mix))
+    # A table used by less than a thousandth costs more than it earns: its neighbour serves.
+    share = np.bincount(used.ravel()).cumsum() / used.size
+    lowest, highest = (int(np.searchsorted(share, edge)) for edge in (0.0005, 0.9995))
+    used = (used.clip(lowest, highest) - lowest).astype(np.int32)
+    lengths, width = stretches(sizes.shape[1]), int(sizes.max()) + 1
+    counts = np.zeros((highest - lowest + 1) * width, np.int64)
+    for table, size in zip(used, sizes):
+        cell = (table * width).repeat(lengths, 0) + size
+        counts += np.bincount(cell.ravel(), minlength=counts.size)
+    counts = counts.reshape(-1, width)
+    weights = counts * (2 << RANS_BITS) // counts.max(1, keepdims=True).clip(1)
+    weights[:, 1:] //= 2                        # a size counts for both signs
+    tables = rung(np.maximum(weights, counts > 0)).astype(np.uint8)
+    return ColumnModel(mean, trust, mix, lowest, tables), used, counts
+
+
+def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
+    """Frequencies (K, P, 2 top + 1), adding up to 2^RANS_BITS, of the symbols -top..top.
+
+    P = 2 with a trellis: then table p holds only symbols of parity p.
+    """
+    top = tables.shape[1] - 1
+    symbol = np.arange(-top, top + 1)
+    parity = np.array([[0], [1]]) if states else symbol & 1
+    weight = RUNGS[tables[:, np.abs(symbol)]][:, None] * (symbol & 1 == parity)
+    weight[~weight.any(2), top] = 1             # a table that nothing uses must still be one
+    spare = (1 << RANS_BITS) - np.count_nonzero(weight, axis=2)[..., None]
+    share = (weight > 0) + weight * spare // weight.sum(2, keepdims=True)
+    most = share.argmax(2)[..., None]
+    rest = (1 << RANS_BITS) - share.sum(2, keepdims=True)
+    np.put_along_axis(share, most, np.take_along_axis(share, most, 2) + rest, 2)
+    return share
+
+
+def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Symbols equal to int16 codes modulo 4, and the uint16 excess of each large one, in order."""
+    size = np.abs(codes.astype(np.int32))
+    symbols, large = codes.copy(), size >= FIRST_ESCAPE
+    beyond = size[large] - FIRST_ESCAPE
+    symbols[large] = (FIRST_ESCAPE + (beyond & 3)) * np.sign(codes[large])
+    return symbols, (beyond >> 2).astype("<u2")
+
+
+def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """Undo `fold` in place; returns the excesses left over, raises ValueError if there are none."""
+    large = np.abs(symbols) >= FIRST_ESCAPE
+    used, excess = np.split(excess, [np.count_nonzero(large)])
+    if len(used) < np.count_nonzero(large):
+        raise ValueError("coded weights: an escaped code has no excess, the stream is damaged")
+    grown = symbols[large] + 4 * used.astype(np.int32) * np.sign(symbols[large])
+    symbols[large] = grown.astype(np.int16)
+    return excess
+
+
+def check_trellis(codes: np.ndarray, states: int) -> None:
+    """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column."""
+    follow = trellis_next(states).astype(np.uint8)
+    state = np.zeros_like(codes[:, 0], np.uint8)
+    for row in range(codes.shape[1]):
+        if ((codes[:, row] ^ state) & 1).any():
+            raise ValueError(f"codes {codes.shape} leave the trellis of {states} states, row {row}")
+        state = follow[state, codes[:, row] >> 1 & 1]
+
+
+def strips(columns: int) -> list[slice]:
+    """The columns that run side by side, at most RANS_LANES at once."""
+    lefts = range(0, columns, RANS_LANES)
+    return [slice(left, min(left + RANS_LANES, columns)) for left in lefts]
+
+
+def push_rows(lanes: np.ndarray, frequency: np.ndarray, start: np.ndarray, words: list) -> None:
+    """Code rows (R, lanes) of uint32 frequencies and starts, last row first, giving off words.
+
+    A state x becomes x // f * 2^RANS_BITS + x % f + start (rANS, arXiv 1311.2540 and 1402.3392).
+    """
+    for share, begin in zip(frequency[::-1], start[::-1]):
+        full = (lanes >> (32 - RANS_BITS) >= share).nonzero()[0]
+        words.append(lanes[full].astype(np.uint16))         # the low half
+        lanes[full] >>= 16
+        lanes += lanes // share * ((1 << RANS_BITS) - share) + begin
+
+
+def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
+    """Code int16 tensors (L, R, C), on a trellis of `trellis` states (0: none).
+
+    The state is 0 at the top of each column and gives each code's parity, which costs nothing then.
+    Layout: two uint32 lengths, zlib of the models, zlib of the excesses, the lanes' final states in
+    uint32, the words in uint16. Raises ValueError for codes that leave the trellis.
+    """
+    states = trellis
+    folded = [fold(codes) for codes in tensors if codes.size]
+    width = min(RANS_LANES, max((symbols.shape[2] for symbols, _ in folded), default=0))
+    lanes, words, models = np.full(width, RANS_FLOOR, np.uint32), [np.zeros(0, np.uint16)], []
+    # A decoder reads in the reverse order of coding, so all goes backwards here.
+    for symbols, _ in reversed(folded):
+        if states:
+            check_trellis(symbols, states)
+        model, used, _ = fit_columns(symbols)
+        models.append(model.pack())
+        share = frequencies(model.tables, states)
+        (parities, letters), lengths = share.shape[1:], stretches(symbols.shape[1])
+        start = (share.cumsum(2) - share).ravel().astype(np.uint32)
+        share = share.ravel().astype(np.uint32)
+        for strip in reversed(strips(symbols.shape[2])):
+            for layer, table in zip(symbols[::-1, :, strip], used[::-1, :, strip]):
+                cell = (table * (parities * letters) + letters // 2).repeat(lengths, 0) + layer
+                cell += (layer & (parities - 1)) * letters
+                push_rows(lanes[:layer.shape[1]], share[cell], start[cell], words)
+    side = zlib.compress(b"".join(reversed(models)), 9)
+    excess = zlib.compress(b"".join(excess.tobytes() for _, excess in folded), 9)
+    return b"".join([struct.pack("<II", len(side), len(excess)), side, excess,
+                     lanes.astype("<u4").tobytes(),
+                     np.concatenate(words[::-1]).astype("<u2").tobytes()])
+
+
+def code_bits(tensors: list[np.ndarray], trellis: int = 0) -> np.ndarray:
+    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding."""
+    states, bits = trellis, np.zeros(len(tensors))
+    for index, codes in enumerate(tensors):
+        if codes.size:
+            symbols, excess = fold(codes)
+            model, _, counts = fit_columns(symbols)
+            share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
+            side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
+            bits[index] = (counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side
+    return bits
+
+
+class LaneReader:
+    """The lanes of a decoder: their states, the words to come, and the place reached in them."""
+
+    def __init__(self, states: np.ndarray, words: np.ndarray):
+        """Start from the encoder's final states (lanes,) uint32 and its words, uint16."""
+        self.states, self.words, self.at = states, words, 0
+
+    def pull(self, table: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        """Slots that the first lanes read, each from the 2^RANS_BITS `cells` at its `table`.
+
+        A cell is frequency << 16 | (slot - start); raises ValueError when the words run out.
+        """
+        lanes = self.states[:len(table)]
+        slot = table + (lanes & ((1 << RANS_BITS) - 1))
+        cell = cells.take(slot)
+        lanes >>= RANS_BITS
+        lanes *= cell >> 16
+        lanes += cell & 0xFFFF
+        low = (lanes < RANS_FLOOR).nonzero()[0]
+        read = self.words[self.at:self.at + len(low)]
+        if len(read) < len(low):
+            raise ValueError("coded weights: the stream ends too early, it is damaged")
+        lanes[low] = lanes[low] << 16 | read
+        self.at += len(low)
+        return slot
+
+
+def decode_layer(reader: LaneReader, out: np.ndarray, model: ColumnModel, previous: np.ndarray,
+                 lookup: tuple[np.ndarray, np.ndarray], states: int) -> np.ndarray:
+    """Fill `out` (R, lanes) with one layer's symbols; returns the scales of its whole columns.
+
+    `previous` are those of the layer before; `lookup` holds a cell and a symbol for every slot.
+    """
+    (cells, letters), starts = lookup, refreshes(len(out)).tolist()
+    total, state = np.zeros((2, out.shape[1]), np.int64)
+    follow = trellis_next(states).repeat(2, 1).ravel() if states else None
+    prior = prior_scale(previous, model.mean, model.mix)
+    for first, last in zip(starts, [*starts[1:], len(out)]):
+        scale = rung(running_scale(total, first, prior, model.trust))
+        table = (scale - model.lowest).clip(0, len(model.tables) - 1) << RANS_BITS
+        if states:
+            table <<= 1
+        for row in range(first, last):
+            if states:
+                slot = reader.pull(table + ((state & 1) << RANS_BITS), cells)
+                out[row] = symbol = letters.take(slot)
+                state = follow.take(state << 2 | symbol & 3)
+            else:
+                out[row] = letters.take(reader.pull(table, cells))
+        total += np.abs(out[first:last]).sum(0, dtype=np.int64)
+    return total * SCALE_ONE // len(out)
+
+
+def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, states: int) -> None:
+    """Fill `codes` (L, R, C) with the symbols of one tensor, the next that the reader comes to."""
+    share = frequencies(model.tables, states)
+    top, share = share.shape[2] // 2, share.ravel()
+    place = np.arange(share.sum()) - (share.cumsum() - share).repeat(share)
+    cells = ((share << 16).repeat(share) | place).astype(np.uint32)
+    letters = np.arange(-top, top + 1, dtype=np.int8)
+    letters = np.tile(letters, len(share) // len(letters)).repeat(share)
+    for strip in strips(codes.shape[2]):
+        scale = np.int64(model.mean)
+        for layer in codes[:, :, strip]:
+            scale = decode_layer(reader, layer, model, scale, (cells, letters), states)
+
+
+def read_models(packed: bytes, count: int) -> list[ColumnModel]:
+    """The models of `count` tensors; raises ValueError unless `packed` holds just these."""
+    models, size = [], struct.calcsize("<IBBBBB")
+    for _ in range(count):
+        if len(packed) < size:
+            raise ValueError("coded weights: the column models are cut short")
+        *head, kinds, width = struct.unpack_from("<IBBBBB", packed)
+        end = size + kinds * width
+        tables, packed = np.frombuffer(packed[size:end], np.uint8), packed[end:]
+        if not 0 < kinds * width == tables.size or width > LARGEST_SYMBOL + 1 or max(head[1:3]) > 8:
+            raise ValueError(f"coded weights: column model {head}, {kinds} x {width} is impossible")
+        tables = np.add.accumulate(tables.reshape(kinds, width), 0, np.uint8)
+        models.append(ColumnModel(*head, tables.clip(0, len(RUNGS) - 1)))
+    if packed:
+        raise ValueError("coded weights: bytes are left over after the last column model")
+    return models
+
+
+def inflate(packed: bytes, limit: int) -> bytes:
+    """What zlib packed, if that is at most `limit` bytes, else ValueError without allocating it."""
+    stream = zlib.decompressobj()
+    try:
+        plain = stream.decompress(packed, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"coded weights: a packed part is damaged ({error})") from error
+    if not stream.eof or stream.unused_data or len(plain) > limit:
+        raise ValueError(f"coded weights: a packed part is cut short or exceeds {limit} bytes")
+    return plain
+
+
+def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
+                 trellis: int = 0) -> list[np.ndarray]:
+    """The tensors (L, R, C) int16 given to `encode_codes`; raises ValueError for a damaged blob."""
+    states = trellis
+    tensors = [np.zeros(shape, np.int16) for shape in shapes]
+    filled = [codes for codes in tensors if codes.size]
+    width = min(RANS_LANES, max((codes.shape[2] for codes in filled), default=0))
+    sizes = struct.unpack_from("<II", blob) if len(blob) >= 8 else (0, 0)
+    ends = np.cumsum([8, *sizes, 4 * width]).tolist()
+    if len(blob) < ends[-1] or (len(blob) - ends[-1]) % 2:
+        raise ValueError(f"coded weights: {len(blob)} bytes do not match the parts they announce")
+    side, excess, lanes, words = (blob[a:b] for a, b in zip(ends, [*ends[1:], len(blob)]))
+    models = read_models(inflate(side, 1 << 16 << len(filled).bit_length()), len(filled))
+    excess = np.frombuffer(inflate(excess, 2 * sum(codes.size for codes in filled)), "<u2")
+    reader = LaneReader(np.frombuffer(lanes, "<u4").astype(np.uint32), np.frombuffer(words, "<u2"))
+    for codes, model in zip(filled, models):
+        decode_tensor(reader, codes, model, states)
+        excess = unfold(codes, excess)
+    if reader.at < len(reader.words) or len(excess) or (reader.states != RANS_FLOOR).any():
+        raise ValueError("coded weights: the stream does not end with the weights, it is damaged")
+    return tensors
+
+
+def coded_roles(h: Hyperparameters) -> dict[str, tuple[int, int, int]]:
+    """(L | 1, rows, cols) of each bank that is stored as codes; those on the trellis come first."""
+    table = {n: r for n, r in roles(h).items() if r.bits < 16}
+    ordered = sorted(table.items(), key=lambda item: not item[1].tap)
+    return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered}
+
+
+def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
+               quick: bool) -> list[bytes]:
+    """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed.
+    """
+    if coder != "rans":
+        turned = (c.swapaxes(1, 2) for c in codes.values())
+        return [squeeze(shuffled(c), coder, quick) for c in turned]
+    on = [codes[n] for n in codes if roles(h)[n].tap]
+    off = [codes[n] for n in codes if not roles(h)[n].tap]
+    return [encode_codes(on, h.trellis_states), encode_codes(off)]
+
+
+def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> list[np.ndarray]:
+    """int16 codes (L, rows, cols) in the order of `coded_roles`; the inverse of `pack_codes`."""
+    shapes = coded_roles(h)
+    if coder == "rans":
+        on = [shape for n, shape in shapes.items() if roles(h)[n].tap]
+        try:
+            return decode_codes(streams[0], on, h.trellis_states) + decode_codes(
+                streams[1],
+                list(shapes.values())[len(on):])
+        except ValueError as error:
+            raise Refusal(f"artifact: {error}") from None
     return [
-        *plan, ("", "steps", (steps, )),
-        ("", "fp16", (sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16), ))
+        unshuffled(expand(s, 2 * math.prod(shape)), np.int16).reshape(
+            shape[0], shape[2], shape[1]).swapaxes(1, 2).copy()
+        for s, shape in zip(streams, shapes.values())
     ]
 
 
@@ -2601,62 +3108,65 @@ def pack(h: Hyperparameters,
          stored: Mapping[str, Coded | Tensor],
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
     """(artifact, bytes by part). `unpack` gives back exactly `stored`."""
-    half = lambda tensors: shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors]))
-    streams, ledger = [], {}
-    for name, kind, _ in stream_plan(h):
-        if kind == "codes":
-            raw = np.ascontiguousarray(stored[name].codes.cpu().numpy().swapaxes(1, 2)).tobytes()
-        elif kind == "steps":
-            raw = half(v.step for v in stored.values() if isinstance(v, Coded))
-        else:
-            raw = half(v for v in stored.values() if not isinstance(v, Coded))
-        streams.append(squeeze(raw, h.compressor, quick))
-        ledger[name or kind] = len(streams[-1])
+    codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
+    tried = ["rans", "any"] if h.compressor == "auto" else [h.compressor]
+    coder, streams = min(((c, pack_codes(h, codes, c, quick)) for c in tried),
+                         key=lambda choice: sum(map(len, choice[1])))
+    halves = lambda tensors: squeeze(
+        shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors])), "any", quick)
+    streams.append(halves(v.step for v in stored.values() if isinstance(v, Coded)))
+    streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
     header = lzma.compress(
-        json.dumps(dict(knobs=h.changed() | {n: getattr(h, n)
-                                             for n in MODEL_KNOBS},
-                        streams=[len(s) for s in streams]),
+        json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
+                        coder=coder, streams=[len(s) for s in streams]),
                    separators=(",", ":")).encode(), lzma.FORMAT_ALONE)
     body = MAGIC + struct.pack("<I", len(header)) + header + b"".join(streams)
-    ledger["header"] = len(MAGIC) + 4 + len(header) + CHECKSUM_BYTES
+    if coder == "rans":    # one chain of lanes runs through all banks: shares are its own estimate
+        on = [n for n in codes if roles(h)[n].tap]
+        bits = code_bits([codes[n] for n in on], h.trellis_states)
+        ledger = dict(zip(on, (bits / 8).round().astype(int).tolist()))
+        ledger["chain"] = len(streams[0]) - sum(ledger.values())
+        ledger["gates"] = len(streams[1])
+    else:
+        ledger = dict(zip(codes, map(len, streams)))
+    ledger |= dict(steps=len(streams[-2]), fp16=len(streams[-1]),
+                   header=len(body) - sum(map(len, streams)) + CHECKSUM_BYTES)
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
 
 
 def unpack(blob: bytes,
            place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
-    """(model knobs, stored banks) of an artifact. Checks the sum before anything is decoded, sizes
-    before memory is taken.
+    """(the run's knobs, stored banks) of an artifact. Checks the sum before anything is decoded,
+    sizes before memory is taken.
 
     Raises `Refusal` for whatever is wrong with it.
     """
-    h, lengths, first = read_header(blob, place)
-    plan = stream_plan(h)
-    if len(lengths) != len(plan) or first + sum(lengths) + CHECKSUM_BYTES != len(blob):
-        raise Refusal(
-            f"{place}: the lengths of its streams do not add up to its {len(blob)} bytes"
-        )
-    stored, half = {}, {}
-    for (name, kind, shape), length in zip(plan, lengths):
-        raw = expand(blob[first:first + length], math.prod(shape) * (1 if kind == "codes" else 2))
-        first += length
-        if kind == "codes":
-            L, rows, cols = shape
-            stored[name] = np.frombuffer(raw, np.int8).reshape(L, cols, rows).swapaxes(1, 2).copy()
-        else:
-            half[kind] = torch.from_numpy(unshuffled(raw))
+    h, coder, lengths, first = read_header(blob, place)
+    shapes = coded_roles(h)
+    if len(lengths) != (2 if coder == "rans" else len(shapes)) + 2 or (
+            first + sum(lengths) + CHECKSUM_BYTES != len(blob)):
+        raise Refusal(f"{place}: the lengths of its streams do not add up to its {len(blob)} bytes")
+    ends = np.cumsum([first, *lengths]).tolist()
+    streams = [blob[a:b] for a, b in zip(ends, ends[1:])]
+    codes = dict(zip(shapes, unpack_codes(h, streams[:-2], coder)))
+    steps = sum(math.prod(shape[:2]) for shape in shapes.values())
+    plain = sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16)
+    steps, plain = (torch.from_numpy(unshuffled(expand(s, 2 * n), np.float16))
+                    for s, n in ((streams[-2], steps), (streams[-1], plain)))
     banks: dict[str, Coded | Tensor] = {}
     for name, role in roles(h).items():
-        kind, shape = ("fp16", role.shape) if role.bits == 16 else ("steps", stored[name].shape[:2])
-        values, half[kind] = half[kind].split(
-            [math.prod(shape), half[kind].numel() - math.prod(shape)])
-        banks[name] = values.view(shape) if role.bits == 16 else Coded(
-            torch.from_numpy(stored[name]), values.view(shape))
+        if role.bits == 16:
+            values, plain = plain.tensor_split([math.prod(role.shape)])
+            banks[name] = values.view(role.shape)
+        else:
+            values, steps = steps.tensor_split([math.prod(shapes[name][:2])])
+            banks[name] = Coded(torch.from_numpy(codes[name]), values.view(shapes[name][:2]))
     return h, banks
 
 
-def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, list[int], int]:
-    """(model knobs, lengths of the streams, place of the first one); raises `Refusal`, having taken
-    no memory."""
+def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int], int]:
+    """(knobs, coder, lengths of the streams, place of the first one); raises `Refusal`, having
+    taken no memory."""
     if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or blob[:len(MAGIC)] != MAGIC:
         raise Refusal(
             f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not {MAGIC!r})"
@@ -2674,6 +3184,7 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, list[int], in
         kinds = {f.name: f.type for f in fields(Hyperparameters)}
         typed = all(type(v).__name__ == kinds[n]
                     for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
+        coder = header["coder"]
         if not typed or not all(type(n) is int and n > 0 for n in lengths):
             raise ValueError("a value is missing or has the wrong type")
         h = Hyperparameters(**knobs)
@@ -2685,7 +3196,7 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, list[int], in
                         for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
         raise Refusal(
             f"{place}: its header claims a model far too large for a file of {len(blob)} bytes")
-    return h, lengths, first + length
+    return h, coder, lengths, first + length
 
 
 # The packed script is one Python file: a marker line, a string literal of raw LZMA bytes, and
@@ -3114,7 +3625,7 @@ def preflight(h: Hyperparameters, world: World, folder: Path) -> None:
     """Checks what later stages need, before anything costs time; raises one `Refusal` that lists
     all that is missing."""
     wrong = []
-    if h.compressor != "auto" and h.compressor not in coders():
+    if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
         wrong.append(
             f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
@@ -3374,7 +3885,9 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     world = None
     try:
         if arguments and arguments[0] == "data":
-            make_dataset(list(arguments[1:]))
+            if not make_data:
+                raise Refusal("this packed script makes no data; use the readable train_gpt.py")
+            make_data(list(arguments[1:]))
             return 0
         if arguments and arguments[0] != "eval":
             raise Refusal(f"unknown verb {arguments[0]!r}" +

@@ -203,7 +203,7 @@ def test_too_few_tokens_are_refused(tiny):
     """Less than one block for each rank."""
     shards = counted_shards(tiny, 1)
     c.Loader(tiny, c.World(), shards)
-    with pytest.raises(c.Refusal, match="hold 72 tokens, too few for one micro-batch of MICRO_BATCH_TOKENS=64 on each of 2"):
+    with pytest.raises(c.Refusal, match="hold 72 tokens, too few for one .*MICRO_BATCH_TOKENS=64 on each of 2"):
         c.Loader(tiny, c.World(0, 2), shards)
 
 
@@ -308,7 +308,7 @@ TRAIN, VAL, SIDECAR = "fineweb_train_000001.bin", "fineweb_val_000000.bin", "fin
     (lambda d: (d / VAL).write_bytes(b""), VAL + ": 0 bytes are too few"),
     (lambda d: edit(d / TRAIN, 2000, b"\x40\0"), TRAIN + ": token 64 is outside VOCAB_SIZE=64; shards and vocabulary do not"),
     (lambda d: edit(d / VAL, 1030, b"\0\x20"), VAL + ": token 8192 is outside VOCAB_SIZE=64"),
-    (lambda d: c.write_shard(d / SIDECAR, np.ones(699)), SIDECAR + ": 699 byte counts for 700 validation tokens"),
+    (lambda d: c.write_shard(d / SIDECAR, np.ones(699)), SIDECAR + ": 699 byte counts for 700"),
     (lambda d: c.write_shard(d / VAL, np.full(700, 5)), VAL + r": no document start \(token 1\) among 700 tokens"),
     (lambda d: c.write_shard(d / VAL, np.ones(1)), VAL + r": no document start \(token 1\) among 1 tokens"),
     (lambda d: [p.unlink() for p in d.glob("fineweb_train*")], r"no file fineweb_train_\*.bin there"),
@@ -596,10 +596,10 @@ def test_caseops_refuses_what_it_never_writes(text):
 
 
 def test_caseops_is_linear_in_long_runs():
-    text = "a" * 50_000 + " " + "b" * 50_000 + "B"
+    text = "a" * 100_000 + " " + "b" * 100_000 + "B"
     start_s = time.process_time()
     assert c.caseops_encode(text) == text[:-1] + c.CAP_NEXT + "b"
-    assert time.process_time() - start_s < 0.5, "a quadratic scan takes seconds"
+    assert time.process_time() - start_s < 5, "a quadratic scan takes minutes"
 
 
 # ------------------------------------------------------------------------------ embedded documents
@@ -668,14 +668,15 @@ def test_embedded_cache_is_kept_and_repaired(embedded):
     assert [path.name for path in embedded.parent.iterdir()] == [embedded.name]
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, few: list[tuple[str, str]]) -> None:
     """One of two processes that want the same corpus."""
+    c.embedded_documents = lambda: few
     c.embedded_corpus(folder, 600, SILENT)
 
 
-def test_two_processes_build_at_once(tmp_path):
+def test_two_processes_build_at_once(tmp_path, documents):
     context = multiprocessing.get_context("spawn")
-    racers = [context.Process(target=build, args=(tmp_path,)) for _ in range(2)]
+    racers = [context.Process(target=build, args=(tmp_path, documents[:120])) for _ in range(2)]
     for racer in racers:
         racer.start()
     for racer in racers:
