@@ -830,8 +830,8 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
             if build_corpus:
                 folder = build_corpus(cache, h.vocab_size, log)
             elif not intact(folder):
-                raise Refusal(f"CORPUS=embedded: {folder} is not there, and this packed script cannot "
-                              "build it; run the readable script once, or set DATA_PATH")
+                raise Refusal(f"CORPUS=embedded: {folder} is not there and this packed script "
+                              "cannot build it; run the readable script once, or set DATA_PATH")
         folder = Path(world.share(str(folder)))
     names = {
         side: sorted(folder.glob(f"fineweb_{side}_*.bin"))
@@ -2207,8 +2207,7 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of all banks, from the initial weights on; its decay ramps up over
-    the first steps."""
+    """Exponential moving average of all banks, from the initial weights on, after every step."""
 
     def __init__(self, model: GPT):
         """Starts as a copy of the weights."""
@@ -2378,7 +2377,7 @@ def train(t: Trainer, reserve_s: float, log: Log, validate: Callable[[],
         loss = t.step(step, progress, looped)
         step += 1
         if step % h.train_log_every == 0 or step <= 3:
-            report_step(t, loss, step, last, elapsed_s, log)
+            report_step(t, loss, step, last, clock.read_s() - paused_s, log)
     seconds = clock.read_s() - paused_s
     report_step(t, loss, step, last, seconds, log)
     t.ema.export()
@@ -2658,7 +2657,8 @@ HEADER_LIMIT = 1 << 16
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                "leaky_slope", "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n",
                "head_gate_scale", "smear_gate", "gate_window", "num_loops", "loop_start",
-               "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits", "trellis_states")
+               "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits",
+               "trellis_states")
 
 
 class Coder(NamedTuple):
@@ -2724,7 +2724,8 @@ def shuffled(numbers: np.ndarray) -> bytes:
 
 def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
     """The inverse of `shuffled`."""
-    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(2, -1).T).view(dtype).reshape(-1)
+    planes = np.frombuffer(raw, np.uint8).reshape(2, -1)
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
 
 
 # A code is Gaussian given the scale of its column, and no other context was worth 0.02%. So each
