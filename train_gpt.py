@@ -88,10 +88,12 @@ brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), op
 python_minifier = optional("python_minifier")
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
 torch_varlen = optional("torch.nn.attention.varlen")
-# torch 2.10 calls it is_causal, later releases write the same as a window that looks back without
-# end.
-VARLEN_CAUSAL = dict(is_causal=True) if torch_varlen and "is_causal" in inspect.signature(
-    torch_varlen.varlen_attn).parameters else dict(window_size=(-1, 0))
+VARLEN_OPTIONS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
+# torch 2.10 has is_causal; later releases say the same by a window that looks back without end.
+VARLEN_CAUSAL: dict[str, Any] = (dict(is_causal=True) if "is_causal" in VARLEN_OPTIONS else
+                                 dict(window_size=(-1, 0)))
+if "enable_gqa" in VARLEN_OPTIONS:
+    VARLEN_CAUSAL["enable_gqa"] = True
 
 
 class Refusal(Exception):
@@ -462,7 +464,7 @@ class World:
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if size > 1:
-            patience = datetime.timedelta(seconds=float(env.get("DIST_TIMEOUT_SECONDS", 600)))
+            patience = datetime.timedelta(minutes=10)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         return cls(rank, size, device)
 
@@ -712,11 +714,9 @@ class Loader:
 
     One epoch lays the shards end to end in a seeded order and cuts the stream into blocks of
     MICRO_BATCH_TOKENS; blocks are shuffled within stretches of 1024, and no block comes twice
-    before all have come.
-    Block number position * size + rank belongs to this rank, so that any world size sees the same
-    steps. A block is
-    one long row on GPUs (variable-length attention), rows of TRAIN_SEQ_LEN on CPUs. The next one is
-    read on a thread.
+    before all have come. Block number position * size + rank belongs to this rank, so that any
+    world size sees the same steps. A block is one long row where attention takes variable lengths,
+    else rows of TRAIN_SEQ_LEN. The next one is read on a thread.
     """
 
     def __init__(self, h: Hyperparameters, world: World, shards: Sequence[np.ndarray]):
@@ -759,7 +759,8 @@ class Loader:
             self.arrange(epoch)
         size = self.h.micro_batch_tokens
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
-        rows = 1 if self.world.device.type == "cuda" else size // self.h.train_seq_len
+        packed = attention_kernel(self.world.device) != "blocks"
+        rows = 1 if packed else size // self.h.train_seq_len
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
                      locate(ids, self.h.train_seq_len, self.world.device))
@@ -1649,39 +1650,23 @@ def attention_kernel(device: torch.device) -> str:
     return "fa2" if flash_attn_2 else "varlen" if torch_varlen else "blocks"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") -> Tensor:
     """Causal grouped-query attention within each document piece: (B, T, H | K, E) -> (B, T, H, E).
 
-    Softmax of q k / sqrt(E). The kernel follows from the tensor's device.
+    Softmax of q k / sqrt(E), by the named kernel; all of them compute the same.
     """
-    B, T, H, E = q.shape
-    kernel = attention_kernel(q.device)
     if kernel == "blocks":
         return BlockAttention.apply(q, k, v, docs.start)
-    bounds, longest = docs.bounds, docs.longest
+    (B, T, H, E), ends, longest = q.shape, docs.bounds, docs.longest
     q, k, v = (t.reshape(B * T, -1, E) for t in (q, k, v))
-    if kernel == "fa3":
-        y = flash_attn_3.flash_attn_varlen_func(q,
-                                                k,
-                                                v,
-                                                bounds,
-                                                bounds,
-                                                longest,
-                                                longest,
-                                                causal=True)
-        y = y[0] if isinstance(y, tuple) else y
-    elif kernel == "fa2":
-        y = flash_attn_2.flash_attn_varlen_func(q,
-                                                k,
-                                                v,
-                                                bounds,
-                                                bounds,
-                                                longest,
-                                                longest,
-                                                causal=True)
+    if kernel == "varlen":
+        if "enable_gqa" not in VARLEN_CAUSAL:
+            k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))
+        y = torch_varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **VARLEN_CAUSAL)
     else:
-        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))
-        y = torch_varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **VARLEN_CAUSAL)
+        flash = flash_attn_3 if kernel == "fa3" else flash_attn_2
+        y = flash.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+        y = y[0] if isinstance(y, tuple) else y    # early releases of FA3 add the log-sum-exp
     return y.view(B, T, H, E)
 
 
@@ -1785,10 +1770,10 @@ class Block(nn.Module):
     """The mathematics of one executed step; it owns no weights, so that one compiled graph serves
     every layer."""
 
-    def __init__(self, h: Hyperparameters):
-        """Keeps the hyperparameters only."""
+    def __init__(self, h: Hyperparameters, kernel: str):
+        """Keeps the hyperparameters and the name of the attention kernel."""
         super().__init__()
-        self.h = h
+        self.h, self.kernel = h, kernel
 
     def attention(self, w: Layer, n: Tensor, rope: tuple[Tensor, Tensor], docs: Docs, xsa: bool,
                   lora: Mapping[str, LoRA], probe: Callable[[str, Tensor], None] | None) -> Tensor:
@@ -1803,7 +1788,7 @@ class Block(nn.Module):
         # (B, T, K, E)
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = heads(linear(n, w.wv, lora.get("v")))
-        y = attend(q, k, v, docs)
+        y = attend(q, k, v, docs, self.kernel)
         if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
             # (B, T, K, 1, E)
             own = F.normalize(v, dim=-1)[..., None, :]
@@ -1881,16 +1866,19 @@ class GPT(nn.Module):
     """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss
     in nats."""
 
-    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
+    def __init__(self,
+                 h: Hyperparameters,
+                 dtype: torch.dtype = torch.float32,
+                 kernel: str = "blocks"):
         """Weights are fp32 and initialised from the global random state; `dtype` is that of the
-        matrix products."""
+        matrix products, `kernel` the attention's (see `attention_kernel`)."""
         super().__init__()
         self.h, self.dtype = h, dtype
         self.bank = nn.ParameterDict({
             name: nn.Parameter(torch.empty(r.shape))
             for name, r in roles(h).items()
         })
-        self.block, self.head = Block(h), Head(h)
+        self.block, self.head = Block(h, kernel), Head(h)
         self.run_block: Callable = self.block
         self.run_head: Callable = self.head
         self.run_nats: Callable = self.nats
@@ -2243,6 +2231,10 @@ class Clock:
         world.wait()
         self.world, self.queue, self.begin_s = world, [], time.perf_counter()
 
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that reads no training data, such as a validation score."""
+        self.begin_s += seconds
+
     def tick(self) -> float:
         """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs."""
         now = torch.full((1, ),
@@ -2338,50 +2330,47 @@ def accumulation(h: Hyperparameters, world: World) -> int:
 
 
 class Trained(NamedTuple):
-    """What the loop did."""
+    """What the loop did: optimiser steps, and seconds of the clock."""
 
     steps: int
     seconds: float
-    looped_from: int | None    # first step of the recurrence
 
 
-def train(t: Trainer, reserve_s: float, log: Log, validate: Callable[[],
-                                                                     str]) -> tuple[Trained, Clock]:
+def train(t: Trainer, reserve_s: float, log: Log,
+          validate: Callable[[], str]) -> tuple[Trained, Clock]:
     """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the
     average.
 
     Raises `Refusal` when the loss is not finite.
     """
-    h, clock, step, looped_from, paused_s = t.h, Clock(t.world), 0, None, 0.0
+    h, clock, step, looped = t.h, Clock(t.world), 0, False
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
                       f"{reserve_s:.1f} s are kept for calibration")
     last = h.iterations or sys.maxsize
+    ahead = 1 + (clock.LAG if t.world.device.type == "cuda" else 0)    # steps under way at the stop
     while True:
-        elapsed_s = clock.tick() - paused_s
-        ahead_s = elapsed_s / max(step, 1) * (clock.LAG + 1 if t.world.device.type == "cuda" else 1)
-        stop = step >= last or elapsed_s + ahead_s >= budget_s
-        if h.val_loss_every and step % h.val_loss_every == 0 and not stop:
+        elapsed_s = clock.tick()
+        if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
+            break
+        if h.val_loss_every and step % h.val_loss_every == 0:
             watch = Stopwatch(t.world)
             log(f"step:{step}/{last} {validate()} train_time:{elapsed_s * 1e3:.0f}ms "
                 f"step_avg:{elapsed_s * 1e3 / max(step, 1):.2f}ms")
-            paused_s += float(t.world.mean(torch.tensor(watch.read_s(), device=t.world.device)))
-        if stop:
-            break
+            clock.pause(watch.read_s())
         progress = min(1.0, elapsed_s / budget_s if math.isfinite(budget_s) else step / last)
-        looped = h.num_loops > 0 and progress >= h.enable_looping_at
-        if looped and looped_from is None:
-            looped_from = step
+        if not looped and h.num_loops and progress >= h.enable_looping_at:
+            looped = True
             log(f"recurrence:on step:{step} progress:{progress:.3f}")
         loss = t.step(step, progress, looped)
         step += 1
         if step % h.train_log_every == 0 or step <= 3:
-            report_step(t, loss, step, last, clock.read_s() - paused_s, log)
-    seconds = clock.read_s() - paused_s
+            report_step(t, loss, step, last, clock.read_s(), log)
+    seconds = clock.read_s()
     report_step(t, loss, step, last, seconds, log)
     t.ema.export()
-    return Trained(step, seconds, looped_from), clock
+    return Trained(step, seconds), clock
 
 
 def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> None:
@@ -3622,7 +3611,7 @@ def wanted_scores(h: Hyperparameters) -> list[str]:
     ]
 
 
-def preflight(h: Hyperparameters, world: World, folder: Path) -> None:
+def preflight(h: Hyperparameters, world: World) -> None:
     """Checks what later stages need, before anything costs time; raises one `Refusal` that lists
     all that is missing."""
     wrong = []
@@ -3630,6 +3619,9 @@ def preflight(h: Hyperparameters, world: World, folder: Path) -> None:
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
         wrong.append(
             f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
+    folder = Path(h.logs_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
     need_bytes = 4 * h.budget_bytes
     if (free_bytes := shutil.disk_usage(folder).free) < need_bytes:
         wrong.append(
@@ -3678,7 +3670,8 @@ def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
 def build_model(h: Hyperparameters, world: World) -> GPT:
     """The initialised model on the device, equal on all ranks."""
     torch.manual_seed(h.seed)
-    model = GPT(h, compute_dtype(h, world.device)).to(world.device)
+    model = GPT(h, compute_dtype(h, world.device), attention_kernel(world.device))
+    model.to(world.device)
     world.share_tensors(p.data for p in model.bank.values())
     return model
 
@@ -3692,18 +3685,15 @@ def measured_score(name: str, model: GPT, data: Dataset, world: World,
     return result
 
 
-def run(h: Hyperparameters, world: World, log: Log, env: Mapping[str, str]) -> dict[str, Any]:
+def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float) -> dict[str, Any]:
     """The pipeline: rehearse, train, calibrate, quantise, pack, read back, score. Returns what
     result.json holds."""
-    begin_s, seconds = time.perf_counter(), {}
+    begin_s, seconds = time.perf_counter() - data_s, dict(data=round(data_s, 3))
 
     def stage(name: str, watch: Stopwatch) -> None:
         """Books the seconds of a stage."""
         seconds[name] = round(watch.read_s(), 3)
 
-    watch = Stopwatch(world)
-    data = find_dataset(h, world, log)
-    stage("data", watch)
     model = build_model(h, world)
     announce(h, model, world, data, log)
     source, code = running_source(__file__) if world.main else (None, b"")
@@ -3898,21 +3888,23 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         tune_process(world.device)
         if arguments:
             evaluate(arguments[1:], world, env)
+            world.leave()
             return 0
         small = world.device.type != "cuda" and not env.get("RECIPE")
-        h, log = claim_run(Hyperparameters.from_env(env, "demo" if small else "record"), world)
+        h, say = Hyperparameters.from_env(env, "demo" if small else "record"), Log(world, None)
         if small:
-            log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
-        preflight(h, world, log.folder)
-        run(h, world, log, env)
+            say("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
+        preflight(h, world)
+        watch = Stopwatch(world)
+        data = find_dataset(h, world, say)
+        h, log = claim_run(h, world)
+        run(h, world, log, data, watch.read_s())
+        world.leave()
         return 0
     except Refusal as error:
         rank = f" (rank {world.rank})" if world and world.size > 1 else ""
         print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        if world:
-            world.leave()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""What the tests of sections 9 to 15 share beside conftest.py: smaller steps, made-up tokens, a log that keeps lines."""
+"""What the tests of sections 9 to 15 share beside conftest.py: smaller steps, made-up tokens, a log
+that keeps lines."""
 from __future__ import annotations
 
 import numpy as np
 from conftest import TINY, alive as model_of, tg as t
 
 WORLD = t.World()
-SMALL = TINY | dict(train_batch_tokens=128, iterations=6, train_log_every=1000, gptq_calibration_batches=2,
-                    ttt_chunk_tokens=32, ttt_batch_seqs=2)
+SMALL = TINY | dict(train_batch_tokens=128,
+                    iterations=6,
+                    train_log_every=1000,
+                    gptq_calibration_batches=2,
+                    ttt_chunk_tokens=32,
+                    ttt_batch_seqs=2)
 
 
 def settings(**changes) -> t.Hyperparameters:
@@ -15,7 +20,8 @@ def settings(**changes) -> t.Hyperparameters:
 
 
 def stream(length: int, V: int = 64, document: int = 11, seed: int = 0) -> np.ndarray:
-    """Random tokens (length,) of 2 .. V - 1 with token 1 at the start of each document of 1 to 2 * document - 1."""
+    """Random tokens (length,) of 2 .. V - 1 with token 1 at the start of each document of 1 to 2 *
+    document - 1."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(2, V, length)
     starts = np.cumsum([0, *rng.integers(1, 2 * document, length)])
@@ -47,8 +53,8 @@ def moments_of(model: t.GPT, world: t.World = WORLD, batches: int = 4) -> dict:
 
 
 class Half(t.World):
-    """One of two ranks whose sums stay its own: adding up what two of them find simulates two processes."""
-
+    """One of two ranks whose sums stay its own: adding up what two of them find simulates two
+    processes."""
     def sum(self, tensor):
         """Its own part."""
         return tensor
@@ -56,7 +62,6 @@ class Half(t.World):
 
 class Lines(t.Log):
     """A log that keeps its lines instead of printing them."""
-
     def __init__(self, world: t.World = WORLD):
         """Claims no folder."""
         super().__init__(world, None)

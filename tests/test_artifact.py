@@ -1,4 +1,5 @@
-"""The artifact: pack and unpack are inverses, whatever is wrong with a file is refused, hostile headers take no memory."""
+"""The artifact: pack and unpack are inverses, whatever is wrong with a file is refused, hostile
+headers take no memory."""
 from __future__ import annotations
 
 import hashlib
@@ -14,9 +15,18 @@ from hypothesis import given, settings as limits, strategies as st
 
 from support import model_of, moments_of, settings, t
 
-MODEL = model_of(settings())
-STORED = t.quantise(MODEL, moments_of(MODEL))
-BLOB = t.pack(settings(), STORED, quick=True)[0]
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, t.Coded | torch.Tensor]:
+    """The quantised banks of a small model."""
+    model = model_of(settings())
+    return t.quantise(model, moments_of(model))
+
+
+@pytest.fixture(scope="module")
+def blob(stored) -> bytes:
+    """The artifact of these banks."""
+    return t.pack(settings(), stored, quick=True)[0]
 
 
 def same(a: t.Coded | torch.Tensor, b: t.Coded | torch.Tensor) -> bool:
@@ -34,14 +44,21 @@ def test_unpack_is_the_inverse_of_pack(compressor, quick):
     blob, ledger = t.pack(h, STORED, quick)
     again_h, again = t.unpack(blob)
     assert list(again) == list(STORED) and all(same(again[n], STORED[n]) for n in STORED)
-    assert all(getattr(again_h, n) == getattr(h, n) for n in t.MODEL_KNOBS) and again_h.changed() == h.changed()
+    assert all(getattr(again_h, n) == getattr(h, n)
+               for n in t.MODEL_KNOBS) and again_h.changed() == h.changed()
     assert sum(ledger.values()) == len(blob)
     assert t.pack(h, again, quick)[0] == blob
 
 
 @pytest.mark.parametrize("changes", [
-    dict(num_loops=0), dict(head_gate_scale=0.0), dict(smear_gate=False), dict(parallel_start_layer=4),
-    dict(num_layers=1, loop_start=0, loop_end=0), dict(matrix_bits=2, embed_bits=8), dict(vocab_size=300)])
+    dict(num_loops=0),
+    dict(head_gate_scale=0.0),
+    dict(smear_gate=False),
+    dict(parallel_start_layer=4),
+    dict(num_layers=1, loop_start=0, loop_end=0),
+    dict(matrix_bits=2, embed_bits=8),
+    dict(vocab_size=300)
+])
 def test_every_shape_of_model_is_packed(changes):
     """Absent roles, other depths and widths of codes: the table alone decides what is stored."""
     h = settings(**changes)
@@ -52,7 +69,8 @@ def test_every_shape_of_model_is_packed(changes):
 
 
 def test_a_loaded_artifact_computes_what_was_packed():
-    """A fresh model with the unpacked banks has the nats of the model that stores them, bit for bit."""
+    """A fresh model with the unpacked banks has the nats of the model that stores them, bit for
+    bit."""
     h, stored = t.unpack(BLOB)
     ids, nats = torch.arange(2, 34)[None] % 64, []
     for banks in (stored, STORED):
@@ -65,7 +83,8 @@ def test_a_loaded_artifact_computes_what_was_packed():
 def test_auto_keeps_the_shortest_coder():
     """`auto` is never longer than any single coder."""
     raw = np.random.default_rng(0).normal(0, 9, 4000).astype(np.int8).tobytes()
-    assert len(t.squeeze(raw, "auto", False)) == min(len(t.squeeze(raw, name, False)) for name in t.coders())
+    assert len(t.squeeze(raw, "auto",
+                         False)) == min(len(t.squeeze(raw, name, False)) for name in t.coders())
 
 
 @limits(max_examples=60, deadline=None)
@@ -138,12 +157,19 @@ def hostile(header: object, body: bytes = b"x" * 40) -> bytes:
 KNOBS = {n: getattr(settings(), n) for n in t.MODEL_KNOBS}
 STREAMS = [5] * len(t.stream_plan(settings()))
 ABSURD = {
-    "layers": dict(num_layers=10 ** 9), "width": dict(model_dim=1 << 40), "long width": dict(model_dim=4 * 10 ** 400),
-    "vocabulary": dict(vocab_size=1 << 40), "heads": dict(num_heads=1 << 30, model_dim=1 << 30),
-    "mlp": dict(mlp_mult=1e300), "mlp beyond floats": dict(mlp_mult=1e308), "loops": dict(num_loops=10 ** 9),
+    "layers": dict(num_layers=10**9),
+    "width": dict(model_dim=1 << 40),
+    "long width": dict(model_dim=4 * 10**400),
+    "vocabulary": dict(vocab_size=1 << 40),
+    "heads": dict(num_heads=1 << 30, model_dim=1 << 30),
+    "mlp": dict(mlp_mult=1e300),
+    "mlp beyond floats": dict(mlp_mult=1e308),
+    "loops": dict(num_loops=10**9),
     "long loop": dict(num_layers=4000, num_loops=400, loop_start=0, loop_end=3999),
-    "gate": dict(gate_window=10 ** 9), "rope": dict(rope_dims=1 << 40),
-    "model of 800 GB": dict(num_layers=4000, model_dim=1 << 16, num_heads=4, vocab_size=65536)}
+    "gate": dict(gate_window=10**9),
+    "rope": dict(rope_dims=1 << 40),
+    "model of 800 GB": dict(num_layers=4000, model_dim=1 << 16, num_heads=4, vocab_size=65536)
+}
 
 
 @pytest.mark.parametrize("name", ABSURD)
@@ -173,9 +199,12 @@ def test_a_header_that_expands_without_end_is_refused():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
-@pytest.mark.parametrize("streams", [
-    [0] * len(STREAMS), [-5] * len(STREAMS), [1.0] * len(STREAMS), [True] * len(STREAMS), STREAMS[1:], [],
-    [1 << 62] * len(STREAMS), "lengths", None, 7, {"a": 1}, [[5]] * len(STREAMS), [2, 1 << 80, *STREAMS[2:]]])
+@pytest.mark.parametrize(
+    "streams",
+    [[0] * len(STREAMS), [-5] * len(STREAMS), [1.0] * len(STREAMS), [True] * len(STREAMS),
+     STREAMS[1:], [], [1 << 62] * len(STREAMS), "lengths", None, 7, {
+         "a": 1
+     }, [[5]] * len(STREAMS), [2, 1 << 80, *STREAMS[2:]]])
 def test_wrong_lengths_of_streams_are_refused(streams):
     """Too few, not whole, negative, beyond the file, or no list at all."""
     with pytest.raises(t.Refusal, match="header|lengths"):
@@ -183,21 +212,38 @@ def test_wrong_lengths_of_streams_are_refused(streams):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(num_layers="3"), dict(num_layers=3.0), dict(num_layers=True), dict(num_layers=None), dict(num_layers=-1),
-    dict(mlp_mult=2), dict(smear_gate=1), dict(ln_scale="yes"), dict(no_such_knob=1), dict(rope_base=float("nan")),
-    dict(logit_softcap=float("inf")), dict(num_heads=3), dict(matrix_bits=16), dict(run_id="../../etc"),
-    dict(vocab_size=[64]), dict(mlp_mult={"a": 1})])
+    dict(num_layers="3"),
+    dict(num_layers=3.0),
+    dict(num_layers=True),
+    dict(num_layers=None),
+    dict(num_layers=-1),
+    dict(mlp_mult=2),
+    dict(smear_gate=1),
+    dict(ln_scale="yes"),
+    dict(no_such_knob=1),
+    dict(rope_base=float("nan")),
+    dict(logit_softcap=float("inf")),
+    dict(num_heads=3),
+    dict(matrix_bits=16),
+    dict(run_id="../../etc"),
+    dict(vocab_size=[64]),
+    dict(mlp_mult={"a": 1})
+])
 def test_wrong_types_and_values_of_knobs_are_refused(changes):
     """Types are compared exactly, ranges and relations by the same checks as the environment's."""
     with pytest.raises(t.Refusal, match="header"):
         t.unpack(hostile(dict(knobs=KNOBS | changes, streams=STREAMS)))
 
 
-@pytest.mark.parametrize("header", [
-    [], {}, 5, None, "text", dict(knobs=[], streams=STREAMS), dict(knobs="x", streams=STREAMS), dict(knobs=KNOBS),
-    dict(knobs={}, streams=STREAMS), dict(knobs=None, streams=[]), "[" * 60000, "{", "\x00", '{"knobs":' * 9000,
-    '{"knobs": {"num_layers": 1' + "0" * 5000 + "}}"],
-    ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("header",
+                         [[], {}, 5, None, "text",
+                          dict(knobs=[], streams=STREAMS),
+                          dict(knobs="x", streams=STREAMS),
+                          dict(knobs=KNOBS),
+                          dict(knobs={}, streams=STREAMS),
+                          dict(knobs=None, streams=[]), "[" * 60000, "{", "\x00",
+                          '{"knobs":' * 9000, '{"knobs": {"num_layers": 1' + "0" * 5000 + "}}"],
+                         ids=lambda value: str(value)[:20])
 def test_headers_that_are_no_table_are_refused(header):
     """Any JSON value, unfinished JSON, nesting without end."""
     with pytest.raises(t.Refusal, match="header"):

@@ -144,7 +144,10 @@ def test_each_block_comes_once_per_epoch(tiny, ranks):
         assert len(tokens.unique()) == len(tokens) == blocks * tiny.micro_batch_tokens
         assert all(b.ids.shape == (4, 16) and b.ids.dtype == torch.int64 for b in batches)
         epochs.append([identity(b) for b in batches])
-    assert len({tuple(e) for e in epochs}) == 3 and epochs[0] != sorted(epochs[0])
+    assert len({tuple(e) for e in epochs}) == 3
+    single = c.Loader(tiny, c.World(), [np.arange(12 * 64 + 1, dtype=np.uint16)])
+    places = [int(single.next().ids[0, 0]) for _ in range(12)]
+    assert places != sorted(places) == list(range(0, 12 * 64, 64)), "blocks come in a drawn order"
 
 
 def test_targets_are_the_next_tokens(tiny):
@@ -339,13 +342,16 @@ def test_missing_shards_are_refused_or_embedded(tiny, tmp_path, monkeypatch):
         with pytest.raises(c.Refusal, match=r"no file fineweb_train_\*.bin there"):
             c.find_dataset(h, c.World(), SILENT)
     built = write_dataset(tmp_path / "built", tiny)
-    monkeypatch.setattr(c, "embedded_corpus", lambda folder, V, say: built)
+    monkeypatch.setattr(c, "build_corpus", lambda folder, V, say: built)
     said = []
     c.find_dataset(replace(tiny, data_dir=str(tmp_path)), c.World(), said.append)
     assert said == [f"corpus: no shards in {tmp_path}/datasets/fineweb10B_sp64; CORPUS=embedded is used "
                     "(set DATA_PATH for shards)"]
     c.find_dataset(replace(tiny, corpus="embedded", data_dir=str(tmp_path)), c.World(), said.append)
     assert len(said) == 1, "what was asked for is not announced"
+    monkeypatch.setattr(c, "build_corpus", None)
+    with pytest.raises(c.Refusal, match="CORPUS=embedded: .* is not there and this packed script cannot build it"):
+        c.find_dataset(replace(tiny, corpus="embedded", data_dir=str(tmp_path)), c.World(), SILENT)
 
 
 # ------------------------------------------------------------------------------------- documents

@@ -282,14 +282,14 @@ def test_one_serial_block_equals_its_formula(tiny):
 @pytest.mark.parametrize("looped", [False, True])
 def test_the_whole_model_equals_its_formula(tiny, looped):
     """Loops, U-Net skips, lanes, final mean and softcapped cross-entropy against the twin."""
-    model, b = alive(tiny), batch(tiny, B=1)
+    model, b = alive(tiny, seed=1), batch(tiny, B=1)
     ids, targets = b.ids.clamp_min(2), b.targets
     bank = {name: p.detach() for name, p in model.bank.items()}
     x = twin_states(tiny, bank, model.embedded(ids)[0].detach(), looped)
     logits = tiny.logit_softcap * torch.tanh(x @ bank["embed"].T / tiny.logit_softcap)
     expected = torch.logsumexp(logits, 1) - logits.gather(1, targets[0][:, None])[:, 0]
     torch.testing.assert_close(model.nats(ids, targets, tg.depth_plan(tiny, looped))[0].detach(), expected,
-                               atol=2e-3, rtol=2e-3)
+                               atol=2e-4, rtol=2e-4)
 
 
 # ----------------------------------------------------------------------------------------------- seams and precision

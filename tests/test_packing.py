@@ -167,7 +167,8 @@ def test_the_packed_script_has_the_same_knobs(shipped_script):
     ours, theirs = (list(map(row, dataclasses.fields(m.Hyperparameters))) for m in (t, packed))
     assert ours == theirs
     environment = dict(NUM_LAYERS="12", TTT_ENABLED="0", RECIPE="demo")
-    ours, theirs = (dataclasses.asdict(m.Hyperparameters.from_env(environment)) for m in (t, packed))
+    ours, theirs = (dataclasses.asdict(m.Hyperparameters.from_env(environment))
+                    for m in (t, packed))
     assert ours == theirs
     for bad in (dict(NUM_LAYERS="0"), dict(NUM_LAYRES="3"), dict(MATRIX_LR="fast")):
         sentences = []
@@ -205,10 +206,13 @@ def test_artifacts_cross_between_readable_and_packed(shipped_script):
     packed, model = shipped_script[0], model_of(settings())
     blob = t.pack(settings(), t.quantise(model, moments_of(model)), quick=True)[0]
     functions = {f.__name__: f for f in vars(packed).values() if inspect.isfunction(f)}
-    reader = next(f for f in functions.values() if "bytes" not in f.__name__
-                  and [*inspect.signature(f).parameters] == ["blob", "place"] and "split" in inspect.getsource(f))
+    reader = next(
+        f for f in functions.values()
+        if "bytes" not in f.__name__ and [*inspect.signature(f).parameters] == ["blob", "place"]
+        and "split" in inspect.getsource(f))
     h, banks = reader(blob, "artifact")
-    assert dataclasses.asdict(h) == dataclasses.asdict(t.unpack(blob)[0]) and list(banks) == list(t.roles(settings()))
+    assert dataclasses.asdict(h) == dataclasses.asdict(t.unpack(blob)[0]) and list(banks) == list(
+        t.roles(settings()))
 
 
 def test_a_packed_script_counts_itself(tmp_path):
@@ -240,7 +244,8 @@ def test_behaviour_is_the_same(pair, capsys):
     for module in (plain, packed):
         assert module.main() == 0
         said.append(capsys.readouterr().out.replace(module.__name__, "NAME"))
-        assert module.GPT(module.Hyperparameters()).width == 77 and module.GPT.doubled(amount_of_things=4) == 8
+        assert module.GPT(
+            module.Hyperparameters()).width == 77 and module.GPT.doubled(amount_of_things=4) == 8
     assert said[0] == said[1]
 
 
@@ -263,7 +268,8 @@ def test_sources_and_tracebacks_show_the_text_that_runs(pair):
     with pytest.raises(ZeroDivisionError) as error:
         packed.GPT(None).fails(3)
     last = traceback.extract_tb(error.value.__traceback__)[-1]
-    assert last.name == "fails" and "return dividend/" in last.line and last.filename.endswith("packed.py*")
+    assert last.name == "fails" and "return dividend/" in last.line and last.filename.endswith(
+        "packed.py*")
 
 
 def test_fenced_regions_and_docstrings_are_gone(pair):
@@ -276,27 +282,41 @@ def test_fenced_regions_and_docstrings_are_gone(pair):
 
 def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
     """The finished command, its output as text, every warning an error."""
-    return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONWARNINGS": "error", **env},
-                          capture_output=True, text=True)
+    return subprocess.run(command,
+                          cwd=folder,
+                          env={
+                              **os.environ, "PYTHONWARNINGS": "error",
+                              **env
+                          },
+                          capture_output=True,
+                          text=True)
 
 
 def test_as_a_program(pair):
     """Run, imported by its name, run as a module, and failing with an ordinary traceback."""
     folder = pair[2]
-    outputs = [run(folder, sys.executable, name, NUM_LAYERS="5") for name in ("plain.py", "packed.py")]
+    outputs = [
+        run(folder, sys.executable, name, NUM_LAYERS="5") for name in ("plain.py", "packed.py")
+    ]
     assert outputs[0].stdout == outputs[1].stdout and '"num_layers": 5' in outputs[1].stdout
-    assert '"name": "__main__"' in outputs[1].stdout and [o.returncode for o in outputs] == [0, 0], outputs[1].stderr
+    assert '"name": "__main__"' in outputs[1].stdout and [o.returncode for o in outputs
+                                                          ] == [0, 0], outputs[1].stderr
     failed = run(folder, sys.executable, "packed.py", "fail")
-    assert failed.returncode == 1 and failed.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert failed.returncode == 1 and failed.stderr.rstrip().endswith(
+        "ZeroDivisionError: division by zero")
     assert failed.stderr.isascii() and "in fails" in failed.stderr
-    imported = run(folder, sys.executable, "-c", "import packed as p; print(p.Hyperparameters().num_layers, p.GPT)")
+    imported = run(folder, sys.executable, "-c",
+                   "import packed as p; print(p.Hyperparameters().num_layers, p.GPT)")
     assert imported.returncode == 0 and imported.stdout.startswith("11 <class 'packed.GPT'>")
     assert run(folder, sys.executable, "-m", "packed").returncode == 0
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"'", b'"', b"'''", b"''''", b"\"\"\"'''", b"a\\", b"\\'''", b"\0", b"\x001", b"\x008", b"\r\n\r", b"\n",
-    b"\0\0007", bytes(range(256)), bytes(range(256)) * 2 + b"'\"'\"\"\"'''", b"\\0", b"''\"\"", b"\x1a\x0c\x85"])
+    b"", b"'", b'"', b"'''", b"''''", b"\"\"\"'''", b"a\\", b"\\'''", b"\0", b"\x001", b"\x008",
+    b"\r\n\r", b"\n", b"\0\0007",
+    bytes(range(256)),
+    bytes(range(256)) * 2 + b"'\"'\"\"\"'''", b"\\0", b"''\"\"", b"\x1a\x0c\x85"
+])
 def test_any_bytes_survive_as_a_literal(data, tmp_path):
     """Through a real file, with warnings as errors."""
     file = tmp_path / "literal_file.py"
@@ -314,9 +334,9 @@ def test_random_bytes_survive_as_a_literal():
         assert ast.literal_eval(t.literal(data).decode("latin-1")).encode("latin-1") == data
 
 
-@pytest.mark.parametrize("text, line", [
-    ("# >>> not packed\n", 1), ("a=1\n# <<< not packed\n", 2),
-    ("# >>> not packed\n# >>> not packed\n# <<< not packed\n", 2)])
+@pytest.mark.parametrize("text, line",
+                         [("# >>> not packed\n", 1), ("a=1\n# <<< not packed\n", 2),
+                          ("# >>> not packed\n# >>> not packed\n# <<< not packed\n", 2)])
 def test_unpaired_fences_are_refused(text, line):
     """The sentence says where."""
     with pytest.raises(t.Refusal, match=f"line {line}:"):
@@ -336,7 +356,10 @@ def test_without_the_minifier_it_says_so_and_still_works(monkeypatch, tmp_path):
 def test_builtins_and_parameters_are_not_aliased():
     """An alias `A=int` would reach `Field.type`."""
     text = t.minified(
-        "from dataclasses import dataclass\n@dataclass\nclass A:\n" + "".join(f" f{i}: int = int(3)\n" for i in range(9))
-        + "def scale(long_parameter):\n return long_parameter*long_parameter+long_parameter*long_parameter\n"
-        + "def others(): return [None, None, None, None, range(3), range(4), range(5), range(6), 'text', 'text']\n")
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n" +
+        "".join(f" f{i}: int = int(3)\n" for i in range(9)) +
+        "def scale(long_parameter):\n return long_parameter*long_parameter+long_parameter*long_parameter\n"
+        +
+        "def others(): return [None, None, None, None, range(3), range(4), range(5), range(6), 'text', 'text']\n"
+    )
     assert not any(f"={word}\n" in text for word in ("None", "long_parameter", *dir(builtins)))

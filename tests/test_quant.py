@@ -1,4 +1,5 @@
-"""Quantisation: rounding on a grid, GPTQ against rounding, its factor against algebra, second moments against hand."""
+"""Quantisation: rounding on a grid, GPTQ against rounding, its factor against algebra, second
+moments against hand."""
 from __future__ import annotations
 
 import numpy as np
@@ -8,11 +9,16 @@ import torch
 from support import Half, WORLD, model_of, moments_of, settings, stream, t
 
 
-def bank(L: int = 3, rows: int = 24, cols: int = 40, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights (L, rows, cols), correlated inputs (L, tokens, cols) and their second moments (L, cols, cols) fp64."""
+def bank(L: int = 3,
+         rows: int = 24,
+         cols: int = 40,
+         tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights (L, rows, cols), correlated inputs (L, tokens, cols) and their second moments (L,
+    cols, cols) fp64."""
     torch.manual_seed(1)
     w = torch.randn(L, rows, cols)
-    x = torch.randn(L, tokens, cols // 4) @ torch.randn(L, cols // 4, cols) + 0.3 * torch.randn(L, tokens, cols)
+    x = torch.randn(L, tokens, cols // 4) @ torch.randn(L, cols // 4, cols) + 0.3 * torch.randn(
+        L, tokens, cols)
     x = x * torch.linspace(0.2, 3, cols)
     return w, x, x.double().mT @ x.double()
 
@@ -24,7 +30,8 @@ def output_error(w: torch.Tensor, coded: t.Coded, x: torch.Tensor) -> torch.Tens
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_gptq_beats_rounding(bits):
-    """The error of the outputs is well below that of nearest rounding on the same grid, in every layer."""
+    """The error of the outputs is well below that of nearest rounding on the same grid, in every
+    layer."""
     w, x, moment = bank()
     coded, rounded = t.gptq(w, moment, bits, 4.0, 0.01, block=16), t.round_rows(w, bits, 4.0)
     assert torch.equal(coded.step, rounded.step)
@@ -32,7 +39,8 @@ def test_gptq_beats_rounding(bits):
 
 
 def test_gptq_of_white_inputs_is_rounding():
-    """Where inputs are uncorrelated no error can be compensated, so each weight goes to its nearest code."""
+    """Where inputs are uncorrelated no error can be compensated, so each weight goes to its nearest
+    code."""
     w, _, _ = bank()
     eye = torch.eye(w.size(2), dtype=torch.float64).expand(w.size(0), -1, -1)
     assert torch.equal(t.gptq(w, eye, 6, 4.0, 0.01).codes, t.round_rows(w, 6, 4.0).codes)
@@ -44,20 +52,30 @@ def test_a_bank_at_once_equals_layer_by_layer():
     whole = t.gptq(w, moment, 5, 4.0, 0.01, block=16)
     for i in range(w.size(0)):
         alone = t.gptq(w[i:i + 1], moment[i:i + 1], 5, 4.0, 0.01, block=16)
-        assert torch.equal(alone.codes[0], whole.codes[i]) and torch.equal(alone.step[0], whole.step[i])
+        assert torch.equal(alone.codes[0], whole.codes[i]) and torch.equal(
+            alone.step[0], whole.step[i])
 
 
 @pytest.mark.parametrize("block", [1, 7, 40, 128])
 def test_the_block_size_changes_speed_only(block):
     """Any block size gives the codes of column-by-column GPTQ, up to rare ties of rounding."""
     w, x, moment = bank()
-    one, other = t.gptq(w, moment, 5, 4.0, 0.01, block=1), t.gptq(w, moment, 5, 4.0, 0.01, block=block)
+    one, other = t.gptq(w, moment, 5, 4.0, 0.01, block=1), t.gptq(w,
+                                                                  moment,
+                                                                  5,
+                                                                  4.0,
+                                                                  0.01,
+                                                                  block=block)
     assert (one.codes != other.codes).float().mean() < 0.002
-    torch.testing.assert_close(output_error(w, one, x), output_error(w, other, x), rtol=0.02, atol=0)
+    torch.testing.assert_close(output_error(w, one, x),
+                               output_error(w, other, x),
+                               rtol=0.02,
+                               atol=0)
 
 
 def test_gptq_follows_its_equations():
-    """One layer against a plain loop: q_j = round(w_j), error / U_jj, spread over the columns to come by row U_j."""
+    """One layer against a plain loop: q_j = round(w_j), error / U_jj, spread over the columns to
+    come by row U_j."""
     w, _, moment = bank(L=1, rows=5, cols=12)
     coded = t.gptq(w, moment, 4, 4.0, 0.01)
     order = moment[0].diagonal().argsort(descending=True, stable=True).numpy()
@@ -77,15 +95,21 @@ def test_the_factor_is_that_of_the_inverse():
     order, upper = t.inverse_factor(moment, 0.01)
     for i in range(moment.size(0)):
         diagonal = moment[i].diagonal()
-        assert sorted(order[i].tolist()) == list(range(24)) and (diagonal[order[i]].diff() <= 0).all()
-        H = moment[i][order[i]][:, order[i]] + 0.01 * diagonal.mean() * torch.eye(24, dtype=torch.float64)
+        assert sorted(order[i].tolist()) == list(range(24)) and (diagonal[order[i]].diff()
+                                                                 <= 0).all()
+        H = moment[i][order[i]][:, order[i]] + 0.01 * diagonal.mean() * torch.eye(
+            24, dtype=torch.float64)
         U = upper[i].double()
         assert torch.equal(U, U.triu())
-        torch.testing.assert_close(U.mT @ U @ H, torch.eye(24, dtype=torch.float64), atol=2e-4, rtol=0)
+        torch.testing.assert_close(U.mT @ U @ H,
+                                   torch.eye(24, dtype=torch.float64),
+                                   atol=2e-4,
+                                   rtol=0)
 
 
 def test_dead_and_dependent_inputs_are_no_problem():
-    """Columns that never fire, duplicated columns and a layer without any input all give finite codes."""
+    """Columns that never fire, duplicated columns and a layer without any input all give finite
+    codes."""
     w, x, _ = bank()
     x = x.clone()
     x[:, :, 5], x[:, :, 7], x[2] = 0, x[:, :, 8], 0
@@ -106,11 +130,13 @@ def test_a_moment_that_is_not_finite_is_refused(bad):
 @pytest.mark.parametrize("bits", [2, 6, 7, 8])
 @pytest.mark.parametrize("sigmas", [0.0, 2.0])
 def test_rounding_is_within_half_a_step(bits, sigmas):
-    """Inside the clip every weight is at most half a step off; beyond it the largest code stands."""
+    """Inside the clip every weight is at most half a step off; beyond it the largest code
+    stands."""
     w, _, _ = bank()
-    coded, top = t.round_rows(w, bits, sigmas), 2 ** (bits - 1) - 1
+    coded, top = t.round_rows(w, bits, sigmas), 2**(bits - 1) - 1
     step = coded.step.float()[..., None]
-    assert coded.codes.dtype == torch.int8 and coded.step.dtype == torch.float16 and coded.codes.abs().max() <= top
+    assert coded.codes.dtype == torch.int8 and coded.step.dtype == torch.float16 and coded.codes.abs(
+    ).max() <= top
     inside = w.abs() <= top * step
     assert ((w - coded.decode()).abs() <= step * 0.5001)[inside].all()
     assert (coded.codes.abs() == top)[~inside].all()
@@ -119,15 +145,18 @@ def test_rounding_is_within_half_a_step(bits, sigmas):
 
 
 def test_rows_of_zeros_and_of_huge_values_keep_finite_steps():
-    """A row of zeros decodes to zeros, huge rows to finite numbers; a step is never zero or infinite in fp16."""
-    w = torch.stack([torch.zeros(8), torch.full((8,), 1e9), torch.full((8,), 1e-12)])[None]
+    """A row of zeros decodes to zeros, huge rows to finite numbers; a step is never zero or
+    infinite in fp16."""
+    w = torch.stack([torch.zeros(8), torch.full((8, ), 1e9), torch.full((8, ), 1e-12)])[None]
     for sigmas in (0.0, 4.0):
         coded = t.round_rows(w, 6, sigmas)
-        assert (coded.step > 0).all() and coded.decode().isfinite().all() and not coded.decode()[0, 0].any()
+        assert (coded.step
+                > 0).all() and coded.decode().isfinite().all() and not coded.decode()[0, 0].any()
 
 
 def test_second_moments_are_sums_of_x_xt():
-    """Every tap equals the sum over tokens of x x^T of what the probe sees, repeated layers counted each time."""
+    """Every tap equals the sum over tokens of x x^T of what the probe sees, repeated layers counted
+    each time."""
     h = settings()
     model, loader = model_of(h), t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
     hand: dict = {}
@@ -136,13 +165,15 @@ def test_second_moments_are_sums_of_x_xt():
         """Adds x x^T token by token."""
         for row in x.detach().reshape(-1, x.size(-1)).double():
             hand[tap, layer] = hand.get((tap, layer), 0) + torch.outer(row, row)
+
     for _ in range(2):
         batch = loader.next()
         model.hidden(batch.ids, t.depth_plan(h, True), batch.docs, probe=probe)
     moments = moments_of(model, batches=2)
     assert set(moments) == {role.tap for role in t.roles(h).values() if role.tap}
     for tap, moment in moments.items():
-        assert moment.dtype == torch.float64 and moment.size(0) == (1 if tap == "final" else h.num_layers)
+        assert moment.dtype == torch.float64 and moment.size(0) == (1 if tap == "final" else
+                                                                    h.num_layers)
         for layer in range(moment.size(0)):
             torch.testing.assert_close(moment[layer], hand[tap, layer], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(moment[layer], moment[layer].mT, rtol=1e-6, atol=1e-6)
@@ -168,26 +199,32 @@ def test_every_role_is_stored_as_its_row_says():
         if role.bits == 16:
             assert torch.equal(value, w.half())
         else:
-            assert value.codes.abs().max() <= 2 ** (role.bits - 1) - 1
+            assert value.codes.abs().max() <= 2**(role.bits - 1) - 1
             assert (value.decode().view_as(w) - w).square().mean() < 0.1 * w.square().mean() + 1e-9
 
 
 def test_loading_gives_the_decoded_weights():
-    """After `load_stored` the banks are exactly what the codes and steps say, and storing fp16 again is lossless."""
+    """After `load_stored` the banks are exactly what the codes and steps say, and storing fp16
+    again is lossless."""
     model = model_of(settings())
     stored = t.quantise(model, moments_of(model))
     t.load_stored(model, stored)
     for name, value in stored.items():
-        w = value.decode().view_as(model.bank[name]) if isinstance(value, t.Coded) else value.float()
+        w = value.decode().view_as(model.bank[name]) if isinstance(value,
+                                                                   t.Coded) else value.float()
         assert torch.equal(model.bank[name], w)
 
 
 def test_quantised_model_stays_close():
-    """At 6 and 7 bits with narrow clips the loss moves by little; at 2 bits it moves by much more."""
+    """At 6 and 7 bits with narrow clips the loss moves by little; at 2 bits it moves by much
+    more."""
     ids = torch.from_numpy(stream(129))
     moved = []
     for bits in (7, 2):
-        h = settings(matrix_bits=bits, embed_bits=bits, matrix_clip_sigmas=4.0, embed_clip_sigmas=4.0)
+        h = settings(matrix_bits=bits,
+                     embed_bits=bits,
+                     matrix_clip_sigmas=4.0,
+                     embed_clip_sigmas=4.0)
         model = model_of(h)
         nats = lambda: model.nats(ids[None, :-1], ids[None, 1:], t.depth_plan(h, True)).detach()
         before = nats()

@@ -9,7 +9,8 @@ from hypothesis import given, settings as limits, strategies as st
 from support import Lines, WORLD, model_of, settings, stream, t, validation
 
 
-def plans(tokens: np.ndarray, T: int, stride: int, batch_tokens: int, chunk: int) -> dict[str, list[t.Windows]]:
+def plans(tokens: np.ndarray, T: int, stride: int, batch_tokens: int,
+          chunk: int) -> dict[str, list[t.Windows]]:
     """The batches of each way to score `tokens` (N + 1,), by name."""
     N = len(tokens) - 1
     documents = t.document_spans(validation(tokens).documents, T, stride)
@@ -22,13 +23,19 @@ def plans(tokens: np.ndarray, T: int, stride: int, batch_tokens: int, chunk: int
 
 def scored(batches: list[t.Windows]) -> list[int]:
     """Every target that the batches score, in their order."""
-    return [target for w in batches for start, lo, hi in zip(w.start, w.lo, w.hi)
-            for target in range(start + lo, start + hi)]
+    return [
+        target for w in batches for start, lo, hi in zip(w.start, w.lo, w.hi)
+        for target in range(start + lo, start + hi)
+    ]
 
 
 @limits(max_examples=150, deadline=None)
-@given(N=st.integers(1, 200), T=st.integers(2, 70), cut=st.integers(1, 70), rows=st.integers(0, 5),
-       chunk=st.integers(1, 90), seed=st.integers(0, 9))
+@given(N=st.integers(1, 200),
+       T=st.integers(2, 70),
+       cut=st.integers(1, 70),
+       rows=st.integers(0, 5),
+       chunk=st.integers(1, 90),
+       seed=st.integers(0, 9))
 def test_every_plan_scores_every_target_once(N, T, cut, rows, chunk, seed):
     """Any stream, window, stride, batch and chunk: the scored targets are a permutation of all."""
     tokens = stream(N + 1, document=20, seed=seed)
@@ -39,12 +46,16 @@ def test_every_plan_scores_every_target_once(N, T, cut, rows, chunk, seed):
             assert (w.hi <= w.width).all() and (w.lo < w.hi)[real].all(), name
             assert (w.start >= 0).all() and (w.start + w.hi <= N).all(), name
             assert (w.length == w.hi).all(), name
+            if name in ("sliding", "chunks"):  # as much context as the window has room for
+                place = w.start + w.lo
+                assert (w.lo >= np.minimum(T - min(cut, T), place))[real & (place > 0)].all(), name
 
 
 @pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("stride", [1, 5, 16])
 def test_streams_shorter_than_equal_to_and_longer_than_the_window(N, stride):
-    """Windows of 16 over N targets: all scored in order, each but the first with the context it can have."""
+    """Windows of 16 over N targets: all scored in order, each but the first with the context it can
+    have."""
     spans = t.sliding(0, N, 16, stride)
     assert [i for s, _, lo, hi in spans for i in range(s + lo, s + hi)] == list(range(N))
     for start, length, lo, hi in spans[1:]:
@@ -52,12 +63,13 @@ def test_streams_shorter_than_equal_to_and_longer_than_the_window(N, stride):
 
 
 def test_documents_of_one_token_and_an_empty_tail():
-    """Consecutive starts make documents of one target; a start as last token is a target and opens nothing."""
+    """Consecutive starts make documents of one target; a start as last token is a target and opens
+    nothing."""
     tokens = np.array([1, 1, 1, 5, 6, 1, 7, 1])
     val = validation(tokens)
     assert val.documents.tolist() == [0, 1, 2, 5, 7]
-    assert t.document_spans(val.documents, 4, 2) == [
-        (0, 1, 0, 1), (1, 1, 0, 1), (2, 3, 0, 3), (5, 2, 0, 2)]
+    assert t.document_spans(val.documents, 4, 2) == [(0, 1, 0, 1), (1, 1, 0, 1), (2, 3, 0, 3),
+                                                     (5, 2, 0, 2)]
     assert sorted(scored(t.bucketed(t.document_spans(val.documents, 4, 2), 8, 4))) == list(range(7))
 
 
@@ -141,12 +153,14 @@ def test_learning_comes_after_the_score():
     book = ledger.record
     ledger.record = lambda w, nats: (order.append("record"), book(w, nats))
     t.score(ledger, t.batched(t.sliding(0, 32, 16, 16), 16, 16),
-            lambda ids, targets: order.append("nats") or torch.ones(ids.shape), lambda w: order.append("learn"))
+            lambda ids, targets: order.append("nats") or torch.ones(ids.shape),
+            lambda w: order.append("learn"))
     assert order == ["nats", "record", "learn"] * 2
 
 
 def test_scores_need_no_gradient_and_equal_the_model():
-    """`quantized` is the mean of the model's own nats over plain windows, to the last bit of fp32."""
+    """`quantized` is the mean of the model's own nats over plain windows, to the last bit of
+    fp32."""
     h, tokens = settings(), stream(65)
     model, plan = model_of(h), t.depth_plan(h, True)
     result, ledger = t.score_by_name("quantized", model, validation(tokens), WORLD, Lines())

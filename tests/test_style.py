@@ -12,7 +12,10 @@ from conftest import REPO
 SOURCE = (REPO / "train_gpt.py").read_text()
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
-DEFINITIONS = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+DEFINITIONS = [
+    n for n in ast.walk(TREE)
+    if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+]
 TOKENS = [*tokenize.generate_tokens(io.StringIO(SOURCE).readline)]
 
 
@@ -23,7 +26,8 @@ def report(found) -> None:
 
 
 def test_no_mutable_module_state():
-    """No `global` statement, and no function of the module assigns to an imported module's attribute."""
+    """No `global` statement, and no function of the module assigns to an imported module's
+    attribute."""
     report(f"{n.lineno}: global" for n in ast.walk(TREE) if isinstance(n, ast.Global))
 
 
@@ -34,8 +38,10 @@ def test_nothing_can_execute_what_a_file_says():
            and n.func.id in {"eval", "exec", "globals", "locals", "vars", "setattr"})
     imports = [n for n in ast.walk(TREE) if isinstance(n, (ast.Import, ast.ImportFrom))]
     report(f"{n.lineno}: {ast.unparse(n)}" for n in imports
-           if {"pickle", "marshal", "shelve", "dill"} & {a.name.split(".")[0] for a in n.names})
-    report(f"{n.lineno}: {ast.unparse(n)[:60]}" for n in calls if ast.unparse(n.func) in {"torch.load", "np.load"})
+           if {"pickle", "marshal", "shelve", "dill"} & {a.name.split(".")[0]
+                                                         for a in n.names})
+    report(f"{n.lineno}: {ast.unparse(n)[:60]}" for n in calls
+           if ast.unparse(n.func) in {"torch.load", "np.load"})
 
 
 def test_lines_are_at_most_100_columns():
@@ -55,9 +61,12 @@ def test_every_definition_has_a_docstring():
 
 
 def test_docstrings_are_sentences():
-    """They begin with a capital, a digit or a shape, and end with a full stop or a closing bracket."""
-    texts = [(n.lineno, n.name, ast.get_docstring(n).strip()) for n in DEFINITIONS if ast.get_docstring(n)]
-    report(f"{line}: {name}: {text[-40:]!r}" for line, name, text in texts if not re.search(r"[.)]$", text))
+    """They begin with a capital, a digit or a shape, and end with a full stop or a closing
+    bracket."""
+    texts = [(n.lineno, n.name, ast.get_docstring(n).strip()) for n in DEFINITIONS
+             if ast.get_docstring(n)]
+    report(f"{line}: {name}: {text[-40:]!r}" for line, name, text in texts
+           if not re.search(r"[.)]$", text))
 
 
 def test_a_quarter_of_the_text_explains():
@@ -65,7 +74,10 @@ def test_a_quarter_of_the_text_explains():
     documented = [TREE, *DEFINITIONS]
     strings = [n.body[0].value for n in documented if ast.get_docstring(n) is not None]
     words = ["\n".join(LINES[node.lineno - 1:node.end_lineno]) for node in strings]
-    words += [token.string for token in TOKENS if token.type == tokenize.COMMENT and not re.match("# ={20}", token.string)]
+    words += [
+        token.string for token in TOKENS
+        if token.type == tokenize.COMMENT and not re.match("# ={20}", token.string)
+    ]
     size = lambda text: sum(len(line.strip()) for line in text.splitlines())
     share = sum(map(size, words)) / size(SOURCE)
     assert 0.18 <= share <= 0.30, f"{share:.1%}"
@@ -80,13 +92,17 @@ def test_no_line_ends_in_blanks_and_no_tabs():
 def test_errors_are_not_swallowed():
     """No bare except, and no handler that only passes."""
     handlers = [n for n in ast.walk(TREE) if isinstance(n, ast.ExceptHandler)]
-    report(f"{n.lineno}: except" for n in handlers if n.type is None or all(isinstance(b, ast.Pass) for b in n.body))
+    report(f"{n.lineno}: except" for n in handlers
+           if n.type is None or all(isinstance(b, ast.Pass) for b in n.body))
 
 
 def test_sections_follow_the_map():
-    """Banners are numbered in rising order, each with a purpose below, and the title's map names them all."""
-    banners = [(int(m[1]), m[2]) for i, line in enumerate(LINES) if (m := re.fullmatch(r"# (\d+)\. (.+)", line))
-               and LINES[i - 1].startswith("# =====")]
+    """Banners are numbered in rising order, each with a purpose below, and the title's map names
+    them all."""
+    banners = [
+        (int(m[1]), m[2]) for i, line in enumerate(LINES)
+        if (m := re.fullmatch(r"# (\d+)\. (.+)", line)) and LINES[i - 1].startswith("# =====")
+    ]
     numbers = [number for number, _ in banners]
     assert numbers == sorted(set(numbers)) and numbers[0] == 1 and len(numbers) >= 14
     doc = " ".join(ast.get_docstring(TREE).split()).lower()
@@ -96,4 +112,5 @@ def test_sections_follow_the_map():
 @pytest.mark.parametrize("name", ["TODO", "FIXME", "XXX", "HACK"])
 def test_nothing_is_left_for_later(name):
     """What is not done is an issue, not a comment."""
-    report(f"{i}: {line.strip()[:60]}" for i, line in enumerate(LINES, 1) if re.search(rf"\b{name}\b", line))
+    report(f"{i}: {line.strip()[:60]}" for i, line in enumerate(LINES, 1)
+           if re.search(rf"\b{name}\b", line))
