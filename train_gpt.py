@@ -159,10 +159,10 @@ class Hyperparameters:
 
     # -- model
     num_layers: int = knob(11, "layers whose weights are stored, L", positive)
-    model_dim: int = knob(512, "residual width, D", positive)
+    model_dim: int = knob(512, "residual width, D", lambda v: 0 < v < 1 << 20)
     num_heads: int = knob(8, "query heads, H", positive)
     num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
-    mlp_mult: float = knob(4.0, "MLP width F as a multiple of MODEL_DIM", positive)
+    mlp_mult: float = knob(4.0, "MLP width F as a multiple of MODEL_DIM", lambda v: 0 < v <= 256)
     leaky_slope: float = knob(0.5, "slope of the squared leaky ReLU below zero; 0 is ReLU squared",
                               fraction)
     rope_dims: int = knob(16, "leading dimensions of each head that rotate", positive)
@@ -269,8 +269,9 @@ class Hyperparameters:
     ttt_batch_seqs: int = knob(
         32, "sequences of TRAIN_SEQ_LEN per test-time training step over all ranks", positive)
     ttt_grad_clip: float = knob(1.0, "largest global gradient norm of test-time training", positive)
-    lora_rank: int = knob(8, "rank R of the per-row adapters", positive)
-    lora_alpha: float = knob(16.0, "adapters are scaled by LORA_ALPHA / LORA_RANK", natural)
+    ttt_lora_rank: int = knob(8, "rank R of the per-row adapters", positive)
+    ttt_lora_alpha: float = knob(
+        16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
 
     def __post_init__(self):
         """Checks every range and every relation between knobs; raises `Refusal` with the names and
@@ -415,7 +416,7 @@ def refuse_near_misses(env: Mapping[str, str], known: Iterable[str]) -> None:
     for name in sorted(set(env) - set(knobs)):
         close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
             difflib.get_close_matches(name.upper(), knobs, 1, 0.87)
-        if close and len(name) > 4:
+        if close and len(name) > 4 and name != "COMPILER":    # which build systems set
             raise Refusal(
                 f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})")
 
@@ -439,6 +440,11 @@ def help_text() -> str:
 # is the identity. Gives `World`, the run's folder and `Log`, whose lines keep the forms that
 # leaderboard tools parse.
 # ==================================================================================================
+def brief(error: Exception) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class World:
     """This process: rank, number of ranks, device. The collectives below are the only ones in the
@@ -452,31 +458,46 @@ class World:
     def from_env(cls, env: Mapping[str, str]) -> World:
         """Joins the process group that torchrun describes: NCCL on GPUs, gloo on CPUs. Raises
         `Refusal` if it fails."""
-        rank, size, local = (int(env.get(k, d))
-                             for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local >= torch.cuda.device_count():
-                raise Refusal(
-                    f"LOCAL_RANK={local} has no GPU of its own (this node shows "
-                    f"{torch.cuda.device_count()}); "
-                    "start at most one process per GPU (torchrun --nproc_per_node)")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        if size > 1:
-            patience = datetime.timedelta(minutes=10)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        try:
+            names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+            rank, size, local = (int(env.get(name, default)) for name, default in names.items())
+            device = cls.claim_device(local)
+            if size > 1:
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        except (ValueError, RuntimeError) as error:
+            raise Refusal(
+                f"RANK={env.get('RANK')} WORLD_SIZE={env.get('WORLD_SIZE')}: the group of processes "
+                f"cannot be joined ({brief(error)}); start it with torchrun") from None
         return cls(rank, size, device)
+
+    @staticmethod
+    def claim_device(local: int) -> torch.device:
+        """This process's own GPU, or the CPU where there is none; `Refusal` if GPUs are too few."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if local >= torch.cuda.device_count():
+            raise Refusal(f"LOCAL_RANK={local} has no GPU of its own (this node shows "
+                          f"{torch.cuda.device_count()}); start at most one process per GPU")
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
 
     @property
     def main(self) -> bool:
         """True on the rank that writes files and log lines."""
         return self.rank == 0
 
+    def together(self, collective: Callable, *arguments: Any, **options: Any) -> None:
+        """Runs a collective; raises `Refusal` where another rank no longer answers."""
+        try:
+            collective(*arguments, **options)
+        except RuntimeError as error:
+            raise Refusal(f"another rank was lost ({brief(error)}); see its own messages") from None
+
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t` over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(t)
+            self.together(dist.all_reduce, t)
         return t
 
     def mean(self, t: Tensor) -> Tensor:
@@ -488,7 +509,7 @@ class World:
         if self.size == 1:
             return rows
         mine = rows.new_empty(rows.size(0) // self.size, *rows.shape[1:])
-        dist.reduce_scatter_tensor(mine, rows.contiguous())
+        self.together(dist.reduce_scatter_tensor, mine, rows.contiguous())
         return mine.div_(self.size)
 
     def gather(self, mine: Tensor) -> Tensor:
@@ -496,23 +517,21 @@ class World:
         if self.size == 1:
             return mine
         rows = mine.new_empty(mine.size(0) * self.size, *mine.shape[1:])
-        dist.all_gather_into_tensor(rows, mine.contiguous())
+        self.together(dist.all_gather_into_tensor, rows, mine.contiguous())
         return rows
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value (bytes, numbers, text) on every rank; no pickle of anything that came from
-        outside."""
-        if self.size == 1:
-            return value
+        """Rank 0's value (bytes, numbers, text) on every rank; nothing in it came from outside."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        if self.size > 1:
+            self.together(dist.broadcast_object_list, box, src=0, device=self.device)
         return box[0]
 
     def share_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites the tensors with rank 0's."""
         if self.size > 1:
             for t in tensors:
-                dist.broadcast(t, src=0)
+                self.together(dist.broadcast, t, src=0)
 
     def wait(self) -> None:
         """Returns when every rank has come here and this rank's device has finished its work."""
@@ -562,14 +581,19 @@ def write_atomically(path: Path, *parts: bytes) -> None:
 
 
 class Log:
-    """The run's folder and its log: rank 0 prints and appends to log.txt, other ranks say nothing.
-    """
+    """What rank 0 prints; once a folder is claimed, its log.txt too. Other ranks say nothing."""
 
-    def __init__(self, world: World, folder: Path | None, quiet: bool = False):
-        """With a folder, claims it: raises `Refusal` if the run id was used before. A quiet log
-        says nothing at all."""
-        self.world, self.folder, self.width, self.quiet = world, folder, 0, quiet
-        if folder and world.main:
+    def __init__(self, world: World, folder: Path | None = None, quiet: bool = False):
+        """With a folder, claims it at once. A quiet log says nothing at all."""
+        self.world, self.folder, self.width, self.quiet, self.early = world, None, 0, quiet, []
+        if folder:
+            self.claim(folder)
+
+    def claim(self, folder: Path) -> None:
+        """Makes the run's folder and writes there what was said so far; raises `Refusal` if the run
+        id was used before."""
+        self.folder = folder
+        if self.world.main:
             try:
                 folder.mkdir(parents=True)
             except FileExistsError:
@@ -578,6 +602,16 @@ class Log:
             except OSError as error:
                 raise Refusal(
                     f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+            self.write(self.early)
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Appends lines to log.txt."""
+        try:
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+                f.writelines(line + "\n" for line in lines)
+        except OSError as error:
+            raise Refusal(
+                f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
 
     def __call__(self, line: str) -> None:
         """One line on the terminal and in log.txt."""
@@ -586,12 +620,9 @@ class Log:
         print("\r" + " " * self.width + "\r" + line if self.width else line, flush=True)
         self.width = 0
         if self.folder:
-            try:
-                with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-                    f.write(line + "\n")
-            except OSError as error:
-                raise Refusal(
-                    f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
+            self.write([line])
+        else:
+            self.early.append(line)
 
     def progress(self, line: str) -> None:
         """One updating line on a terminal, an ordinary line in a file; the caller says it sparsely.
@@ -759,6 +790,7 @@ class Loader:
             self.arrange(epoch)
         size = self.h.micro_batch_tokens
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
+        check_tokens(tokens, self.h.vocab_size, "a training shard")
         packed = attention_kernel(self.world.device) != "blocks"
         rows = 1 if packed else size // self.h.train_seq_len
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
@@ -817,6 +849,13 @@ class Dataset(NamedTuple):
     byte_rule: str
 
 
+def check_tokens(tokens: np.ndarray, V: int, place: str) -> None:
+    """Raises `Refusal` for a token that the vocabulary does not have."""
+    if tokens.size and (largest := int(tokens.max())) >= V:
+        raise Refusal(f"{place}: token {largest} is outside VOCAB_SIZE={V}; "
+                      "shards and vocabulary do not belong together")
+
+
 def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
     """Finds or builds the data and checks all of it before any training; raises `Refusal` for
     whatever is wrong."""
@@ -845,10 +884,9 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     train = [read_shard(path) for path in names["train"]]
     tokens = np.concatenate([read_shard(path) for path in names["val"]])
     for path, shard in [*zip(names["train"], train), (names["val"][0], tokens)]:
-        probe = shard if len(shard) < 1 << 24 else shard[::len(shard) >> 22]
-        if len(shard) and (largest := int(probe.max())) >= h.vocab_size:
-            raise Refusal(f"{path}: token {largest} is outside VOCAB_SIZE={h.vocab_size}; "
-                          "shards and vocabulary do not belong together")
+        # Of huge training shards a sample here; the loader checks every block that it reads.
+        sample = tokens if shard is tokens else shard[::max(1, len(shard) >> 22)]
+        check_tokens(sample, h.vocab_size, str(path))
     if len(tokens) < 2 or not (tokens == BOS).any():
         raise Refusal(
             f"{names['val'][0]}: no document start (token {BOS}) among {len(tokens)} tokens")
@@ -858,6 +896,8 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
             raise Refusal(
                 f"{names['val_bytes'][0]}: {len(sidecar)} byte counts for {len(tokens)} tokens; "
                 "the sidecar must hold one for each token")
+        if not sidecar[1:].any():
+            raise Refusal(f"{names['val_bytes'][0]}: every byte count is zero")
         return Dataset(train, Validation.of(tokens, sidecar[1:]),
                        f"sidecar {names['val_bytes'][0].name}")
     path = Path(h.tokenizer_path
@@ -2000,7 +2040,7 @@ class AdapterBank(nn.Module):
     def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...]):
         """`o` and `mlp` adapt a map from the block's normalised input to the residual stream."""
         super().__init__()
-        self.h, table, D, R = h, roles(h), h.model_dim, h.lora_rank
+        self.h, table, D, R = h, roles(h), h.model_dim, h.ttt_lora_rank
         out = dict(q=table["wq"].shape[1],
                    k=table["wk"].shape[1],
                    v=table["wv"].shape[1],
@@ -2023,7 +2063,7 @@ class AdapterBank(nn.Module):
 
     def adapters(self) -> list[dict[str, LoRA]]:
         """The adapters of each step in order; the last entry is the output head's."""
-        scale = self.h.lora_alpha / self.h.lora_rank
+        scale = self.h.ttt_lora_alpha / self.h.ttt_lora_rank
         banks = {
             n: [LoRA(a, b, scale) for a, b in zip(self.a[n].unbind(0), self.b[n].unbind(0))]
             for n in self.a
@@ -2368,7 +2408,8 @@ def train(t: Trainer, reserve_s: float, log: Log,
         if step % h.train_log_every == 0 or step <= 3:
             report_step(t, loss, step, last, clock.read_s(), log)
     seconds = clock.read_s()
-    report_step(t, loss, step, last, seconds, log)
+    if step > 3 and step % h.train_log_every:
+        report_step(t, loss, step, last, seconds, log)
     t.ema.export()
     return Trained(step, seconds), clock
 
@@ -2404,10 +2445,11 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
     def probe(tap: str, layer: int, x: Tensor) -> None:
         """Adds the moment of one activation; a layer that runs several times adds each of them."""
         rows = x.flatten(0, -2).float()
-        moment = (rows.mT @ rows).double()
+        moment = (rows.mT @ rows).double() * counted
         sums[tap, layer] = sums[tap, layer].add_(moment) if (tap, layer) in sums else moment
 
-    for _ in range(-(-batches // world.size)):
+    for turn in range(-(-batches // world.size)):
+        counted = turn * world.size + world.rank < batches    # spare ranks add nothing
         batch = loader.next()
         model.hidden(batch.ids, depth_plan(model.h, looped=True), batch.docs, probe=probe)
     taps = sorted({tap for tap, _ in sums})
@@ -2692,7 +2734,7 @@ def expand(coded: bytes, size: int) -> bytes:
     for name, coder in coders().items():
         if coded[:1] == coder.letter:
             try:
-                raw = coder.decode(coded[1:], size)
+                raw = coder.decode(coded[1:], size + 1)
             # each library has its own error types; all mean a damaged stream
             except Exception as error:
                 raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
@@ -3172,16 +3214,15 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
         header = json.loads(raw)
         knobs, lengths = header["knobs"], header["streams"]
         kinds = {f.name: f.type for f in fields(Hyperparameters)}
-        typed = all(type(v).__name__ == kinds[n]
+        typed = type(knobs) is dict and all(type(v).__name__ == kinds[n]
                     for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
         coder = header["coder"]
         if not typed or not all(type(n) is int and n > 0 for n in lengths):
             raise ValueError("a value is missing or has the wrong type")
         h = Hyperparameters(**knobs)
-    except (lzma.LZMAError, ValueError, KeyError, TypeError, Refusal) as error:
+    except (lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError, Refusal) as error:
         raise Refusal(f"{place}: its header cannot be used ({error})") from None
-    sizes = max(h.num_layers, h.num_loops, h.num_heads) < 4096 and max(h.model_dim,
-                                                                       h.mlp_dim) < 1 << 20
+    sizes = h.num_layers * (1 + h.num_loops) < 4096
     if not sizes or sum(math.prod(r.shape)
                         for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
         raise Refusal(
@@ -3622,6 +3663,9 @@ def preflight(h: Hyperparameters, world: World) -> None:
     folder = Path(h.logs_dir).absolute()
     while not folder.exists():
         folder = folder.parent
+    if h.run_id and (Path(h.logs_dir) / h.run_id).exists():
+        wrong.append(f"RUN_ID={h.run_id} was used before in {h.logs_dir}; choose another, "
+                     "no run is ever overwritten")
     need_bytes = 4 * h.budget_bytes
     if (free_bytes := shutil.disk_usage(folder).free) < need_bytes:
         wrong.append(
@@ -3658,7 +3702,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
         [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
     tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
     fake = Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
-    quiet = Log(t.world, None, quiet=True)
+    quiet = Log(t.world, quiet=True)
     for name in wanted_scores(h):
         score_by_name(name, t.model, fake, t.world, quiet)
     t.restore(before)
@@ -3705,7 +3749,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     stage("rehearsal", watch)
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
-        "quantized", model, data.val, world, Log(world, None, quiet=True))[0])
+        "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
     moments = second_moments(model, world, trainer.loader, h.gptq_calibration_batches)
     clock_s = clock.read_s()
@@ -3830,12 +3874,10 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     return result
 
 
-def claim_run(h: Hyperparameters, world: World) -> tuple[Hyperparameters, Log]:
-    """The run's name, one for all ranks, and its folder, claimed before anything else is done."""
-    name = world.share(
-        h.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{h.recipe.replace(',', '+')}-seed{h.seed}")
-    h = replace(h, run_id=name)
-    return h, Log(world, Path(h.logs_dir) / name)
+def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
+    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings."""
+    fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
+    return replace(h, run_id=world.share(h.run_id or fresh))
 
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
@@ -3846,7 +3888,7 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
         raise Refusal(
             f"eval needs one file, such as logs/<RUN_ID>/model.bin; got {' '.join(arguments)!r}"
         )
-    log = Log(world, None)
+    log = Log(world)
     path = Path(arguments[0])
     shipped_h, stored = unpack(path.read_bytes(), str(path))
     changed = shipped_h.changed()
@@ -3891,13 +3933,14 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             world.leave()
             return 0
         small = world.device.type != "cuda" and not env.get("RECIPE")
-        h, say = Hyperparameters.from_env(env, "demo" if small else "record"), Log(world, None)
+        h, log = Hyperparameters.from_env(env, "demo" if small else "record"), Log(world)
         if small:
-            say("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
+            log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
         preflight(h, world)
         watch = Stopwatch(world)
-        data = find_dataset(h, world, say)
-        h, log = claim_run(h, world)
+        data = find_dataset(h, world, log)
+        h = named_run(h, world)
+        log.claim(Path(h.logs_dir) / h.run_id)
         run(h, world, log, data, watch.read_s())
         world.leave()
         return 0

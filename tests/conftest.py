@@ -25,7 +25,7 @@ TINY = dict(
     micro_batch_tokens=64, train_seq_len=16, rehearsal_steps=1, muon_momentum_warmup_steps=10,
     train_log_every=1, compile="off", precision="fp32", gptq_calibration_batches=4,
     eval_seq_len=16, eval_stride=4, eval_batch_tokens=64, ttt_chunk_tokens=128, ttt_batch_seqs=4,
-    ttt_epochs=2, lora_rank=2)
+    ttt_epochs=2, ttt_lora_rank=2)
 
 
 @pytest.fixture

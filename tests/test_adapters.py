@@ -64,7 +64,7 @@ def test_adapters_equal_merged_weights(tiny):
     ids, targets = batch(tiny, B=1)
     bank = tg.AdapterBank(tiny, 1, plan)
     stir(bank, ("q", "k", "v"))
-    scale = tiny.lora_alpha / tiny.lora_rank
+    scale = tiny.ttt_lora_alpha / tiny.ttt_lora_rank
     with torch.no_grad():
         for name, role in (("q", "wq"), ("k", "wk"), ("v", "wv")):
             merged.bank[role] += scale * bank.b[name][:, 0] @ bank.a[name][:, 0]

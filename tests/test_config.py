@@ -68,7 +68,7 @@ OUT_OF_RANGE += [(name, 0) for name in (
     "gate_window", "logit_softcap", "tied_embed_init_std", "train_batch_tokens", "micro_batch_tokens", "adam_eps",
     "train_log_every", "gptq_calibration_batches", "gptq_damping", "matrix_clip_sigmas", "embed_clip_sigmas",
     "budget_bytes", "eval_stride", "eval_batch_tokens", "ttt_chunk_tokens", "ttt_batch_seqs", "ttt_grad_clip",
-    "lora_rank")]
+    "ttt_lora_rank")]
 OUT_OF_RANGE += [("vocab_size", 3), ("vocab_size", 65537), ("train_seq_len", 1), ("eval_seq_len", 1), ("matrix_bits", 1),
                  ("matrix_bits", 9), ("embed_bits", 1), ("embed_bits", 9), ("run_id", "a/b"), ("run_id", "a b"),
                  ("corpus", "web"), ("compile", "yes"), ("precision", "fp16"), ("compressor", "gzip"),

@@ -81,7 +81,8 @@ def depth(plan: tuple[Step, ...], *, extra_width: int = 2) -> str:
             case Step(layer=0): described.append("first")
             case Step(layer=number, push=True) if number > 3:
                 described.append(f"pushed {number!r:>4} {'it' + chr(39)} {{}}")
-            case Step(layer=other): described.append(f"layer {other:0{extra_width}d} {entry.recipe}")
+            case Step(layer=other):
+                described.append(f"layer {other:0{extra_width}d} {entry.recipe}")
     def closing(suffix):
         nonlocal described
         described = [*described, suffix]
@@ -120,7 +121,8 @@ def tool_of_the_trade():
 def main(arguments=None):
     """The program."""
     h = Hyperparameters.from_env(os.environ)
-    print(json.dumps(dict(h=h.__dict__, name=__name__, plan=depth((Step(0), Step(2, recipe=h), Step(5, push=True))))))
+    plan = depth((Step(0), Step(2, recipe=h), Step(5, push=True)))
+    print(json.dumps(dict(h=h.__dict__, name=__name__, plan=plan)))
     if "fail" in sys.argv: GPT(h).fails(dividend=3)
     return 0
 
@@ -233,7 +235,8 @@ def test_fields_keep_names_types_defaults_and_metadata(pair):
     assert ours == theirs
     parsed = packed.Hyperparameters.from_env({"NUM_LAYERS": "3", "TTT_ENABLED": "1"})
     assert parsed == packed.Hyperparameters(3, ttt_enabled=True)
-    assert packed.Step._fields == plain.Step._fields and packed.Step.__annotations__ == plain.Step.__annotations__
+    assert packed.Step._fields == plain.Step._fields
+    assert packed.Step.__annotations__ == plain.Step.__annotations__
     assert packed.Hyperparameters.__module__ == "packed" and packed.Refusal.__name__ == "Refusal"
 
 
@@ -355,11 +358,10 @@ def test_without_the_minifier_it_says_so_and_still_works(monkeypatch, tmp_path):
 
 def test_builtins_and_parameters_are_not_aliased():
     """An alias `A=int` would reach `Field.type`."""
-    text = t.minified(
-        "from dataclasses import dataclass\n@dataclass\nclass A:\n" +
-        "".join(f" f{i}: int = int(3)\n" for i in range(9)) +
-        "def scale(long_parameter):\n return long_parameter*long_parameter+long_parameter*long_parameter\n"
-        +
-        "def others(): return [None, None, None, None, range(3), range(4), range(5), range(6), 'text', 'text']\n"
-    )
+    product, nones = "*".join(["long_parameter"] * 4), ", ".join(["None"] * 4)
+    ranges = "range(3), " * 4
+    text = t.minified("from dataclasses import dataclass\n@dataclass\nclass A:\n" +
+                      "".join(f" f{i}: int = int(3)\n" for i in range(9)) +
+                      f"def scale(long_parameter):\n return {product}\n" +
+                      f"def others(): return [{nones}, {ranges} 'text', 'text', 'text']\n")
     assert not any(f"={word}\n" in text for word in ("None", "long_parameter", *dir(builtins)))

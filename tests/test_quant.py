@@ -135,8 +135,8 @@ def test_rounding_is_within_half_a_step(bits, sigmas):
     w, _, _ = bank()
     coded, top = t.round_rows(w, bits, sigmas), 2**(bits - 1) - 1
     step = coded.step.float()[..., None]
-    assert coded.codes.dtype == torch.int8 and coded.step.dtype == torch.float16 and coded.codes.abs(
-    ).max() <= top
+    assert coded.codes.dtype == torch.int16 and coded.step.dtype == torch.float16
+    assert coded.codes.abs().max() <= top
     inside = w.abs() <= top * step
     assert ((w - coded.decode()).abs() <= step * 0.5001)[inside].all()
     assert (coded.codes.abs() == top)[~inside].all()
@@ -190,7 +190,7 @@ def test_second_moments_do_not_depend_on_the_number_of_ranks():
 
 def test_every_role_is_stored_as_its_row_says():
     """Bits below 16 become codes of that width, the rest fp16, in the order of the table."""
-    h = settings(matrix_bits=5, embed_bits=7, matrix_clip_sigmas=4.0)
+    h = settings(matrix_bits=5, embed_bits=7, matrix_clip_sigmas=4.0, trellis_states=0)
     model = model_of(h)
     stored = t.quantise(model, moments_of(model))
     assert list(stored) == list(t.roles(h))
@@ -231,3 +231,38 @@ def test_quantised_model_stays_close():
         t.load_stored(model, t.quantise(model, moments_of(model)))
         moved.append(float((nats() - before).square().mean().sqrt()))
     assert moved[0] < 0.2 and moved[0] < 0.3 * moved[1]
+
+
+def paths(states: int, length: int) -> list[list[tuple[int, int]]]:
+    """Every path of (parity, bit 1) pairs that the trellis allows from state 0."""
+    follow, found = t.trellis_next(states), [([], 0)]
+    for _ in range(length):
+        found = [([*path, (state & 1, bit)], int(follow[state, bit])) for path, state in found
+                 for bit in (0, 1)]
+    return [path for path, _ in found]
+
+
+@pytest.mark.parametrize("states", [4, 8])
+@pytest.mark.parametrize("run", [None, 3])
+def test_the_trellis_search_finds_the_best_path(states, run):
+    """The codes have the least squared error of all paths, found by trying each."""
+    torch.manual_seed(0)
+    targets = 3 * torch.randn(4, 7, dtype=torch.float64)
+    codes = t.trellis_codes(targets, states, run=run).double()
+    t.check_trellis(codes.to(torch.int16).numpy()[:, :, None], states)
+    error = (targets - codes).square().sum(1)
+    for row, x in enumerate(targets.tolist()):
+        best = min(sum((value - (low := p + 2 * b) - 4 * round((value - low) / 4))**2
+                       for value, (p, b) in zip(x, path)) for path in paths(states, 7))
+        assert float(error[row]) == pytest.approx(best, abs=1e-5)
+
+
+def test_the_trellis_beats_plain_gptq():
+    """Half the step along a trellis costs no more bits and leaves a smaller output error."""
+    w, x, moment = bank(rows=64)
+    plain, along = (t.gptq(w, moment, 4, 4.0, 0.01, states) for states in (0, 8))
+    t.check_trellis(along.codes.numpy(), 8)
+    assert (output_error(w, along, x) < 0.95 * output_error(w, plain, x)).all()
+    bits = [float(t.code_bits([c.codes.numpy()], states)[0])
+            for c, states in ((plain, 0), (along, 8))]
+    assert bits[1] < 1.03 * bits[0]

@@ -11,7 +11,8 @@ from conftest import on_ranks
 
 from support import Half, Lines, WORLD, model_of, repetitive, settings, stream, t, validation
 
-CUT = 75  # tokens from here on are replaced: in the third chunk of 32, in the middle of a window and of a document
+# Tokens from here on are replaced: in the third chunk of 32, inside a window and a document.
+CUT = 75
 H = settings(ttt_lr=0.05, ttt_epochs=2)
 
 
@@ -32,7 +33,7 @@ def replaced(tokens: np.ndarray, keep_starts: bool) -> np.ndarray:
 
 
 def earlier_scores_agree(score, tokens: np.ndarray, keep_starts: bool = True) -> bool:
-    """True if every target before CUT has bit-identical nats when all tokens from CUT on are replaced.
+    """True if every target before CUT has bit-identical nats when all tokens from CUT on change.
 
     The later scores must differ, or the comparison would prove nothing."""
     first, second = score(tokens), score(replaced(tokens, keep_starts))
