@@ -113,6 +113,12 @@ def test_writer_splits_and_cleans_up(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ loader
+@pytest.fixture
+def wide(tiny) -> c.Hyperparameters:
+    """The tiny model with a vocabulary as large as a shard allows."""
+    return replace(tiny, vocab_size=65536)
+
+
 def counted_shards(h: c.Hyperparameters, blocks: int, spare: int = 7) -> list[np.ndarray]:
     """Three shards of consecutive numbers, so that a token tells its place: `blocks` blocks, a target and a tail."""
     tokens = np.arange(blocks * h.micro_batch_tokens + 1 + spare, dtype=np.uint16)
@@ -133,27 +139,27 @@ def identity(batch: c.Batch) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_each_block_comes_once_per_epoch(tiny, ranks):
+def test_each_block_comes_once_per_epoch(wide, ranks):
     """Over all ranks: every token of an epoch once, before any comes again; each epoch in another order."""
-    shards, blocks = counted_shards(tiny, 12), 12
+    shards, blocks = counted_shards(wide, 12), 12
     epochs = []
-    loaders = [c.Loader(tiny, c.World(rank, ranks), shards) for rank in range(ranks)]
+    loaders = [c.Loader(wide, c.World(rank, ranks), shards) for rank in range(ranks)]
     for epoch in range(3):
         batches = [loader.next() for _ in range(blocks // ranks) for loader in loaders]
         tokens = torch.cat([b.ids.flatten() for b in batches])
-        assert len(tokens.unique()) == len(tokens) == blocks * tiny.micro_batch_tokens
+        assert len(tokens.unique()) == len(tokens) == blocks * wide.micro_batch_tokens
         assert all(b.ids.shape == (4, 16) and b.ids.dtype == torch.int64 for b in batches)
         epochs.append([identity(b) for b in batches])
     assert len({tuple(e) for e in epochs}) == 3
-    single = c.Loader(tiny, c.World(), [np.arange(12 * 64 + 1, dtype=np.uint16)])
+    single = c.Loader(wide, c.World(), [np.arange(12 * 64 + 1, dtype=np.uint16)])
     places = [int(single.next().ids[0, 0]) for _ in range(12)]
     assert places != sorted(places) == list(range(0, 12 * 64, 64)), "blocks come in a drawn order"
 
 
-def test_targets_are_the_next_tokens(tiny):
+def test_targets_are_the_next_tokens(wide):
     """Across rows, blocks and the ends of shards, in the order in which the epoch laid the shards."""
-    shards = counted_shards(tiny, 12)
-    loader = c.Loader(tiny, c.World(), shards)
+    shards = counted_shards(wide, 12)
+    loader = c.Loader(wide, c.World(), shards)
     for _ in range(36):
         batch = loader.next()
         stream = np.concatenate(loader.stream)
@@ -161,26 +167,26 @@ def test_targets_are_the_next_tokens(tiny):
         assert [after[i] for i in batch.ids.flatten().tolist()] == batch.targets.flatten().tolist()
 
 
-def test_ranks_share_one_sequence(tiny):
+def test_ranks_share_one_sequence(wide):
     """Any number of ranks reads the same blocks at each step: block number position * size + rank."""
-    shards = counted_shards(tiny, 12)
-    one = [identity(row[0]) for row in read_blocks(tiny, shards, 1, 30)]
+    shards = counted_shards(wide, 12)
+    one = [identity(row[0]) for row in read_blocks(wide, shards, 1, 30)]
     for ranks in (2, 3):
-        many = [identity(b) for row in read_blocks(tiny, shards, ranks, 30 // ranks) for b in row]
+        many = [identity(b) for row in read_blocks(wide, shards, ranks, 30 // ranks) for b in row]
         assert many == one
 
 
-def test_the_order_follows_the_seed(tiny):
+def test_the_order_follows_the_seed(wide):
     """Equal seeds read alike, another seed differently."""
-    shards = counted_shards(tiny, 40)
+    shards = counted_shards(wide, 40)
     first, again, other = ([identity(row[0]) for row in read_blocks(h, shards, 1, 50)]
-                           for h in (tiny, tiny, replace(tiny, seed=7)))
+                           for h in (wide, wide, replace(wide, seed=7)))
     assert first == again != other and set(first[:40]) != set(other[:40]), "another order of the shards moves the cuts"
 
 
-def test_rewinding_gives_the_same_batches(tiny):
+def test_rewinding_gives_the_same_batches(wide):
     """`position` is the whole state: back and forth, also over the end of an epoch."""
-    loader = c.Loader(tiny, c.World(), counted_shards(tiny, 12))
+    loader = c.Loader(wide, c.World(), counted_shards(wide, 12))
     first = [loader.next() for _ in range(20)]
     for position in (0, 5, 15, 3):
         loader.position = position
@@ -191,9 +197,9 @@ def test_rewinding_gives_the_same_batches(tiny):
     assert loader.position == 7
 
 
-def test_errors_of_the_reading_thread_reach_the_step(tiny, monkeypatch):
+def test_errors_of_the_reading_thread_reach_the_step(wide, monkeypatch):
     """A shard that fails in mid-run stops the run, it does not hang or skip."""
-    loader = c.Loader(tiny, c.World(), counted_shards(tiny, 12))
+    loader = c.Loader(wide, c.World(), counted_shards(wide, 12))
     loader.next()
     loader.thread.join()
     monkeypatch.setattr(loader, "tokens", lambda lo, count: 1 / 0)
@@ -202,12 +208,22 @@ def test_errors_of_the_reading_thread_reach_the_step(tiny, monkeypatch):
         loader.next()
 
 
-def test_too_few_tokens_are_refused(tiny):
+def test_a_token_outside_the_vocabulary_is_refused_when_its_block_is_read(tiny):
+    """However rare it is: a sample of a huge shard may have missed it."""
+    shard = np.full(12 * tiny.micro_batch_tokens + 1, 5, np.uint16)
+    shard[7 * tiny.micro_batch_tokens] = tiny.vocab_size
+    loader = c.Loader(tiny, c.World(), [shard])
+    with pytest.raises(c.Refusal, match=f"token {tiny.vocab_size} is outside VOCAB_SIZE={tiny.vocab_size}"):
+        for _ in range(12):
+            loader.next()
+
+
+def test_too_few_tokens_are_refused(wide):
     """Less than one block for each rank."""
-    shards = counted_shards(tiny, 1)
-    c.Loader(tiny, c.World(), shards)
+    shards = counted_shards(wide, 1)
+    c.Loader(wide, c.World(), shards)
     with pytest.raises(c.Refusal, match="hold 72 tokens, too few for one .*MICRO_BATCH_TOKENS=64 on each of 2"):
-        c.Loader(tiny, c.World(0, 2), shards)
+        c.Loader(wide, c.World(0, 2), shards)
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces

@@ -142,7 +142,6 @@ def test_torchrun_refuses_too(tmp_path):
     assert "step:" not in done.stdout and not (tmp_path / "logs" / "r" / "model.bin").exists()
 
 
-@pytest.mark.xfail(reason="World.from_env lets the error of torch through")
 @pytest.mark.parametrize("env", [dict(WORLD_SIZE="two"), dict(WORLD_SIZE="2", RANK="0")])
 def test_a_world_that_cannot_be_joined_is_refused(env, monkeypatch):
     """Ranks that are no numbers, or several of them without a launcher."""
@@ -162,7 +161,6 @@ def lose_a_rank(world: tg.World, folder: Path) -> None:
         (folder / "error.txt").write_text(f"{type(error).__name__}: {error}")
 
 
-@pytest.mark.xfail(reason="a lost rank ends in a traceback of the backend")
 def test_a_lost_rank_is_refused(tmp_path):
     """The others stop with one sentence instead of waiting for it or printing a traceback."""
     on_ranks(2, lose_a_rank, tmp_path)
