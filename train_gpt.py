@@ -468,7 +468,7 @@ class World:
                 dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         except (ValueError, RuntimeError) as error:
             raise Refusal(
-                f"RANK={env.get('RANK')} WORLD_SIZE={env.get('WORLD_SIZE')}: the group of processes "
+                f"RANK={env.get('RANK')} WORLD_SIZE={env.get('WORLD_SIZE')}: this group of ranks "
                 f"cannot be joined ({brief(error)}); start it with torchrun") from None
         return cls(rank, size, device)
 
@@ -1711,7 +1711,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
     return y.view(B, T, H, E)
 
 
-QUERY_BLOCK = 256    # queries that BlockAttention takes at once
+QUERY_BLOCK = 128    # queries that BlockAttention takes at once
 
 
 def group(t: Tensor, K: int) -> Tensor:
@@ -1903,6 +1903,12 @@ class Head(nn.Module):
                                reduction="none").view_as(targets)
 
 
+def merge_skip(a: Tensor, kept: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """The U-Net skip: lerp(weight * kept, a, sigmoid(gate)) of (B, T, D) with (D,) each (#1089)."""
+    share = torch.sigmoid(gate)
+    return ((1 - share) * weight * kept + share * a).type_as(a)
+
+
 class GPT(nn.Module):
     """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss
     in nats."""
@@ -1922,11 +1928,13 @@ class GPT(nn.Module):
         self.block, self.head = Block(h, kernel), Head(h)
         self.run_block: Callable = self.block
         self.run_head: Callable = self.head
+        self.run_merge: Callable = merge_skip
+        self.run_embedded: Callable = self.embedded
         self.run_nats: Callable = self.nats
         self.initialise()
 
     def compile(self, mode: str) -> None:
-        """Compiles the whole loss (`full`) or one block and the head (`block`); the loss is then
+        """Compiles the whole loss (`full`), or its parts (`block`) once for all layers; the loss is
         `run_nats`."""
         # one graph per depth plan, shape and gradient mode
         torch._dynamo.config.recompile_limit = 64
@@ -1935,6 +1943,8 @@ class GPT(nn.Module):
         elif mode == "block":
             self.run_block = torch.compile(self.block, dynamic=False)
             self.run_head = torch.compile(self.head, dynamic=False)
+            self.run_merge = torch.compile(merge_skip, dynamic=False)
+            self.run_embedded = torch.compile(self.embedded, dynamic=False)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -1985,7 +1995,7 @@ class GPT(nn.Module):
                probe: Probe | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
         step, then the head's."""
-        x0 = a = m = self.embedded(ids)
+        x0 = a = m = self.run_embedded(ids)
         docs = docs or whole_rows(ids)
         run = self.block if probe or lora else self.run_block
         layers, rope = self.layers(), rope_table(self.h, ids.size(1), x0)
@@ -1995,8 +2005,7 @@ class GPT(nn.Module):
             if not step.parallel:
                 m = a
             if step.pop is not None:
-                gate = torch.sigmoid(gates[step.pop])
-                a = ((1 - gate) * weights[step.pop] * kept.pop() + gate * a).type_as(a)
+                a = self.run_merge(a, kept.pop(), weights[step.pop], gates[step.pop])
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
             a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam,
                        **(dict(lora=lora[slot]) if lora else {}))
