@@ -3640,19 +3640,25 @@ def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], 
 
 
 def tune_process(device: torch.device) -> None:
-    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs freed memory is kept by
-    the process.
+    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs a heap that stays.
 
-    glibc returns large blocks to the system at each free, and zeroing them again took up to two
-    thirds of a step.
+    glibc gives large blocks back to the system at each free, and getting zeroed pages again took up
+    to two thirds of a step. So the heap is grown once, in huge pages, and never trimmed.
     """
     torch.set_float32_matmul_precision("high")
-    if device.type != "cuda" and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-1, 1 << 30)    # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 1 << 30)    # M_MMAP_THRESHOLD
-            libc.mallopt(-4, 0)    # M_MMAP_MAX
+    if device.type == "cuda" or sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
+        libc, size, page, huge = ctypes.CDLL("libc.so.6"), 4 << 30, 1 << 21, 14
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        if (libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0)
+                and libc.mallopt(arena_max, 1)):    # the backward pass has a thread of its own
+            libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+            libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            libc.free.argtypes = [ctypes.c_void_p]
+            if block := libc.malloc(size):    # address space only, no page of it is touched
+                libc.madvise(-(-block // page) * page, size - page, huge)
+                libc.free(block)
 
 
 def wanted_scores(h: Hyperparameters) -> list[str]:
