@@ -1866,8 +1866,8 @@ class Block(nn.Module):
                 xsa: bool,
                 lora: Mapping[str, LoRA] = {},
                 probe: Callable[[str, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
-        """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads `a` and
-        leaves both equal."""
+        """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
+        `a` and hands `m` through."""
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w,
                                              norm(read) * w.depth_scale, rope, docs, xsa, lora,
@@ -1875,7 +1875,7 @@ class Block(nn.Module):
         if not parallel:
             a = (read + attn).type_as(a)
             a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
-            return a, a
+            return a, m
         mlp = w.mlp_scale * self.mlp(w, norm(m) * w.depth_scale, lora, probe)
         keep, write = w.lane_keep, w.lane_write    # write[source, lane]: source 0 attention, 1 MLP
         return ((keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp).type_as(a),
@@ -2002,13 +2002,12 @@ class GPT(nn.Module):
         weights, gates = (self.bank[name].unbind(0) for name in ("skip_weight", "skip_gate"))
         kept: list[Tensor] = []
         for slot, step in enumerate(plan):
-            if not step.parallel:
-                m = a
             if step.pop is not None:
                 a = self.run_merge(a, kept.pop(), weights[step.pop], gates[step.pop])
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
             a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam,
                        **(dict(lora=lora[slot]) if lora else {}))
+            m = m if step.parallel else a
             if step.push:
                 kept.append(a)
         x = norm((a + m) / 2)

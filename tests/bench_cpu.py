@@ -54,7 +54,7 @@ def main() -> None:
     cache = str(Path(tempfile.gettempdir()) / "train_gpt_bench")
     fast_mode = tg.compile_mode(tg.Hyperparameters(), torch.device("cpu"), print)
     rows = {}
-    for name, precision, mode in (("fp32 eager", "fp32", "off"), ("auto", "auto", fast_mode)):
+    for name, precision, mode in (("auto", "auto", fast_mode), ("fp32 eager", "fp32", "off")):
         t = trainer(precision, mode, cache)
         rows[name] = (t.h.train_batch_tokens / step_seconds(t, timed if name == "auto" else 3), t.model.dtype, mode)
     print(f"machine: {tg.device_name(torch.device('cpu'))}, torch {torch.__version__}")
