@@ -60,7 +60,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -104,9 +103,8 @@ class Refusal(Exception):
 # ==================================================================================================
 # 2. Hyperparameters
 # One typed table is the only place where a setting is declared: its name in capitals is the
-# environment variable.
-# Reads the environment; gives a frozen `Hyperparameters`. Defaults are the submission; RECIPE
-# changes many at once.
+# environment variable. Reads the environment; gives a frozen `Hyperparameters`. Defaults are the
+# submission; RECIPE changes many at once.
 # ==================================================================================================
 def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
     """One setting: its default, what it means with its unit, and which values are allowed."""
@@ -437,9 +435,8 @@ def help_text() -> str:
 # ==================================================================================================
 # 3. World and log
 # Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one
-# process every collective
-# is the identity. Gives `World`, the run's folder and `Log`, whose lines keep the forms that
-# leaderboard tools parse.
+# process every collective is the identity. Gives `World`, the run's folder and `Log`, whose lines
+# keep the forms that leaderboard tools parse.
 # ==================================================================================================
 def brief(error: Exception) -> str:
     """The first line of an error's text."""
@@ -640,9 +637,8 @@ class Log:
 # ==================================================================================================
 # 4. Data
 # Shards are the challenge's own: 256 int32 of header, then uint16 tokens, token 1 opens each
-# document. First how they
-# are read (training batches, validation set), then how they are made from documents, then the
-# embedded corpus.
+# document. First how they are read (training batches, validation set), then how they are made from
+# documents, then the embedded corpus.
 # ==================================================================================================
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 HEADER_BYTES = 256 * 4
@@ -1551,9 +1547,8 @@ build_corpus, make_data = embedded_corpus, make_dataset
 # ==================================================================================================
 # 5. Roles and depth
 # One row per stored tensor. Construction, initialisation, optimisers, calibration, quantisation,
-# packing and the size
-# report all walk this table; the artifact stores neither names nor shapes, because the table's
-# order is its format.
+# packing and the size report all walk this table; the artifact stores neither names nor shapes,
+# because the table's order is its format.
 # ==================================================================================================
 class Role(NamedTuple):
     """What the pipeline needs to know about one stored tensor."""
@@ -1636,9 +1631,8 @@ def depth_plan(h: Hyperparameters, looped: bool) -> tuple[Step, ...]:
 # ==================================================================================================
 # 6. Model
 # The only forward pass of the file. `hidden` has two seams, both empty by default: `lora` adapts
-# every `linear`, and
-# `probe` sees every activation that feeds a quantised matrix. Depth recurrence is the argument
-# `plan`, never a flag.
+# every `linear`, and `probe` sees every activation that feeds a quantised matrix. Depth recurrence
+# is the argument `plan`, never a flag.
 # ==================================================================================================
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension without a gain: x / sqrt(mean(x^2) + eps)."""
@@ -2084,9 +2078,8 @@ class AdapterBank(nn.Module):
 # ==================================================================================================
 # 8. Optimisers
 # Muon for the matrices, each rank the owner of a share of them; fused AdamW for the embedding and
-# the small tensors;
-# the schedule, a pure function of progress; the exponential moving average, which is what gets
-# exported.
+# the small tensors; the schedule, a pure function of progress; the exponential moving average,
+# which is what gets exported.
 # ==================================================================================================
 # Coefficients (a, b, c) of five Polar Express iterations X <- a X + (b A + c A^2) X, A = X X^T
 # (arXiv 2505.16932).
@@ -2265,9 +2258,8 @@ class EMA:
 # ==================================================================================================
 # 9. Training
 # The loop inside the clock. Ranks agree on the time by a device-side mean that the host reads steps
-# later, so the loop
-# never waits for the device. Nothing of a rehearsal survives it: weights, optimiser, average and
-# loader are rewound.
+# later, so the loop never waits for the device. Nothing of a rehearsal survives it: weights,
+# optimiser, average and loader are rewound.
 # ==================================================================================================
 class Clock:
     """Training seconds that all ranks agree on; `tick` is called once a step by every rank."""
@@ -2438,8 +2430,7 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 # ==================================================================================================
 # 10. Quantisation
 # Second moments of the activations through the probe, then GPTQ of whole banks, all layers of a
-# bank at once.
-# Reads training data in `second_moments` only, inside the clock.
+# bank at once. Reads training data in `second_moments` only, inside the clock.
 # ==================================================================================================
 @torch.no_grad()
 def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
@@ -2687,9 +2678,8 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
 # ==================================================================================================
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
-# lengths of the streams;
-# the streams follow the role table. Nothing is pickled: reading a hostile file can only fail. Then
-# the code's bytes.
+# lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
+# file can only fail. Then the code's bytes.
 # ==================================================================================================
 MAGIC = b"PGOLF\x01"
 CHECKSUM_BYTES = 16
@@ -3374,9 +3364,8 @@ def running_source(path: str | Path) -> tuple[str | None, bytes]:
 # ==================================================================================================
 # 12. Scoring
 # Plain, sliding and document scores differ only in a list of spans. `Ledger` alone owns the
-# validation tokens: it refuses
-# a target that was scored before, lends only what has been scored, and gives no result until all of
-# it is.
+# validation tokens: it refuses a target that was scored before, lends only what has been scored,
+# and gives no result until all of it is.
 # ==================================================================================================
 class Windows(NamedTuple):
     """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
