@@ -1724,9 +1724,8 @@ class BlockAttention(torch.autograd.Function):
     """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as
     the others' twin.
 
-    The backward pass reuses the stored probabilities; torch's CPU kernel computes them again at two
-    to three times
-    the cost.
+    The backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
+    torch's CPU kernel computes them again at two to three times the cost.
     """
 
     @staticmethod
@@ -1735,39 +1734,41 @@ class BlockAttention(torch.autograd.Function):
         B, T, H, E = q.shape
         K, place = k.size(2), torch.arange(T, device=q.device)
         Q, keys, values = (group(t, K) for t in (q, k, v))
-        outputs, probabilities = [], []
+        outputs, weights, totals = [], [], []
         for lo in range(0, T, QUERY_BLOCK):
             hi = min(lo + QUERY_BLOCK, T)
             seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
             rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
             logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT)
             logits = logits.view(B, K, H // K, hi - lo, hi).float() * E**-0.5
-            p = torch.where(seen[:, None, None], logits, -math.inf).softmax(-1).to(q.dtype)
-            p = p.view(B * K, -1, hi)
-            probabilities.append(p)
-            outputs.append(
-                torch.bmm(p, values[:, :, 0, :hi].reshape(B * K, hi, E)).view(
-                    B, K, H // K, hi - lo, E))
+            logits = torch.where(seen[:, None, None], logits, -math.inf).view(B * K, -1, hi)
+            p = (logits - logits.amax(-1, keepdim=True)).exp()
+            totals.append(p.sum(-1, keepdim=True))
+            weights.append(p.to(q.dtype))
+            y = torch.bmm(weights[-1], values[:, :, 0, :hi].reshape(B * K, hi, E))
+            outputs.append((y / totals[-1]).to(q.dtype).view(B, K, H // K, hi - lo, E))
         y = ungroup(torch.cat(outputs, 3))
-        ctx.save_for_backward(q, k, v, y, *probabilities)
+        ctx.save_for_backward(q, k, v, y, *weights, *totals)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv
         2205.14135, B.2)."""
-        q, k, v, y, *probabilities = ctx.saved_tensors
+        q, k, v, y, *saved = ctx.saved_tensors
+        blocks = len(saved) // 2
         B, T, H, E = q.shape
         K = k.size(2)
         Q, G, keys, values = (group(t, K) for t in (q, grad, k, v))
         delta = group((grad.float() * y.float()).sum(-1, keepdim=True), K)
         dq, dk, dv = [], [], []
-        for p, lo in zip(probabilities, range(0, T, QUERY_BLOCK)):
+        for p, total, lo in zip(saved[:blocks], saved[blocks:], range(0, T, QUERY_BLOCK)):
             hi = min(lo + QUERY_BLOCK, T)
             rows, grads = (t[..., lo:hi, :].reshape(B * K, -1, E) for t in (Q, G))
             dp = torch.bmm(grads, values[:, :, 0, :hi].reshape(B * K, hi, E).mT).float()
-            ds = p.float() * (dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)) * E**-0.5
-            ds = ds.to(q.dtype)
+            dp = dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)
+            ds = (p.float() * dp * (E**-0.5 / total)).to(q.dtype)
+            grads = (grads / total).to(q.dtype)
             dq.append(
                 torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(
                     B, K, H // K, hi - lo, E))
@@ -1903,6 +1904,11 @@ def merge_skip(a: Tensor, kept: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     return ((1 - share) * weight * kept + share * a).type_as(a)
 
 
+def join_lanes(a: Tensor, m: Tensor) -> Tensor:
+    """The final states: norm of the mean of both lanes (B, T, D)."""
+    return norm((a + m) / 2)
+
+
 class GPT(nn.Module):
     """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss
     in nats."""
@@ -1923,6 +1929,7 @@ class GPT(nn.Module):
         self.run_block: Callable = self.block
         self.run_head: Callable = self.head
         self.run_merge: Callable = merge_skip
+        self.run_join: Callable = join_lanes
         self.run_embedded: Callable = self.embedded
         self.run_nats: Callable = self.nats
         self.initialise()
@@ -1938,6 +1945,7 @@ class GPT(nn.Module):
             self.run_block = torch.compile(self.block, dynamic=False)
             self.run_head = torch.compile(self.head, dynamic=False)
             self.run_merge = torch.compile(merge_skip, dynamic=False)
+            self.run_join = torch.compile(join_lanes, dynamic=False)
             self.run_embedded = torch.compile(self.embedded, dynamic=False)
 
     @torch.no_grad()
@@ -2004,7 +2012,7 @@ class GPT(nn.Module):
             m = m if step.parallel else a
             if step.push:
                 kept.append(a)
-        x = norm((a + m) / 2)
+        x = self.run_join(a, m)
         if probe:
             probe("final", 0, x)
         return x
@@ -3229,10 +3237,26 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
     return h, coder, lengths, first + length
 
 
+# A packed script starts with this line.
+PACKED = b"# coding:latin-1 (packed: LZMA of the minified script; the last two lines run it)\n"
+
+
+def running_source(path: str | Path) -> tuple[str | None, bytes]:
+    """(readable text, packed bytes) of the script at `path`.
+
+    The text is None where that script is itself packed: its own bytes are then what counts, so
+    that what follows, the packing, need not be packed."""
+    raw = Path(path).read_bytes()
+    if raw.startswith(PACKED):
+        return None, raw
+    source = raw.decode()
+    return source, pack_source(source)
+
+
+# >>> not packed
 # The packed script is one Python file: a marker line, a string literal of raw LZMA bytes, and
 # statements that unpack the text, show it to `linecache` (tracebacks and Triton read sources
 # there) and run it in place.
-PACKED = b"# coding:latin-1 (packed: LZMA of the minified script; the last two lines run it)\n"
 UNPACKER = (
     b"import linecache,lzma\n_=lzma.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
@@ -3348,17 +3372,7 @@ def pack_source(source: str) -> bytes:
         for context, length, finder in grid
     ]
     return PACKED + UNPACKER % min(literals, key=len)
-
-
-def running_source(path: str | Path) -> tuple[str | None, bytes]:
-    """(readable text, packed bytes) of the script at `path`.
-
-    The text is None where that script is itself packed: its own bytes are then what counts."""
-    raw = Path(path).read_bytes()
-    if raw.startswith(PACKED):
-        return None, raw
-    source = raw.decode()
-    return source, pack_source(source)
+# <<< not packed
 
 
 # ==================================================================================================
