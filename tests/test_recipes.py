@@ -45,6 +45,7 @@ def tiny_of(name: str, **changes) -> t.Hyperparameters:
 
 def named_model(h: t.Hyperparameters) -> t.GPT:
     """Weights drawn by the name of their bank, so that models of different recipes share what they both have."""
+    torch.manual_seed(0)
     model = t.GPT(h)
     with torch.no_grad():
         for name, p in model.bank.items():
@@ -113,7 +114,7 @@ def print_of_step(h: t.Hyperparameters) -> list:
     points = [(0, 0.0), (9, 0.2), (9, 0.5), (20, 0.9), (24, 1.0)]
     trainer = t.Trainer.of(h, WORLD, named_model(h), dataset(stream(3000)))
     for number in (30, 31, 32, 33):
-        trainer.step(number, 0.9, True)
+        trainer.step(number, 0.97, True)
     return [*(torch.tensor(t.rate_factor(h, *p)) for p in points), torch.tensor(trainer.rounded_steps),
             *trainer.model.bank.values(), *trainer.ema.mean]
 
@@ -140,7 +141,7 @@ def print_of_stored(h: t.Hyperparameters) -> list:
 def print_of_adapted(h: t.Hyperparameters) -> list:
     """Weights after the adaptation of the recipe."""
     model = named_model(h)
-    data, held = t.hold_out(h, dataset(stream(3000)))
+    data, held = t.hold_out(h, dataset(stream(3000)), Lines())
     t.adapt(model, held, WORLD, h.prequant_ttt_epochs)
     return [torch.tensor(len(held)), *model.bank.values()]
 
@@ -155,15 +156,16 @@ def print_of_score(h: t.Hyperparameters) -> list:
 def print_of_pack(h: t.Hyperparameters) -> list:
     """The artifact's bytes."""
     model = named_model(h)
-    stored = {n: t.round_rows(p.detach().reshape(-1, *p.shape[-2:]), r.bits, r.sigmas) if r.bits < 16 else p.detach().half()
-              for (n, r), p in zip(t.roles(h).items(), model.bank.values()) if r.bits}
+    banks = {n: (r, model.bank[n].detach()) for n, r in t.roles(h).items()}
+    stored = {n: t.round_rows(p.reshape(-1, *p.shape[-2:]), r.bits, r.sigmas) if r.bits < 16 else p.half()
+              for n, (r, p) in banks.items()}
     return [torch.tensor([*t.pack(replace(h, trellis_states=0), stored)[0]])]
 
 
 STAGES = dict(
     loss=(print_of_loss, """num_layers mlp_mult leaky_slope rope_dims rope_base ln_scale qk_gain_init xsa_last_n
         head_gate_scale smear_gate smear_mix skip_gates bigram_vocab_size bigram_dim ve_dim ve_layers parallel_form
-        parallel_start_layer num_loops asym_logit_rescale activation attn_gate"""),
+        parallel_start_layer num_loops asym_logit_rescale activation attn_gate matrix_init"""),
     step=(print_of_step, """matrix_lr scalar_lr tied_embed_lr muon_momentum muon_momentum_warmup_start
         muon_momentum_warmup_steps polar_express muon_row_normalize muon_backend_steps muon_wd embed_wd adam_wd beta2
         ema_decay grad_clip_norm warmdown_iters warmdown_frac min_lr late_qat_threshold wd_taper swa_every
@@ -272,7 +274,7 @@ def by_hand(model: t.GPT, ids: torch.Tensor, looped: bool) -> torch.Tensor:
         mlp = lambda z: b["mlp_scale"][l] * mlp_by_hand(h, b, l, n(z) * c)
         if form == "none":
             x = u + A
-            x = x + mlp(x)
+            x, lane = x + mlp(x), None
         elif form == "gptj":
             x = u + A + mlp(u)
         elif form == "apart":
@@ -404,9 +406,8 @@ def test_the_best_percentile_has_the_least_error():
     error = lambda coded: (coded.decode() - w).square().sum(-1)
     assert (error(searched) <= error(largest) * 1.001).all() and (searched.step <= largest.step).all()
     assert searched.step[0, 0] < 0.6 * largest.step[0, 0]
-    sizes = w.abs().sort(-1).values
-    for q in (0.999, 0.9995, 0.9999, 0.99999, 1):
-        step = (sizes[..., math.ceil(q * 1000) - 1:][..., :1] / 7).half().float()
+    for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        step = (w.abs().quantile(q, -1, keepdim=True) / 7).half().float()
         other = ((w / step).round().clamp(-7, 7) * step - w).square().sum(-1)
         assert (error(searched) <= other * 1.01).all()
 
@@ -513,9 +514,9 @@ def test_the_rate_of_the_adaptation_is_a_cosine(monkeypatch):
 def test_held_out_text_is_no_training_text():
     """The end of the last shard is adapted to and nothing else; with `val` the shards stay whole."""
     data = dataset(stream(3000))
-    kept, held = t.hold_out(tiny_of("pr1364_legal", prequant_ttt_tokens=500), data)
+    kept, held = t.hold_out(tiny_of("pr1364_legal", prequant_ttt_tokens=500), data, Lines())
     assert len(held) == 500 and np.array_equal(np.concatenate([kept.train[0], held.numpy()]), data.train[0])
-    kept, held = t.hold_out(tiny_of("pr1364"), data)
+    kept, held = t.hold_out(tiny_of("pr1364"), data, Lines())
     assert kept is data and held is data.val.tokens
 
 
@@ -614,13 +615,13 @@ def test_the_packed_script_repeats_its_run(shards, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("knobs, sentence", [
     (dict(RECIPE="pr587"), "RECIPE=pr587: there is no recipe 'pr587'; did you mean 'pr578'?"),
-    (dict(RECIPE="pr578", NUM_LAYERS="9"), "VE_LAYERS=9,10 with VE_DIM=128: give both, each below NUM_LAYERS=9 (VE_DIM, "
-     "VE_LAYERS by RECIPE=pr578)"),
-    (dict(RECIPE="pr578", TRELLIS_STATES="8"), "LATE_QAT_THRESHOLD=0.5 rounds to nearest: TRELLIS_STATES=8 must be 0 ("),
-    (dict(RECIPE="pr398", PREQUANT_TTT_DATA="train"), "PREQUANT_TTT_OPTIM=sgd moves what was read back"),
-    (dict(RECIPE="pr2014", TRAIN_SEQ_LEN="2048"), "each context of TRAIN_SEQ_SCHEDULE=1024@0.1,2048@0.7,3072@1 must divide"),
+    (dict(RECIPE="pr578", NUM_LAYERS="9"), "VE_LAYERS=9,10 must be below NUM_LAYERS=9 and go with VE_DIM=128 (VE_DIM, VE_LAYERS "
+     "by RECIPE=pr578)"),
+    (dict(RECIPE="pr578", TRELLIS_STATES="8"), "LATE_QAT_THRESHOLD=0.5 needs TRELLIS_STATES=0, not 8 (LATE"),
+    (dict(RECIPE="pr398", PREQUANT_TTT_DATA="train"), "PREQUANT_TTT_OPTIM=sgd needs PREQUANT_TTT_DATA=val, not train"),
+    (dict(RECIPE="pr2014", TRAIN_SEQ_LEN="2048"), "TRAIN_SEQ_SCHEDULE=1024@0.1,2048@0.7,3072@1: contexts must"),
     (dict(TRAIN_SEQ_SCHEDULE="1024,2048"), "TRAIN_SEQ_SCHEDULE='1024,2048' is out of range"),
-    (dict(VE_LAYERS="3"), "VE_LAYERS=3 with VE_DIM=0"), (dict(PARALLEL_FORM="both"), "PARALLEL_FORM='both' is out of range")])
+    (dict(VE_LAYERS="3"), "VE_LAYERS=3 must be below NUM_LAYERS=11 and go with VE_DIM=0"), (dict(PARALLEL_FORM="both"), "PARALLEL_FORM='both' is out of range")])
 def test_contradictions_are_refused(knobs, sentence):
     """One sentence with names and values, and which of them the recipe set."""
     with pytest.raises(t.Refusal) as refusal:
@@ -634,7 +635,7 @@ def test_shards_must_fit_the_recipe(tmp_path, monkeypatch):
     bare = write_dataset(tmp_path / "bare", h, sidecar=False)
     folder = write_dataset(tmp_path / "made", h)
     find = lambda h, place: t.find_dataset(replace(h, data_path=str(place)), WORLD, lambda line: None)
-    for place, words in ((bare, "and 0 files fineweb_val_bytes"), (folder, "holds 700 validation tokens")):
+    for place, words in ((bare, "0 files fineweb_val_bytes"), (folder, "holds 700 validation tokens")):
         with pytest.raises(t.Refusal, match=f"CASEOPS_ENABLED=1.*{words}.*SHORT_VAL_ALLOWED=1"):
             find(h, place)
     find(replace(h, short_val_allowed=True), folder)
