@@ -111,6 +111,11 @@ def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value
     return field(default=default, metadata=dict(meaning=meaning, check=check))
 
 
+def mechanism(default: Any, meaning: str, check: Callable[[Any], bool] = lambda v: True) -> Any:
+    """A knob whose code a packed script carries only where its run turned that knob."""
+    return field(default=default, metadata=dict(meaning=meaning, check=check, optional=True))
+
+
 def positive(value: float) -> bool:
     """True above zero."""
     return value > 0
@@ -272,55 +277,55 @@ class Hyperparameters:
         16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
 
     # -- mechanisms of the published systems; the submission has all of them off
-    caseops_enabled: bool = knob(False, "shards of CaseOps text (#1729)")
-    short_val_allowed: bool = knob(False, "take published CaseOps shards cut short")
-    doc_mask: bool = knob(True, "attention stays inside documents")
-    loader: str = knob("shuffled", "order of training blocks: shuffled, stream, coprime (#726)",
+    caseops_enabled: bool = mechanism(False, "shards of CaseOps text (#1729)")
+    short_val_allowed: bool = mechanism(False, "take published CaseOps shards cut short")
+    doc_mask: bool = mechanism(True, "attention stays inside documents")
+    loader: str = mechanism("shuffled", "order of blocks: shuffled, stream, coprime (#726)",
                        among("shuffled", "stream", "coprime"))
-    train_seq_schedule: str = knob(
+    train_seq_schedule: str = mechanism(
         "", "contexts up to a share of training: 1024@0.1,2048@1 (#2014)",
         lambda v: re.fullmatch(r"([1-9]\d*@(0?\.\d+|1)(,(?!$)|$))*", v))
-    activation: str = knob("leaky_relu2", "MLP: leaky_relu2, swiglu",
+    activation: str = mechanism("leaky_relu2", "MLP: leaky_relu2, swiglu",
                            among("leaky_relu2", "swiglu"))
-    matrix_init: str = knob("orthogonal", "matrices at first: orthogonal, uniform",
+    matrix_init: str = mechanism("orthogonal", "matrices at first: orthogonal, uniform",
                             among("orthogonal", "uniform"))
-    bigram_vocab_size: int = knob(0, "rows of the bigram embedding (#162)",
+    bigram_vocab_size: int = mechanism(0, "rows of the bigram embedding (#162)",
                                   lambda v: v != 1 and v >= 0)
-    bigram_dim: int = knob(128, "width of the bigram embedding", positive)
-    ve_dim: int = knob(0, "width of the value embedding (#374)", natural)
-    ve_layers: str = knob("", "layers with value embedding: 9,10",
+    bigram_dim: int = mechanism(128, "width of the bigram embedding", positive)
+    ve_dim: int = mechanism(0, "width of the value embedding (#374)", natural)
+    ve_layers: str = mechanism("", "layers with value embedding: 9,10",
                           lambda v: re.fullmatch(r"(\d+(,(?!$)|$))*", v))
-    smear_mix: bool = knob(False, "SMEAR_GATE per channel, after the norm (#162)")
-    skip_gates: bool = knob(True, "gated U-Net skips; 0: weighted sums")
-    parallel_form: str = knob("lanes", "parallel layers: lanes, apart (#1539), gptj (#1493), none",
+    smear_mix: bool = mechanism(False, "SMEAR_GATE per channel, after the norm (#162)")
+    skip_gates: bool = mechanism(True, "gated U-Net skips; 0: weighted sums")
+    parallel_form: str = mechanism("lanes", "parallel: lanes, apart (#1539), gptj (#1493), none",
                               among("lanes", "apart", "gptj", "none"))
-    attn_gate: str = knob("sparse", "head gate: sparse, dense (#1736), output (#1667)",
+    attn_gate: str = mechanism("sparse", "head gate: sparse, dense (#1736), output (#1667)",
                           among("sparse", "dense", "output"))
-    asym_logit_rescale: bool = knob(False, "softcaps by sign, which TTT moves (#1945)")
-    mtp_num_heads: int = knob(0, "heads for later tokens, never stored", natural)
-    recur_start_step: int = knob(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
-    polar_express: bool = knob(True, "Polar Express; 0: Newton-Schulz")
-    muon_backend_steps: int = knob(5, "iterations of Muon", lambda v: 0 < v < 6)
-    muon_row_normalize: bool = knob(True, "rows of Muon's momentum at norm one (#1285)")
-    warmdown_iters: int = knob(0, "steps of the warmdown by step time; 0: WARMDOWN_FRAC", natural)
-    wd_taper: float = knob(1.0, "share of MUON_WD at the end, after 70% (#1729)", fraction)
-    swa_every: int = knob(0, "steps between snapshots whose mean is exported", natural)
-    late_qat_threshold: float = knob(0.0, "rate factor below which training rounds (#578)",
+    asym_logit_rescale: bool = mechanism(False, "softcaps by sign, which TTT moves (#1945)")
+    mtp_num_heads: int = mechanism(0, "heads for later tokens, never stored", natural)
+    recur_start_step: int = mechanism(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
+    polar_express: bool = mechanism(True, "Polar Express; 0: Newton-Schulz")
+    muon_backend_steps: int = mechanism(5, "iterations of Muon", lambda v: 0 < v < 6)
+    muon_row_normalize: bool = mechanism(True, "rows of Muon's momentum at norm one (#1285)")
+    warmdown_iters: int = mechanism(0, "steps of the warmdown; 0: WARMDOWN_FRAC", natural)
+    wd_taper: float = mechanism(1.0, "share of MUON_WD at the end, after 70% (#1729)", fraction)
+    swa_every: int = mechanism(0, "steps between snapshots whose mean is exported", natural)
+    late_qat_threshold: float = mechanism(0.0, "rate factor below which training rounds (#578)",
                                      fraction)
-    clip_search: bool = knob(False, "best of 5 percentiles clips each matrix row (#414)")
-    gptq_roles: str = knob("all", "what GPTQ rounds: all, matrices, none",
+    clip_search: bool = mechanism(False, "best of 5 percentiles clips each matrix row (#414)")
+    gptq_roles: str = mechanism("all", "what GPTQ rounds: all, matrices, none",
                            among("all", "matrices", "none"))
-    calibration: str = knob("train", "calibration text: train, self (sampled, #1019)",
+    calibration: str = mechanism("train", "calibration text: train, self (sampled, #1019)",
                             among("train", "self"))
-    prequant_ttt_epochs: int = knob(0, "passes of adaptation before GPTQ (#1364)", natural)
-    prequant_ttt_data: str = knob("train", "their text: train (held out), val (breaks rule C3)",
+    prequant_ttt_epochs: int = mechanism(0, "passes of adaptation before GPTQ (#1364)", natural)
+    prequant_ttt_data: str = mechanism("train", "text: train (held out), val (breaks rule C3)",
                                   among("train", "val"))
-    prequant_ttt_tokens: int = knob(1 << 23, "most held-out tokens", positive)
-    prequant_ttt_lr: float = knob(5e-4, "their first rate", natural)
-    prequant_ttt_optim: str = knob("adamw", "adamw, or sgd after reading back (#398)",
+    prequant_ttt_tokens: int = mechanism(1 << 23, "most held-out tokens", positive)
+    prequant_ttt_lr: float = mechanism(5e-4, "their first rate", natural)
+    prequant_ttt_optim: str = mechanism("adamw", "adamw, or sgd after reading back (#398)",
                                    among("adamw", "sgd"))
-    prequant_ttt_freeze_blocks: int = knob(0, "first layers they leave alone", natural)
-    prequant_ttt_block_lr_start: float = knob(1.0, "their share of the rate at layer 0", fraction)
+    prequant_ttt_freeze_blocks: int = mechanism(0, "first layers they leave alone", natural)
+    prequant_ttt_block_lr_start: float = mechanism(1.0, "share of the rate at layer 0", fraction)
 
     def __post_init__(self):
         """Checks every range and every relation between knobs; raises `Refusal` with the names and
@@ -417,9 +422,6 @@ class Hyperparameters:
         for name in single:
             f = kinds[name]
             values[name] = parse_knob(name, env[name.upper()], f.type, f.metadata["meaning"])
-        absent = [n.upper() for n in LEFT_OUT if values.get(n, d := kinds[n].default) != d]
-        if absent:
-            raise Refusal(f"this packed script has no {absent}: use the readable train_gpt.py")
         try:
             return cls(**values)
         except Refusal as error:
@@ -1022,13 +1024,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(move(batch.ids), move(batch.targets), docs)
 
 
-# >>> not packed unless LOADER
 def coprime_order(blocks: int, rng: np.random.Generator) -> np.ndarray:
     """The numbers below `blocks` in strides without a common divisor, which miss none (#726)."""
     stride = int(blocks * rng.uniform(0.3, 0.7)) + 1
     stride = next(n for n in itertools.count(stride) if math.gcd(n, blocks) == 1)
     return (np.arange(blocks) * stride + int(rng.integers(blocks))) % blocks
-# <<< not packed
 
 
 class Loader:
@@ -1167,7 +1167,6 @@ def check_tokens(tokens: np.ndarray, V: int, place: str) -> None:
                       "shards and vocabulary do not belong together")
 
 
-# >>> not packed unless CASEOPS_ENABLED
 def check_caseops(h: Hyperparameters, folder: Path, sidecars: int, count: int) -> None:
     """Raises `Refusal` where byte counts are missing or `count` validation tokens cannot be all of
     the published CaseOps set; a manifest says that the set is one's own."""
@@ -1178,7 +1177,6 @@ def check_caseops(h: Hyperparameters, folder: Path, sidecars: int, count: int) -
             f"fineweb_val_bytes_*.bin; the published set has {CASEOPS_VAL_TOKENS:,} and one for "
             "each shard. Of a set cut short the rest may be training text, so it is taken only "
             "with SHORT_VAL_ALLOWED=1")
-# <<< not packed
 
 
 def check_manifest(h: Hyperparameters, path: Path) -> None:
@@ -2247,20 +2245,19 @@ class Block(nn.Module):
                 value: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
         `a` and hands `m` through. `value` (B, T, K E) is added to the values."""
-        form = self.h.parallel_form if parallel else ""
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w,
                                              norm(read) * w.depth_scale, rope, docs, xsa, lora,
                                              probe, value)
-        if not form:
+        if not parallel:
             a = (read + attn).type_as(a)
             a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
             return a, m
-        source = read if form == "gptj" else m
+        source = read if self.h.parallel_form == "gptj" else m
         mlp = w.mlp_scale * self.mlp(w, norm(source) * w.depth_scale, lora, probe)
-        if form == "gptj":
+        if self.h.parallel_form == "gptj":
             return (read + attn + mlp).type_as(a), m
-        if form == "apart":
+        if self.h.parallel_form == "apart":
             return (read + attn).type_as(a), (m + mlp).type_as(a)
         keep, write = w.lane_keep, w.lane_write    # write[source, lane]: source 0 attention, 1 MLP
         return ((keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp).type_as(a),
@@ -2390,7 +2387,8 @@ class GPT(nn.Module):
         """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
         across a document start."""
         x = F.embedding(ids, self.bank["embed"].to(self.dtype))
-        if V := self.h.bigram_vocab_size:
+        if self.h.bigram_vocab_size:
+            V = self.h.bigram_vocab_size
             pair = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % (V - 1)
             x = x + looked_up(self, "bigram", F.pad(pair, (1, 0), value=V - 1))
         if self.h.smear_mix and self.h.smear_gate:
@@ -2414,7 +2412,7 @@ class GPT(nn.Module):
         x0 = a = m = self.run_embedded(ids)
         docs = docs or whole_rows(ids)
         run = self.block if probe or lora else self.run_block
-        h, form, layers = self.h, self.h.parallel_form, self.layers(plan[0].rounded)
+        h, layers = self.h, self.layers(plan[0].rounded)
         rope = rope_table(h, ids.size(1), x0)
         weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
         gates = self.bank["skip_gate"].unbind(0) if h.skip_gates else (None, ) * len(weights)
@@ -2424,17 +2422,17 @@ class GPT(nn.Module):
         for slot, step in enumerate(plan):
             if step.pop is not None:
                 a = self.run_merge(a, kept.pop(), weights[step.pop], gates[step.pop])
-            if form == "apart" and step.parallel and not plan[slot - 1].parallel:
+            if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
                 m = a
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
             a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam,
                        **(dict(lora=lora[slot]) if lora else {}))
-            m = m if step.parallel and form != "gptj" else a
+            m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
-        x = self.run_join(a, m, self.bank["lane_share"] if form == "apart" else None)
+        x = self.run_join(a, m, self.bank["lane_share"] if h.parallel_form == "apart" else None)
         if probe:
             probe("final", 0, x)
         return x
@@ -2463,15 +2461,12 @@ class GPT(nn.Module):
         return self.nats(ids, targets, depth_plan(self.h, looped=True)).mean()
 
 
-# >>> not packed unless BIGRAM_VOCAB_SIZE, VE_DIM
 def looked_up(model: GPT, name: str, ids: Tensor) -> Tensor:
     """scale * (table[ids] @ proj^T), (B, T, out), of the extra embedding `name`."""
     table, proj, scale = (model.bank[name + end].to(model.dtype) for end in ("", "_proj", "_scale"))
     return F.linear(F.embedding(ids, table), proj[0]) * scale
-# <<< not packed
 
 
-# >>> not packed unless LATE_QAT_THRESHOLD
 def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
     """A matrix as the exporter would round it, clip included, with the gradient of the unrounded
     one (arXiv 1308.3432); other roles as they are."""
@@ -2479,7 +2474,6 @@ def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
         return w
     coded = round_rows(w.detach(), role.bits, role.sigmas, h.clip_search)
     return w + (coded.decode() - w).detach()
-# <<< not packed
 
 
 def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
@@ -2963,7 +2957,6 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
     }
 
 
-# >>> not packed unless CALIBRATION
 @torch.no_grad()
 def sampled(model: GPT, number: int) -> Batch:
     """A micro-batch of rows that the model writes itself at temperature 0.8, from a uniform first
@@ -2976,7 +2969,6 @@ def sampled(model: GPT, number: int) -> Batch:
         logits = model.head.logits(model.hidden(ids, plan)[:, -1], embed)
         ids = torch.cat((ids, (logits / 0.8).softmax(-1).multinomial(1, generator=dice)), 1)
     return Batch(ids, ids, whole_rows(ids))
-# <<< not packed
 
 
 class Coded(NamedTuple):
@@ -3090,7 +3082,6 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     return codes.T.reshape(rows, -1)[:, :length].to(torch.int16)
 
 
-# >>> not packed unless CLIP_SEARCH
 def best_percentile(w: Tensor, top: int) -> Tensor:
     """(L, rows, cols) -> (L, rows): the interpolated percentile of the sizes in a row at which
     clipping codes to `top` leaves the least squared error (#414)."""
@@ -3100,7 +3091,6 @@ def best_percentile(w: Tensor, top: int) -> Tensor:
     step = (reach / top).clamp(2.0**-20)[..., None]    # (L, rows, 5, 1)
     error = w[..., None, :] - (w[..., None, :] / step).round().clamp(-top, top) * step
     return reach.gather(-1, error.square().sum(-1).argmin(-1, keepdim=True))[..., 0]
-# <<< not packed
 
 
 def row_steps(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Tensor:
@@ -3770,41 +3760,140 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
     return h, coder, lengths, first + length
 
 
-# The packed script is one Python file: a marker line, a string literal of raw LZMA bytes, and
-# statements that unpack the text, show it to `linecache` (tracebacks and Triton read sources
-# there) and run it in place.
-PACKED = b"# coding:latin-1 (packed: LZMA of the minified script; the last two lines run it)\n"
-LEFT_OUT: tuple[str, ...] = ()    # knobs whose code a packed script does without
+# The packed script is one Python file: a marker line, a string literal of raw bytes of brotli (of
+# LZMA where that is not installed), and statements that unpack the text, show it to `linecache`
+# (tracebacks and Triton read sources there) and run it in place.
+PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
 
 
 # >>> not packed (a packed script is its own packed bytes)
 UNPACKER = (
-    b"import linecache,lzma\n_=lzma.decompress(%b.encode('latin-1')).decode()\n"
+    b"import linecache,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
     b"exec(compile(_,__file__+'*','exec'))\n")
 KEPT = ["main", "Hyperparameters", "GPT"]    # what importers of the file use
 
 
-def shipped(source: str, used: Iterable[str] = ()) -> tuple[str, list[str]]:
-    """`source` without the regions between `# >>> not packed` and `# <<< not packed` lines, and the
-    knobs whose regions are gone: `# >>> not packed unless A, B` stays where A or B is `used`.
+def shipped(source: str) -> str:
+    """`source` without the regions between `# >>> not packed` and `# <<< not packed` lines.
 
     Raises Refusal where a fence does not pair with another one."""
-    kept, gone, opened = [], [], 0
+    kept, opened = [], 0
     for number, line in enumerate(source.splitlines(keepends=True), 1):
-        fence = re.match(r"# (>>>|<<<) not packed(?: unless (.+))?", line)
+        fence = re.match(r"# (>>>|<<<) not packed", line)
         if fence and (fence[1] == ">>>") == bool(opened):
             raise Refusal(f"line {number}: '# {fence[1]} not packed' does not pair with a fence")
         if fence:
             opened = 0 if opened else number
-            knobs = re.findall(r"\w+", (fence[2] or "").lower())
-            wanted = any(name in used for name in knobs)
-            gone += [] if wanted else knobs
-        elif not opened or wanted:
+        elif not opened:
             kept.append(line)
     if opened:
         raise Refusal(f"line {opened}: '# >>> not packed' is never closed by '# <<< not packed'")
-    return "".join(kept), gone
+    return "".join(kept)
+
+
+class Specialised(ast.NodeTransformer):
+    """Replaces the reads `h.knob` of `constants` by their values and drops what is then dead.
+
+    Only knobs read through a name or attribute `h` are replaced, so that other attributes of the
+    same name stay. Conditions, and checks that hold, go; their knobs refuse other values."""
+
+    def __init__(self, constants: Mapping[str, Any]):
+        """Keeps the values by knob."""
+        self.constants = constants
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """The knob's value where it is fixed."""
+        node = self.generic_visit(node)
+        base = getattr(node.value, "attr", getattr(node.value, "id", ""))
+        if base == "h" and node.attr in self.constants and isinstance(node.ctx, ast.Load):
+            return ast.Constant(self.constants[node.attr])
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """A knob's declaration without its meaning; a fixed one admits its default only."""
+        called = getattr(node.value, "func", None)
+        if getattr(called, "id", "") in ("knob", "mechanism"):
+            default, _, *check = node.value.args
+            if node.target.id in self.constants:
+                check = [ast.Attribute(default, "__eq__", ast.Load())]
+            node.value = ast.Call(ast.Name("knob", ast.Load()), [default, ast.Constant(""), *check],
+                                  [])
+        return self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        """`not` of a constant is one."""
+        node = self.generic_visit(node)
+        if isinstance(node.op, ast.Not) and isinstance(node.operand, ast.Constant):
+            return ast.Constant(not node.operand.value)
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """A comparison of two constants is one."""
+        node = self.generic_visit(node)
+        if len(node.ops) == 1 and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and all(
+                isinstance(side, ast.Constant) for side in (node.left, *node.comparators)):
+            equal = node.left.value == node.comparators[0].value
+            return ast.Constant(equal == isinstance(node.ops[0], ast.Eq))
+        return node
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        """`and` and `or` up to the first constant that decides; the others that do not go."""
+        node = self.generic_visit(node)
+        kept, stops = [], isinstance(node.op, ast.Or)
+        for value in node.values:
+            known = isinstance(value, ast.Constant)
+            if not known or bool(value.value) == stops or value is node.values[-1]:
+                kept.append(value)
+            if known and bool(value.value) == stops:
+                break
+        return kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        """The branch that a constant chooses."""
+        node = self.generic_visit(node)
+        if isinstance(node.test, ast.Constant):
+            return node.body if node.test.value else node.orelse
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.AST]:
+        """The statements that a constant chooses."""
+        node = self.generic_visit(node)
+        if isinstance(node.test, ast.Constant):
+            return (node.body if node.test.value else node.orelse) or ast.Pass()
+        return node
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
+        """A table of checks without those that hold."""
+        node = self.generic_visit(node)
+        holds = lambda e: (isinstance(e, ast.Tuple) and len(e.elts) == 2 and isinstance(
+            e.elts[0], ast.Constant) and e.elts[0].value is True)
+        node.elts = [e for e in node.elts if not holds(e)]
+        return node
+
+
+def without_unused(tree: ast.Module) -> ast.Module:
+    """The module without top-level definitions, constants and imports that nothing reads."""
+    while True:
+        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
+                and isinstance(n.ctx, ast.Load)} | {*KEPT, "annotations"}
+
+        def used(node: ast.AST) -> bool:
+            """True for what is read by name, and for statements that are no definition."""
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                return node.name in read
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                node.names = [n for n in node.names
+                              if (n.asname or n.name.split(".")[0]) in read]
+                return bool(node.names)
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [t.id for t in targets if isinstance(t, ast.Name)]
+            return len(names) < len(targets) or any(name in read for name in names)
+
+        kept = [node for node in tree.body if used(node)]
+        if len(kept) == len(tree.body):
+            return tree
+        tree.body = kept
 
 
 class Undocumented(ast.NodeTransformer):
@@ -3833,14 +3922,15 @@ class Undocumented(ast.NodeTransformer):
     visit_ClassDef = undocument
 
 
-def minified(source: str) -> str:
-    """The text that the packed script runs: no comments, docstrings or long names of ours.
+def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
+    """The text that the packed script runs: no comments, docstrings or long names of ours, and no
+    code that the values of the knobs `fixed` leave dead.
 
     Attributes, keyword arguments, parameters, classes, imports and KEPT keep their names. Literals
     and builtins are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or
     `A=range` would break a Triton kernel. The module's docstring stays where `__doc__` is read.
     Warns, and returns longer text, where python_minifier is not installed."""
-    tree = Undocumented().visit(ast.parse(source))
+    tree = without_unused(Undocumented().visit(Specialised(fixed).visit(ast.parse(source))))
     nodes = [*ast.walk(tree)]
     if ast.get_docstring(tree) and "__doc__" not in {getattr(node, "id", "") for node in nodes}:
         tree.body = tree.body[1:]
@@ -3876,30 +3966,30 @@ def literal(data: bytes) -> bytes:
 
 
 def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {}) -> bytes:
-    """The packed script: a Python file that behaves like `source` without its unpacked regions, and
-    that knows the recipes `rows`.
+    """The packed script: a Python file that behaves like `source` without its unpacked regions,
+    knows the recipes `rows`, and has the code of optional mechanisms only where rows["run"] turns
+    them.
 
     Equal sources give equal bytes under equal Pythons; the file needs the Python version that
     packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
-    text, gone = shipped(source, rows.get("run", ()))
-    known = f"LEFT_OUT = {tuple(gone)}\n" * bool(gone) + f"RECIPES.update({rows})\n" * bool(rows)
-    text = minified(text.replace("\nif __name__", f"\n{known}if __name__")).encode()
-    coder = dict(id=lzma.FILTER_LZMA1,
-                 preset=9 | lzma.PRESET_EXTREME,
-                 lp=0,
-                 pb=0,
-                 depth=1000,
-                 dict_size=1 << max(12,
-                                    len(text).bit_length()))
-    grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
-    literals = [
-        literal(
-            lzma.compress(text,
-                          lzma.FORMAT_ALONE,
-                          filters=[coder | dict(lc=context, nice_len=length, mf=finder)]))
-        for context, length, finder in grid
-    ]
-    return PACKED + UNPACKER % min(literals, key=len)
+    fixed = {f.name: f.default for f in fields(Hyperparameters)
+             if "optional" in f.metadata and f.name not in rows.get("run", ())}
+    known = f"\nRECIPES.update({rows})\nif __name__" if rows else "\nif __name__"
+    text = minified(shipped(source).replace("\nif __name__", known), fixed).encode()
+    if brotli:
+        coder = "brotli"
+        tried = [brotli.compress(text, brotli.MODE_TEXT, 11, bits) for bits in range(16, 25)]
+    else:
+        coder = "lzma"
+        grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
+        tried = [
+            lzma.compress(text, lzma.FORMAT_ALONE,
+                          filters=[dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lp=0,
+                                        pb=0, depth=1000, lc=context, nice_len=length, mf=finder,
+                                        dict_size=1 << max(12, len(text).bit_length()))])
+            for context, length, finder in grid
+        ]
+    return PACKED + UNPACKER.replace(b"CODER", coder.encode()) % min(map(literal, tried), key=len)
 # <<< not packed
 
 
@@ -4134,7 +4224,6 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             sgd.step()
 
 
-# >>> not packed unless PREQUANT_TTT_EPOCHS
 def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tensor]:
     """(data without it, (n + 1,) tokens) of the text that weights adapt to before GPTQ: the end of
     the last training shard, or validation, which breaks rule C3."""
@@ -4191,7 +4280,6 @@ def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
     if h.prequant_ttt_data == "val":
         return 0.0
     return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
-# <<< not packed
 
 
 SCORES = ("prequant", "quantized", "sliding", "documents", "ttt")
