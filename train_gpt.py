@@ -469,20 +469,20 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               scores="prequant,quantized,sliding,ttt",
               eval_seq_len=256,
               eval_batch_tokens=4096,
-              eval_stride=64,
               ttt_chunk_tokens=8192,
               ttt_lr=0.01,
               ttt_epochs=2,
-              ttt_batch_seqs=16,
-              train_seq_schedule="64@0.1,128@0.7,256@1",
-              ve_layers="2,3",
-              warmdown_iters=300,
-              recur_start_step=100),
+              ttt_batch_seqs=16),
 )
 RECIPE_TEXT = ""    # what --help recipes prints
 
 
 # >>> not packed (the packed script of a run gets the rows that the run used)
+RECIPES["demo"] |= dict(eval_stride=64,
+                        train_seq_schedule="64@0.1,128@0.7,256@1",
+                        ve_layers="2,3",
+                        warmdown_iters=300,
+                        recur_start_step=100)
 SP1024 = dict(vocab_size=1024,
               mlp_mult=3.0,
               leaky_slope=0.0,
@@ -2938,14 +2938,11 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
 
     def probe(tap: str, layer: int, x: Tensor) -> None:
         """Adds the moment of one activation; a layer that runs several times adds each of them."""
-        if tap not in wanted:
-            return
         rows = x.flatten(0, -2).float()
         moment = (rows.mT @ rows).double() * counted
         sums[tap, layer] = sums[tap, layer].add_(moment) if (tap, layer) in sums else moment
 
-    wanted = {role.tap for role in roles(model.h).values()}
-    for turn in range(-(-batches // world.size) if wanted - {""} else 0):
+    for turn in range(-(-batches // world.size) * (model.h.gptq_roles != "none")):
         counted = turn * world.size + world.rank < batches    # spare ranks add nothing
         own = model.h.calibration == "self"
         batch = sampled(model, turn * world.size + world.rank) if own else loader.next()

@@ -244,7 +244,7 @@ def test_fields_keep_names_types_defaults_and_metadata(pair):
     assert parsed == packed.Hyperparameters(3, ttt_enabled=True)
     assert packed.Step._fields == plain.Step._fields
     assert packed.Step.__annotations__ == plain.Step.__annotations__
-    assert packed.Hyperparameters.__module__ == "packed" and packed.Refusal.__name__ == "Refusal"
+    assert packed.Hyperparameters.__module__ == "packed" and packed.Step.__name__ == "Step"
 
 
 def test_behaviour_is_the_same(pair, capsys):
