@@ -42,6 +42,7 @@ SMALL = dict(VOCAB_SIZE=512,
              COMPILE="off",
              PRECISION="fp32",
              EMA_DECAY=0.8)
+FILES = ["log.txt", "model.bin", "result.json", "train_gpt.py"]
 RESULT_KEYS = [
     "run_id", "seed", "recipe", "changed_knobs", "knobs", "device", "world_size", "torch", "params",
     "steps", "train_seconds", "train_tokens", "tokens_per_second", "bytes", "scores", "seconds",
@@ -59,13 +60,16 @@ def finished(tmp_path_factory) -> tuple[Path, str, dict]:
     return folder, done.stdout, json.loads((folder / "result.json").read_text())
 
 
-def test_a_run_leaves_four_files(finished):
-    """log.txt, result.json, the artifact and the packed code; beside the data cache nothing else is
-    written."""
+def left(folder: Path, scores: str) -> list[str]:
+    """The files that a run with these scores leaves."""
+    return sorted([*FILES, *(f"documents_{name}.txt" for name in scores.split(","))])
+
+
+def test_a_run_leaves_its_files_and_no_others(finished):
+    """log.txt, result.json, the artifact, the packed code and the nats of each document; beside the
+    data cache nothing else is written."""
     folder = finished[0]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "log.txt", "model.bin", "result.json", "train_gpt.py"
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == left(folder, "prequant,quantized,sliding,ttt")
     assert sorted(p.name for p in folder.parents[1].iterdir()) == ["data", "logs"]
     assert [p.name for p in (folder.parents[1] / "data").iterdir()] == ["cache"]
 
@@ -168,9 +172,7 @@ def test_eval_reproduces_the_scores(finished, script, names):
     assert exact(done.stdout) == wanted
     last = done.stdout.splitlines()[-1]
     assert last.startswith("RESULT ") and set(json.loads(last[7:])["scores"]) == set(wanted)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "log.txt", "model.bin", "result.json", "train_gpt.py"
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == left(folder, "prequant,quantized,sliding,ttt")
 
 
 def refused(capsys, arguments: list, env: dict[str, str]) -> str:
@@ -244,9 +246,7 @@ def test_over_the_budget_everything_is_saved_and_the_status_says_so(tmp_path, ca
     result = json.loads((folder / "result.json").read_text())
     assert "BUDGET_BYTES=1000" in sentence and str(result["bytes"]["total"]) in sentence
     assert result["compliant"] is False and "over BUDGET_BYTES=1000" in result["violations"][0]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "log.txt", "model.bin", "result.json", "train_gpt.py"
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == left(folder, "quantized,sliding,ttt")
     assert list(t.unpack((folder / "model.bin").read_bytes())[1]) == list(t.roles(settings()))
     assert (folder / "log.txt").read_text().splitlines()[-1] == "RESULT " + json.dumps(result)
 
