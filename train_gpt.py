@@ -4194,7 +4194,7 @@ class Evidence:
     result: dict[str, Any]
     log: str
     artifact: Path
-    documents: Path    # nats of every document under the final score
+    documents: dict[str, Path]    # score -> table of the nats of every document
     code: Path    # the packed script that was counted
     readable: Path    # its source
 
@@ -4266,9 +4266,9 @@ def read_run(folder: Path) -> Evidence:
     result = logged_result(log, folder / "log.txt")
     if result != read_json(read_text(folder / "result.json"), folder / "result.json"):
         raise Refusal(f"{folder}: result.json is not what the log's last line says")
-    return Evidence(str(folder), result, log, folder / "model.bin",
-                    folder / f"documents_{final_score(result)}.txt", folder / "train_gpt.py",
-                    Path(__file__))
+    tables = {name: folder / f"documents_{name}.txt" for name in result["scores"]}
+    return Evidence(str(folder), result, log, folder / "model.bin", tables,
+                    folder / "train_gpt.py", Path(__file__))
 
 
 def read_record(folder: Path) -> list[Evidence]:
@@ -4284,9 +4284,9 @@ def read_record(folder: Path) -> list[Evidence]:
         result = logged_result(log, path)
         if result["seed"] != seed:
             raise Refusal(f"{path}: the log of SEED={result['seed']}")
-        found.append(Evidence(path.name, result, log, folder / f"model_seed{seed}.bin",
-                              folder / f"documents_seed{seed}.txt", folder / "train_gpt.py",
-                              folder / "train_gpt_readable.py"))
+        tables = {n: folder / f"documents_seed{seed}_{n}.txt" for n in result["scores"]}
+        found.append(Evidence(path.name, result, log, folder / f"model_seed{seed}.bin", tables,
+                              folder / "train_gpt.py", folder / "train_gpt_readable.py"))
     return found
 
 
@@ -4370,12 +4370,13 @@ def read_documents_nats(path: Path) -> np.ndarray:
 
 
 def check_documents(e: Evidence) -> Iterator[Finding]:
-    """The nats of the documents add up to the final score."""
-    table, s = read_documents_nats(e.documents), e.score
-    targets, size, nats = table.sum(0)
-    yield Finding("log", (targets, size) == (s["tokens"], s["bytes"]) and math.isclose(
-        nats, s["val_loss"] * s["tokens"], rel_tol=1e-6),
-        f"{len(table)} documents of {e.documents.name} add up to {e.final}")
+    """The nats of the documents add up to each score."""
+    for name, path in e.documents.items():
+        table, s = read_documents_nats(path), e.result["scores"][name]
+        targets, size, nats = table.sum(0)
+        yield Finding("log", (targets, size) == (s["tokens"], s["bytes"]) and math.isclose(
+            nats, s["val_loss"] * s["tokens"], rel_tol=1e-6),
+            f"{len(table)} documents of {path.name} add up to {name}")
 
 
 def check_alike(runs: Sequence[Evidence]) -> Iterator[Finding]:
@@ -4639,7 +4640,8 @@ def write_record(out: Path, entry: Mapping[str, Any], runs: Sequence[Evidence],
         for e in runs:
             seed = e.result["seed"]
             shutil.copyfile(e.artifact, folder / f"model_seed{seed}.bin")
-            shutil.copyfile(e.documents, folder / f"documents_seed{seed}.txt")
+            for name, path in e.documents.items():
+                shutil.copyfile(path, folder / f"documents_seed{seed}_{name}.txt")
             (folder / f"train_seed{seed}.log").write_text(e.log, encoding="utf-8")
         shutil.copyfile(runs[0].code, folder / "train_gpt.py")
         shutil.copyfile(runs[0].readable, folder / "train_gpt_readable.py")
@@ -4669,7 +4671,8 @@ def check_record(folder: Path, runs: Sequence[Evidence]) -> Iterator[Finding]:
     """The files of a records folder, and submission.json made again from its logs."""
     missing = [n for n in ("README.md", "submission.json", "requirements.txt", "train_gpt.py",
                            "train_gpt_readable.py") if not (folder / n).is_file()]
-    missing += [p.name for e in runs for p in (e.artifact, e.documents) if not p.is_file()]
+    missing += [p.name for e in runs for p in (e.artifact, *e.documents.values())
+                if not p.is_file()]
     yield Finding("files", not missing, "complete" if not missing else
                   f"missing: {', '.join(missing)}")
     if missing:
@@ -4807,29 +4810,28 @@ def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | No
     return min(N, T + -(-max(0, end - T) // stride) * stride)
 
 
-def check_scores(module: Any, model: Any, e: Evidence, table: np.ndarray, val: Any,
+def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any,
                  count: int) -> Iterator[Finding]:
     """The first `count` documents scored again and compared with the run's table; a score that
     needs the whole stream is compared where the sample is all of it."""
     starts = val.documents
     like = np.array_equal(table[:, 0], np.diff(starts)) and np.array_equal(
         table[:, 1], np.add.reduceat(val.bytes, starts[:-1]))
-    yield Finding("C4", like, f"{len(table)} documents in the order and with the sizes of the "
-                  "validation set")
-    end = sample_end(e.final, model.h, starts, count)
+    yield Finding("C4", like, f"{name}: {len(table)} documents in the order and with the sizes of "
+                  "the validation set")
+    end = sample_end(name, model.h, starts, count)
     if not like or end is None:
-        yield Finding("score", like, f"{e.final} needs all {len(table)} documents: not scored again"
-                      f" here (--documents {len(table)} does)")
+        yield Finding("score", like, f"{name} needs all {len(table)} documents: not scored again "
+                      f"here (--documents {len(table)} does)")
         return
-    nats = stream_nats(module, model, e.final, val.tokens[:end + 1].numpy(), val.bytes[:end])
-    count = int(np.searchsorted(starts, end, "right")) - 1
-    again, said = np.add.reduceat(nats, starts[:count], dtype=float)[:count], table[:count, 2]
-    again[-1] = nats[starts[count - 1]:starts[count]].sum(dtype=float)
-    gap = np.abs(again - said) / table[:count, 0]
-    mean = abs(again.sum() - said.sum()) / table[:count, 0].sum()
-    yield Finding("score", mean < 2e-3 and gap.max() < 0.1,
-                  f"{e.final}: {count} documents scored again, {mean:.2g} nats per token from the "
-                  f"log, {gap.max():.2g} in the worst document")
+    nats = stream_nats(module, model, name, val.tokens[:end + 1].numpy(), val.bytes[:end])
+    whole = int(np.searchsorted(starts, end, "right")) - 1    # documents that end inside
+    again = np.add.reduceat(nats[:starts[whole]], starts[:whole], dtype=float)
+    targets, _, said = table[:whole].T
+    mean, worst = abs(again.sum() - said.sum()) / targets.sum(), np.abs((again - said) / targets)
+    yield Finding("score", mean < 2e-3 and worst.max() < 0.1,
+                  f"{name}: {whole} documents scored again, {mean:.2g} nats per token from the "
+                  f"log, {worst.max():.2g} in the worst document")
 
 
 def check_data(ours: Dataset, theirs: Any, e: Evidence,
@@ -4884,12 +4886,11 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     models = [theirs.build_model(k, world) for k in (h, replace(h, **small_steps(h)))]
     for model in models:
         theirs.load_stored(model, stored)
-    table = read_documents_nats(e.documents)
+    tables = {n: read_documents_nats(path) for n, path in e.documents.items() if n != "prequant"}
     heard.listening = True
-    yield from check_scores(theirs, models[0], e, table, other.val, count)
-    for name in wanted_scores(mine):
-        if name != "prequant":
-            yield from check_causality(theirs, models[1], name, data.val)
+    for name, table in tables.items():
+        yield from check_scores(theirs, models[0], name, table, other.val, count)
+        yield from check_causality(theirs, models[1], name, data.val)
     yield from check_normalised(theirs, models[1], e.final, data.val)
     heard.listening = False
     yield from heard.findings()
