@@ -2566,7 +2566,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
         if step % h.train_log_every == 0 or step <= 3:
             report_step(t, loss, step, last, clock.read_s(), log)
     seconds = clock.read_s()
-    if step > 3 and step % h.train_log_every:
+    if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
     saves.close(step)
     t.ema.export()
