@@ -16,6 +16,8 @@ Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=dem
     python train_gpt.py --help                                # every knob
     python train_gpt.py eval logs/<RUN_ID>/model.bin          # score an artifact again
     python train_gpt.py data FILES... --vocab V --out DIR     # shards from documents of your own
+    python train_gpt.py report|submit|verify ... -h           # tables, records folders, reviews
+    SWEEP="MATRIX_LR=0.02,0.026;SEED=1,2" python train_gpt.py # a grid of runs
 
 Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP
 width, V vocabulary, L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of
@@ -4155,7 +4157,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         run(h, world, log, data, watch.read_s())
         world.leave()
         return 0
-    except Refusal as error:
+    except (Refusal, OSError) as error:    # a full disk may meet standard output too
         rank = f" (rank {world.rank})" if world and world.size > 1 else ""
         print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
@@ -4417,7 +4419,7 @@ def check_code(e: Evidence) -> Iterator[Finding]:
     used = sorted(names & FORBIDDEN)
     yield Finding("code", not used, f"{len(text):,} characters unpacked" +
                   (f", which use {', '.join(used)}" if used else ", nothing forbidden in them"))
-    same = pack_source(read_text(e.readable)) == raw
+    same = running_source(e.readable)[1] == raw
     yield Finding("code", same, f"{e.readable.name} " + (
         f"packs to the {len(raw):,} bytes that were counted" if same else
         "does not pack to the counted bytes (another source, Python or python-minifier)"))
@@ -4746,9 +4748,17 @@ def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
 def small_steps(h: Any) -> dict[str, Any]:
     """Knobs that make the same scorers run on streams of a few hundred tokens."""
     T = min(h.eval_seq_len, 32)
-    return dict(eval_seq_len=T, eval_stride=max(1, min(h.eval_stride, T // 2)),
-                eval_batch_tokens=4 * T, train_seq_len=T, micro_batch_tokens=T,
-                train_batch_tokens=T, ttt_chunk_tokens=T, compile="off")
+    wanted = dict(eval_seq_len=T, eval_stride=max(1, min(h.eval_stride, T // 2)),
+                  eval_batch_tokens=4 * T, train_seq_len=T, micro_batch_tokens=T,
+                  train_batch_tokens=T, ttt_chunk_tokens=T, ttt_stream_chunk=max(1, T // 2),
+                  compile="off")
+    return {name: value for name, value in wanted.items() if hasattr(h, name)}
+
+
+def apart(name: str, h: Any) -> bool:
+    """True for a score that gives a document the same nats whatever stands beside it."""
+    return name in ("documents", "stream") or (
+        name == "ttt" and getattr(h, "ttt", "chunk") in ("stream", "recompute"))
 
 
 def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
@@ -4769,32 +4779,49 @@ def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Fi
                       f"places move earlier scores by {worst:.3g} nats at most")
 
 
+PROBE_SECONDS = 60.0    # for all tokens of a vocabulary, one after the other
+
+
 def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
-    """C2: the probabilities of all V tokens at the end of a stream, each scored as if it were the
-    real one, sum to 1; the whole scorer where that takes less than a minute, else the model."""
+    """C2: the probabilities of all V tokens after the same others, each scored as if it were the
+    real one, sum to 1. By the whole scorer where that takes a minute, else by a document for each
+    token where documents do not see each other, else by the model alone."""
     h, V = model.h, model.h.vocab_size
-    count = min(h.ttt_chunk_tokens + 3, len(val.bytes))    # the last ones after an update
+    # The last one ends a window, and learners have made a step before it.
+    count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
     tokens, sizes = val.tokens[:count + 1].numpy().copy(), val.bytes[:count]
     begin_s = time.perf_counter()
     stream_nats(module, model, name, tokens, sizes)
-    if V * (time.perf_counter() - begin_s) < 60:
-        nats = np.empty(V)
+    if V * (time.perf_counter() - begin_s) < PROBE_SECONDS:
+        nats, what = np.empty(V), f"{name}: probabilities of all {V} tokens after {count} others"
         for token in range(V):
             tokens[-1] = token
             nats[token] = stream_nats(module, model, name, tokens, sizes)[-1]
-        what = f"{name}: probabilities of all {V} tokens after {count} others"
+    elif apart(name, h):
+        tokens[1:][tokens[1:] == BOS] = BOS + 1    # one document, opened once
+        tokens[0] = BOS
+        stream = np.append(np.tile(tokens, V), BOS)
+        stream[count:-1:count + 1] = np.arange(V)
+        nats = stream_nats(module, model, name, stream, np.ones(len(stream) - 1))
+        nats = nats[count - 1::count + 1]
+        what = f"{name}: probabilities of all {V} tokens, each after the same {count} others"
     else:
-        ids = val.tokens[None, :16].to(next(model.parameters()).device)
-        plan, losses = module.depth_plan(h, looped=True), []
-        for some in torch.arange(V, device=ids.device).split(256):
-            targets = ids.repeat(len(some), 1)
-            targets[:, -1] = some
-            with torch.no_grad():
-                losses.append(model.nats(ids.expand(len(some), -1), targets, plan)[:, -1])
-        nats = torch.cat(losses).double().cpu().numpy()
-        what = f"model: probabilities of all {V} tokens (the scorer would take over a minute)"
-    total = float(np.exp(-nats).sum())
+        nats = model_nats(module, model, val.tokens[:8])
+        what = f"model: probabilities of all {V} tokens (all of {name} would take too long)"
+    total = float(np.exp(-nats.astype(float)).sum())
     yield Finding("C2", abs(total - 1) < 1e-3, f"{what} sum to {total:.6f}")
+
+
+@torch.no_grad()
+def model_nats(module: Any, model: Any, ids: Tensor) -> np.ndarray:
+    """Nats (V,) of every token behind the ids (T,), by the model without a scorer."""
+    ids = ids.to(next(model.parameters()).device)[None]
+    plan, losses = module.depth_plan(model.h, looped=True), []
+    for some in torch.arange(model.h.vocab_size, device=ids.device).split(256):
+        targets = ids.repeat(len(some), 1)
+        targets[:, -1] = some
+        losses.append(model.nats(ids.expand(len(some), -1), targets, plan)[:, -1])
+    return torch.cat(losses).cpu().numpy()
 
 
 def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | None:
@@ -4802,7 +4829,7 @@ def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | No
     the whole stream; None where only the whole stream gives them."""
     N = int(documents[-1])
     end = int(documents[min(count, len(documents) - 1)])
-    if name == "documents" or getattr(h, "ttt", "") == "stream" and name == "ttt":
+    if apart(name, h):
         return end
     if name == "ttt":
         return N if end == N else None
@@ -5029,7 +5056,7 @@ def draw_curves(axes: Sequence[Any], stories: Sequence[Story], colour: Callable)
     grid = ((0, 2, "steps", "training loss (nats per token)"), (1, 2, "seconds of training", ""),
             (0, 3, "steps", "validation BPB"), (1, 3, "seconds of training", ""))
     for ax, (x, y, across, up) in zip(axes, grid):
-        for i, s in enumerate(stories):
+        for i, s in reversed([*enumerate(stories)]):    # the best one on top
             seen = s.curve[~np.isnan(s.curve[:, y])]
             ax.plot(seen[:, x], seen[:, y], color=colour(i), lw=1, marker="." if len(seen) < 3
                     else "", label=s.name)
@@ -5096,9 +5123,10 @@ def draw_gain(axes: Sequence[Any], s: Story) -> None:
     axes[1].plot([np.median(targets[g]) for g in groups],
                  [gain[g].sum() / max(size[g].sum(), 1) for g in groups], color="tab:red",
                  marker="o", ms=3, label="mean of a twentieth")
-    edge = np.quantile(np.abs(each), 0.99) + 1e-6
+    low, high = np.quantile(each, (0.005, 0.995))
+    axes[1].axhline(0, color="black", lw=0.6)
     axes[1].set(xscale="log", xlabel="tokens of the document", ylabel="gain (BPB)",
-                ylim=(-edge, edge), title="gain by length")
+                ylim=(low - 1e-6, high + 1e-6), title="gain by length")
     axes[1].legend(fontsize="small")
 
 
@@ -5115,7 +5143,8 @@ def draw(stories: Sequence[Story], figure: Any, shades: Any) -> None:
         scale = shades.cm.ScalarMappable(shades.colors.Normalize(low, high), "viridis")
         figure.colorbar(scale, ax=axes[:2], label=f"final BPB of {len(stories)} runs")
     else:
-        axes[0, 1].legend(fontsize="small")
+        handles, names = axes[0, 1].get_legend_handles_labels()
+        axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
     draw_waterfall(axes[2, 0], stories[0])
     draw_bytes(axes[2, 1], stories[0])
     draw_gain(axes[3], stories[0])
@@ -5236,9 +5265,11 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
               flush=True)
         if not done:
             set_aside(logs / name)
+            process = subprocess.Popen(command, env=variables)
             try:
-                failed += [name] if subprocess.run(command, env=variables).returncode else []
-            except KeyboardInterrupt:
+                failed += [name] if process.wait() else []
+            except KeyboardInterrupt:    # which the run has heard too: it may be saving
+                process.wait()
                 print("sweep: stopped; the same command goes on from here")
                 return 130
     if options.print:

@@ -367,7 +367,7 @@ def test_an_unfinished_run_goes_on_only_as_it_was(tmp_path):
     assert checked(tmp_path, **same) == []
 
 
-def test_two_processes_with_one_run_id(finished, tmp_path, capsys):
+def test_two_processes_with_one_run_id(tmp_path, capsys):
     """The second is refused while the first lives, and leaves its files alone."""
     log = t.Log(t.World(), tmp_path / "logs" / "two", quiet=True)
     data = write_dataset(tmp_path / "shards", settings())

@@ -3,7 +3,6 @@ not; reports and sweeps."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPO, TINY, clean_env, write_dataset
 
-from support import settings, t
+from support import model_of, remembering, settings, stream, t, validation
 
 # Enough steps and no long average, so that the artifacts are far from their initial weights.
 SMALL = TINY | dict(vocab_size=32, iterations=20, train_batch_tokens=128, ema_decay=0.5, train_log_every=10,
@@ -44,7 +43,7 @@ class Bench:
 def bench(tmp_path_factory):
     """Three finished seeds in logs/s1 to s3 and the folder `record` made of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "pack_source", functools.cache(t.pack_source))
+        patch.setattr(t, "pack_source", remembering(t.pack_source))
         bench = Bench(tmp_path_factory.mktemp("tools"))
         for seed in (1, 2, 3):
             assert bench(RUN_ID=f"s{seed}", SEED=seed) == 0
@@ -180,7 +179,7 @@ def forbidden(folder: Path) -> None:
     """A source that loads a pickle, packed and counted as it is."""
     path = folder / "train_gpt_readable.py"
     edit(path, r"def natural\(", "import pickle\n\n\ndef natural(", 1)
-    code = t.pack_source(path.read_text())
+    code = t.running_source(path)[1]
     (folder / "train_gpt.py").write_bytes(code)
     for seed in (1, 2, 3):
         total = (folder / f"model_seed{seed}.bin").stat().st_size + len(code)
@@ -294,6 +293,37 @@ def test_bytes_are_counted_again_from_raw_text(bench):
     assert re.search("raw documents", t.bad(t.check_data(data, data, e, texts))[0])
 
 
+@pytest.mark.parametrize("name, seconds, way", [("documents", 60, "documents: .* after 20 others"), (
+    "documents", 0, "documents: .* each after the same 20 others"), ("sliding", 0, "model: ")])
+def test_probabilities_are_summed_in_three_ways(name, seconds, way, monkeypatch):
+    """The whole scorer, a document for every token, or the model: 1 for honest shares, not for
+    shares that were made larger."""
+    monkeypatch.setattr(t, "PROBE_SECONDS", seconds)
+    model = model_of(settings())
+    for factor, good in ((1.0, True), (0.97, False)):
+        nats = t.GPT.nats
+        model.nats = lambda *rest: factor * nats(model, *rest)
+        model.run_nats = lambda *rest, **options: factor * nats(model, *rest, **options)
+        (found, ) = t.check_normalised(t, model, name, validation(stream(97)))
+        assert found.good == good and re.match(way, found.text), found
+
+
+@pytest.mark.parametrize("name, count", [("quantized", 3), ("sliding", 3), ("documents", 3), ("sliding", 99), ("ttt", 3),
+                                         ("ttt", 99)])
+def test_a_sample_is_scored_as_in_the_whole_stream(name, count):
+    """Documents at the beginning get the nats of a full score; chunk-wise TTT needs all of it."""
+    h = settings()
+    model, val = model_of(h), validation(stream(300))
+    end = t.sample_end(name, h, val.documents, count)
+    whole = t.stream_nats(t, model, name, val.tokens.numpy(), val.bytes)
+    assert (end is None) == (name == "ttt" and count == 3)
+    if end is not None:
+        part = t.stream_nats(t, model, name, val.tokens[:end + 1].numpy(), val.bytes[:end])
+        inside = int(val.documents[min(count, len(val.documents) - 1)])
+        assert end >= inside and np.abs(part - whole[:end])[:inside].max() < 1e-6
+        assert end == 300 - 1 if count == 99 else end < 100
+
+
 # -------------------------------------------------------------------------------- what submit says
 def refused(bench, capsys, *arguments: object, **knobs: object) -> str:
     """The sentence with which a command is refused."""
@@ -326,7 +356,7 @@ def test_submit_says_which_run_and_why(bench, tmp_path, capsys):
 
 def test_submit_refuses_the_runs_of_other_code(bench, tmp_path, capsys, monkeypatch):
     """The readable source must be the one that the runs came from."""
-    monkeypatch.setattr(t, "pack_source", lambda source: b"other")
+    monkeypatch.setattr(t, "pack_source", lambda *arguments: b"other")
     logs = bench.root / "logs"
     assert "does not pack to the counted bytes" in refused(
         bench, capsys, "submit", *(logs / f"s{n}" for n in (1, 2, 3)), "--to", tmp_path / "new", *ABOUT)
@@ -429,16 +459,22 @@ def test_a_sweep_runs_what_is_not_finished(bench, tmp_path, capsys, monkeypatch)
     failure does not stop the rest, and the report comes last."""
     started = []
 
-    def start(command: list, env: dict) -> subprocess.CompletedProcess:
+    class Process:
         """Stands for a new process: finishes the run at once, or fails."""
-        started.append(env["RUN_ID"])
-        assert "SWEEP" not in env and env["SEED"] in "12" and env["MATRIX_LR"] in ("0.02", "0.5")
-        if env["MATRIX_LR"] == "0.5" and env["SEED"] == "2":
-            return subprocess.CompletedProcess(command, 2)
-        shutil.copytree(bench.root / "logs/s1", tmp_path / env["RUN_ID"])
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(t.subprocess, "run", start)
+        def __init__(self, command: list, env: dict):
+            """Notes what was started."""
+            started.append(env["RUN_ID"])
+            assert "SWEEP" not in env and env["SEED"] in "12" and env["MATRIX_LR"] in ("0.02", "0.5")
+            self.status = 2 if env["MATRIX_LR"] == "0.5" and env["SEED"] == "2" else 0
+            if not self.status:
+                shutil.copytree(bench.root / "logs/s1", tmp_path / env["RUN_ID"])
+
+        def wait(self) -> int:
+            """The exit status."""
+            return self.status
+
+    monkeypatch.setattr(t.subprocess, "Popen", Process)
     shutil.copytree(bench.root / "logs/s1", tmp_path / "try-matrix_lr0.02-seed1")
     shutil.copytree(bench.root / "logs/s1", tmp_path / "try-matrix_lr0.02-seed2")
     (tmp_path / "try-matrix_lr0.02-seed2/result.json").unlink()
