@@ -16,6 +16,8 @@ Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=dem
     python train_gpt.py --help                                # every knob
     python train_gpt.py eval logs/<RUN_ID>/model.bin          # score an artifact again
     python train_gpt.py data FILES... --vocab V --out DIR     # shards from documents of your own
+    python train_gpt.py report|submit|verify ... -h           # tables, records folders, reviews
+    SWEEP="MATRIX_LR=0.02,0.026;SEED=1,2" python train_gpt.py # a grid of runs
 
 Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP
 width, V vocabulary, L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of
@@ -24,16 +26,13 @@ it is learned from, a *bank* holds all layers of a role. A knob is an environmen
 
 Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6 model, 7 adapters,
 8 optimisers, 9 training, 10 quantisation, 11 artifact, 12 scoring, 13 test-time training,
-15 pipeline (14 will hold the fused kernels, 16 the tools).
+15 pipeline, 16 tools (14 will hold the fused kernels).
 """
 # ==================================================================================================
 # 1. Imports
 # ==================================================================================================
 from __future__ import annotations
 
-import argparse
-import ast
-import builtins
 import contextlib
 import ctypes
 import copy
@@ -41,27 +40,37 @@ import datetime
 import difflib
 import functools
 import hashlib
-import heapq
-import importlib.util
 import inspect
 import io
 import itertools
 import json
-import linecache
 import lzma
 import math
 import os
 import platform
 import re
 import shutil
+import signal
 import struct
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
-import warnings
 import zlib
+# >>> not packed
+import argparse
+import ast
+import base64
+import builtins
+import heapq
+import html
+import importlib.metadata
+import importlib.util
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+import warnings
+# <<< not packed
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
@@ -84,7 +93,7 @@ def optional(name: str) -> Any:
 
 brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), optional(
     "sentencepiece")
-python_minifier = optional("python_minifier")
+fcntl = optional("fcntl")    # file locks, which Windows has not
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
 torch_varlen = optional("torch.nn.attention.varlen")
 VARLEN_OPTIONS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
@@ -233,6 +242,11 @@ class Hyperparameters:
     precision: str = knob("auto",
                           "number format of the matrix products; auto: bf16 where the chip has it",
                           among("auto", "bf16", "fp32"))
+
+    # -- checkpoints
+    checkpoint_every_s: float = knob(
+        600.0, "seconds between checkpoints; none where the training clock is no longer; 0: never",
+        natural)
 
     # -- quantisation and artifact
     gptq_calibration_batches: int = knob(
@@ -772,11 +786,22 @@ class World:
         return self.rank == 0
 
     def together(self, collective: Callable, *arguments: Any, **options: Any) -> None:
-        """Runs a collective; raises `Refusal` where another rank no longer answers."""
+        """Runs a collective; raises `Refusal` naming the ranks that no longer answer."""
         try:
             collective(*arguments, **options)
         except RuntimeError as error:
-            raise Refusal(f"another rank was lost ({brief(error)}); see its own messages") from None
+            raise Refusal(f"another rank was lost: {self.silent()} ({brief(error)}); see its own "
+                          "messages") from None
+
+    def silent(self) -> list[int]:
+        """The ranks that miss a roll call of two seconds; [0] where the store died with rank 0."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"here{self.rank}", "")
+            time.sleep(2)
+            return [r for r in range(self.size) if not store.check([f"here{r}"])]
+        except RuntimeError:
+            return [0]
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t` over the ranks, in place."""
@@ -864,6 +889,14 @@ def write_atomically(path: Path, *parts: bytes) -> None:
             "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
 
 
+def refuse_used(folder: Path) -> None:
+    """Raises `Refusal` where a run was finished, or left an artifact and no checkpoint."""
+    if (folder / "result.json").exists() or (
+            folder / "model.bin").exists() and not checkpoints(folder):
+        raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; choose another "
+                      "RUN_ID, no run is ever overwritten")
+
+
 class Log:
     """What rank 0 prints; once a folder is claimed, its log.txt too. Other ranks say nothing."""
 
@@ -874,18 +907,24 @@ class Log:
             self.claim(folder)
 
     def claim(self, folder: Path) -> None:
-        """Makes the run's folder and writes there what was said so far; raises `Refusal` if the run
-        id was used before."""
+        """Makes the run's folder, locks it for as long as this process lives, and writes there what
+        was said so far; raises `Refusal` where another run has it or one was finished."""
         self.folder = folder
         if self.world.main:
             try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; "
-                              "choose another RUN_ID, no run is ever overwritten") from None
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lock = open(folder / "log.txt", "a")
+                if fcntl:    # the system gives the lock back however this process ends
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}"
+                              ) from None
             except OSError as error:
                 raise Refusal(
                     f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+            refuse_used(folder)
+            for path in folder.glob(".*.partial"):    # of a process that was killed
+                path.unlink()
             self.write(self.early)
 
     def write(self, lines: Sequence[str]) -> None:
@@ -1188,13 +1227,22 @@ def check_manifest(h: Hyperparameters, path: Path) -> None:
             raise Refusal(f"{path}: {name} is {made[name]}, the model's is {mine}")
 
 
+def shards_folder(h: Hyperparameters) -> Path:
+    """Where the shards of these hyperparameters are looked for."""
+    case = "_lossless_caps_caseops_v1_reserved" if h.caseops_enabled else ""
+    return Path(h.data_path or Path(h.data_dir) / "datasets" / f"fineweb10B_sp{h.vocab_size}{case}")
+
+
+def must_build(h: Hyperparameters) -> bool:
+    """True where the embedded corpus is asked for, or no shards are."""
+    return h.corpus == "embedded" or not (h.corpus or h.data_path or shards_folder(h).is_dir())
+
+
 def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
     """Finds or builds the data and checks all of it before any training; raises `Refusal` for
     whatever is wrong."""
-    case = "_lossless_caps_caseops_v1_reserved" * h.caseops_enabled
-    name = f"fineweb10B_sp{h.vocab_size}{case}"
-    folder = Path(h.data_path or Path(h.data_dir) / "datasets" / name)
-    if h.corpus == "embedded" or not h.corpus and not h.data_path and not folder.is_dir():
+    folder = shards_folder(h)
+    if must_build(h):
         if not h.corpus:
             log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)"
                 )
@@ -1215,6 +1263,8 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     for side in ("train", "val"):
         if not names[side]:
             raise Refusal(f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
+    if (folder / "manifest.json").exists() and not intact(folder, "_train_"):
+        raise Refusal(f"DATA_PATH={folder}: a validation file is not what manifest.json says")
     train = [read_shard(path) for path in names["train"]]
     tokens = np.concatenate([read_shard(path) for path in names["val"]])
     for path, shard in [*zip(names["train"], train), (names["val"][0], tokens)]:
@@ -1254,6 +1304,9 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     path = Path(path)
     if not path.is_file():
         raise Refusal(f"tokenizer {path}: there is no such file")
+    if sentencepiece is None:
+        raise Refusal(f"tokenizer {path} needs the package sentencepiece (pip install "
+                      "sentencepiece)")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
@@ -1314,11 +1367,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def intact(folder: Path) -> bool:
-    """True where `folder` has a manifest and every file it names is there and unchanged."""
+def intact(folder: Path, skipped: str = "/") -> bool:
+    """True where `folder` has a manifest and every file it names is there and unchanged; names with
+    `skipped` in them are passed over."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all(file_sha256(folder / name) == digest for name, digest in files.items())
+        return all(skipped in name or file_sha256(folder / name) == digest
+                   for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False    # whatever is wrong with it, the answer is to build it again
 
@@ -1331,7 +1386,6 @@ def corpus_path(folder: Path, V: int, caseops: bool = False) -> Path:
 
 # The packed script reads data but makes none: the code up to the end of this section stays behind.
 build_corpus: Callable[..., Path] | None = None
-make_data: Callable[..., dict] | None = None
 
 
 # >>> not packed
@@ -1540,6 +1594,9 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
     Ids as in the official tokenizers: pad 0, bos 1, eos 2, unk 3, then `markers`, then 256 bytes.
     Trains on lines, so a newline is always the byte piece. Raises Refusal when V does not fit.
     """
+    if sentencepiece is None:
+        raise Refusal(f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
+                      "(pip install sentencepiece)")
     model = io.BytesIO()
     lines = (line[start:start + 4000] for text in texts for line in text.split("\n")
              for start in range(0, len(line), 4000))
@@ -1882,7 +1939,7 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     return manifest
 
 
-build_corpus, make_data = embedded_corpus, make_dataset
+build_corpus = embedded_corpus
 # <<< not packed
 
 
@@ -2671,14 +2728,14 @@ class Optimiser:
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """A copy of everything that changes from step to step."""
-        return dict(momenta=[s.momentum.clone() for s in self.stacks],
+        """A copy of everything that changes from step to step, of all ranks."""
+        return dict(momenta=[self.world.gather(s.momentum).clone() for s in self.stacks],
                     adam=copy.deepcopy(self.adam.state_dict()))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to a state taken before, bit for bit."""
-        for stack, momentum in zip(self.stacks, state["momenta"]):
-            stack.momentum.copy_(momentum)
+        for stack, momenta in zip(self.stacks, state["momenta"]):
+            stack.momentum.copy_(momenta.view(-1, *stack.momentum.shape)[self.world.rank])
         self.adam.load_state_dict(copy.deepcopy(state["adam"]))
 
 
@@ -2747,15 +2804,22 @@ class Clock:
         """Starts when every rank is here."""
         world.wait()
         self.world, self.queue, self.begin_s = world, [], time.perf_counter()
+        self.agreed_s, self.asked = 0.0, False
+
+    def ask(self, *_: Any) -> None:
+        """Asks every rank to stop: the mean of a time without end has none either. A signal
+        handler."""
+        self.asked = True
 
     def pause(self, seconds: float) -> None:
         """Leaves out time that reads no training data, such as a validation score."""
         self.begin_s += seconds
 
     def tick(self) -> float:
-        """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs."""
+        """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs; inf if one was
+        asked to stop."""
         now = torch.full((1, ),
-                         time.perf_counter() - self.begin_s,
+                         math.inf if self.asked else time.perf_counter() - self.begin_s,
                          dtype=torch.float64,
                          device=self.world.device)
         self.world.mean(now)
@@ -2766,7 +2830,7 @@ class Clock:
         event.record()
         self.queue.append((host, event))
         if len(self.queue) <= self.LAG:
-            return 0.0
+            return self.agreed_s
         host, event = self.queue.pop(0)
         event.synchronize()
         return float(host)
@@ -2861,10 +2925,101 @@ def accumulation(h: Hyperparameters, world: World) -> int:
 
 
 class Trained(NamedTuple):
-    """What the loop did: optimiser steps, and seconds of the clock."""
+    """What the loop did: optimiser steps, seconds of the clock, the step at which it was resumed.
+    """
 
     steps: int
     seconds: float
+    resumed: int = 0
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first."""
+    return sorted(folder.glob("checkpoint*.bin"))
+
+
+def read_checkpoint(folder: Path) -> list[Any] | None:
+    """[step, seconds, ranks, knobs, state] of the newest whole checkpoint, None where there is no
+    file; raises `Refusal` where all are damaged."""
+    for path in reversed(paths := checkpoints(folder)):
+        blob = path.read_bytes()
+        if hashlib.sha256(blob[:-32]).digest() == blob[-32:]:
+            file = io.BytesIO(blob)
+
+            def thaw(found: dict[str, Any]) -> Any:
+                """The tensor described, its bytes being the next of the file; else the dict."""
+                if "dtype" not in found:    # JSON turned the whole numbers among the keys to text
+                    return {int(k) if k.isdigit() else k: v for k, v in found.items()}
+                dtype, shape = getattr(torch, found["dtype"]), found["shape"]
+                raw = file.read(math.prod(shape) * dtype.itemsize)
+                return torch.tensor(np.frombuffer(raw, np.uint8)).view(dtype).view(shape)
+
+            return json.loads(file.readline(), object_hook=thaw)
+    if paths:
+        raise Refusal(f"{path}: damaged, as is every checkpoint there; choose another RUN_ID")
+
+
+class Checkpoints:
+    """The saves of one run: the two newest stay in its folder until the run is finished.
+
+    None are made where the training clock is no longer than CHECKPOINT_EVERY_S, as in the 10-minute
+    track. Else SIGTERM and Ctrl-C let the step end, save it and stop.
+    """
+
+    def __init__(self, t: Trainer, clock: Clock, folder: Path | None):
+        """Listens to the signals if it is on."""
+        every_s, limit_s = t.h.checkpoint_every_s, t.h.max_wallclock_seconds
+        self.t, self.clock, self.folder, self.saved_s = t, clock, folder, 0.0
+        self.on = folder and every_s and not 0 < limit_s <= every_s
+        self.before = {s: signal.signal(s, clock.ask)
+                       for s in (signal.SIGTERM, signal.SIGINT) if self.on}
+
+    def resume(self, log: Log) -> int:
+        """Restores the newest checkpoint on every rank; returns its step, 0 without any."""
+        world = self.t.world
+        found = world.share(read_checkpoint(self.folder) if self.folder and world.main else None)
+        if not found:
+            return 0
+        step, self.saved_s, *_, state = found
+        self.t.restore(state)
+        self.clock.pause(-self.saved_s)
+        self.clock.agreed_s = self.saved_s
+        log(f"resumed:step {step} train_time:{self.saved_s * 1e3:.0f}ms")
+        return step
+
+    def visit(self, step: int, elapsed_s: float) -> None:
+        """Saves if it is time to; raises `Refusal` afterwards if a rank was asked to stop."""
+        if self.on and elapsed_s >= self.saved_s + self.t.h.checkpoint_every_s:
+            self.save(step)
+            if elapsed_s == math.inf:
+                raise Refusal(f"stopped by a signal at step {step}; the same command with RUN_ID="
+                              f"{self.folder.name} goes on from there")
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint: one line of JSON, the bytes of its tensors, SHA-256."""
+        t, parts = self.t, []
+
+        def freeze(tensor: Tensor) -> dict[str, Any]:
+            """What JSON shall say of a tensor, whose bytes are put aside."""
+            parts.append(tensor.cpu().view(-1).view(torch.uint8).numpy().data)
+            return dict(dtype=str(tensor.dtype)[6:], shape=tensor.shape)
+
+        self.saved_s = self.clock.read_s()
+        head = json.dumps([step, self.saved_s, t.world.size, t.h.changed(), t.snapshot()],
+                          default=freeze)
+        if t.world.main:
+            body = b"".join([head.encode(), b"\n", *parts])
+            write_atomically(self.folder / f"checkpoint{step:09}.bin", body,
+                             hashlib.sha256(body).digest())
+            for old in checkpoints(self.folder)[:-2]:
+                old.unlink()
+
+    def close(self, step: int) -> None:
+        """Saves the end of training, from which a run that dies while scoring goes on."""
+        if self.on:
+            self.save(step)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def train(t: Trainer, reserve_s: float, log: Log,
@@ -2874,7 +3029,9 @@ def train(t: Trainer, reserve_s: float, log: Log,
 
     Raises `Refusal` when the loss is not finite.
     """
-    h, clock, step, looped = t.h, Clock(t.world), 0, False
+    h, clock, looped = t.h, Clock(t.world), False
+    saves = Checkpoints(t, clock, log.folder)
+    step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
@@ -2883,6 +3040,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     ahead = 1 + (clock.LAG if t.world.device.type == "cuda" else 0)    # steps under way at the stop
     while True:
         elapsed_s = clock.tick()
+        saves.visit(step, elapsed_s)
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
@@ -2901,12 +3059,13 @@ def train(t: Trainer, reserve_s: float, log: Log,
         if step % h.train_log_every == 0 or step <= 3:
             report_step(t, loss, step, last, clock.read_s(), log)
     seconds = clock.read_s()
-    if step > 3 and step % h.train_log_every:
+    if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
     if h.late_qat_threshold or h.swa_every:
         log(f"rounded_steps:{t.rounded_steps} averaged_snapshots:{t.ema.taken}")
+    saves.close(step)
     t.ema.export()
-    return Trained(step, seconds), clock
+    return Trained(step, seconds, resumed), clock
 
 
 def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> None:
@@ -3764,6 +3923,7 @@ PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last l
 
 
 # >>> not packed (a packed script is its own packed bytes)
+python_minifier = optional("python_minifier")
 UNPACKER = (
     b"import linecache,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
@@ -3995,11 +4155,13 @@ def running_source(path: str | Path,
     """(readable text, packed bytes) of the script at `path`, for a run of `h`.
 
     The text is None where that script is itself packed: its own bytes are then what counts. The
-    packed script knows the run as the recipe `run`, which it takes where RECIPE is not set."""
+    packed script knows the run, less its seed, as the recipe `run`, which it takes where RECIPE is
+    not set."""
     raw = Path(path).read_bytes()
     if raw.startswith(PACKED):
         return None, raw
     source, own = raw.decode(), h.changed() if h else {}
+    own.pop("seed", None)    # all seeds of a record share one script
     names = h.recipe.split(",") if own else ()
     rows = {n: RECIPES[n] for n in names} | dict(run=own) if own else {}
     return source, pack_source(source, rows)
@@ -4358,31 +4520,61 @@ def wanted_scores(h: Hyperparameters) -> list[str]:
     ]
 
 
-def preflight(h: Hyperparameters, world: World) -> None:
-    """Checks what later stages need, before anything costs time; raises one `Refusal` that lists
-    all that is missing."""
-    wrong = []
+def least_gpu_bytes(h: Hyperparameters) -> int:
+    """Memory that training cannot do without: weights, gradient, average, optimiser and the
+    rehearsal's copies of them; q, k, v and the MLP's input of every step of one micro-batch."""
+    weights = sum(math.prod(r.shape) for r in roles(h).values())
+    width = 3 * h.model_dim + h.mlp_dim
+    return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
+
+
+def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
+    """The data. Checks what later stages need before anything costs time; raises one `Refusal` that
+    lists all that is wrong."""
+    wrong, folder = [], Path(h.logs_dir).absolute() / h.run_id
+
+    def check(work: Callable, *arguments: Any) -> Any:
+        """What the work returns; a refusal joins the list."""
+        try:
+            return work(*arguments)
+        except Refusal as error:
+            wrong.append(str(error))
+
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
         wrong.append(
             f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
-    folder = Path(h.logs_dir).absolute()
+    if h.run_id:
+        check(refuse_used, folder)
+        found = check(read_checkpoint, folder)
+        if found and found[2:4] != [world.size, h.changed()]:
+            wrong.append(f"RUN_ID={h.run_id}: its checkpoint was made by {found[2]} ranks with "
+                         f"{found[3]}, not by {world.size} with {h.changed()}")
     while not folder.exists():
         folder = folder.parent
-    if h.run_id and (Path(h.logs_dir) / h.run_id).exists():
-        wrong.append(f"RUN_ID={h.run_id} was used before in {h.logs_dir}; choose another, "
-                     "no run is ever overwritten")
     need_bytes = 4 * h.budget_bytes
     if (free_bytes := shutil.disk_usage(folder).free) < need_bytes:
         wrong.append(
             f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}"
         )
-    try:
-        accumulation(h, world)
-    except Refusal as error:
-        wrong.append(str(error))
+    if not os.access(folder, os.W_OK):
+        wrong.append(f"LOGS_DIR={h.logs_dir}: {folder} cannot be written")
+    if 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds:
+        wrong.append(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
+                     f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}")
+    if world.device.type == "cuda":
+        need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
+        if free_bytes < need_bytes:
+            wrong.append(f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than "
+                         f"{need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
+        if (kernel := attention_kernel(world.device)) != "fa3":
+            log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
+                "slower)")
+    check(accumulation, h, world)
+    data = None if wrong and must_build(h) else check(find_dataset, h, world, log)
     if wrong:
         raise Refusal("; ".join(wrong))
+    return data
 
 
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) -> float:
@@ -4433,10 +4625,17 @@ def build_model(h: Hyperparameters, world: World) -> GPT:
 
 def measured_score(name: str, model: GPT, data: Dataset, world: World,
                    log: Log) -> dict[str, float]:
-    """`score_by_name` with its line of the log."""
-    result, _ = score_by_name(name, model, data.val, world, log)
+    """`score_by_name` with its line of the log; a run keeps the nats of each document beside it."""
+    result, ledger = score_by_name(name, model, data.val, world, log)
     log(f"final_{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
         f"eval_time:{result['seconds'] * 1e3:.0f}ms")
+    starts = data.val.documents
+    nats = np.add.reduceat(ledger.targets_nats(), starts[:-1], dtype=float)
+    if log.folder and world.main:
+        write_atomically(
+            log.folder / f"documents_{name}.txt", b"targets bytes nats\n",
+            *(b"%d %d %.6f\n" % row for row in zip(
+                np.diff(starts), np.add.reduceat(data.val.bytes, starts[:-1]), nats)))
     return result
 
 
@@ -4569,6 +4768,8 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     if h.max_wallclock_seconds and clock_s > h.max_wallclock_seconds:
         violations.append(f"time: {clock_s:.2f} s of training data is over MAX_WALLCLOCK_SECONDS="
                           f"{h.max_wallclock_seconds:g}")
+    if trained.resumed and h.max_wallclock_seconds:
+        violations.append(f"time: resumed at step {trained.resumed}, which the clock cannot show")
     tokens = trained.steps * h.train_batch_tokens
     result = dict(run_id=h.run_id,
                   seed=h.seed,
@@ -4593,9 +4794,11 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     log("score          val_loss     val_bpb      seconds")
     for name, s in scores.items():
         log(f"{name:14} {s['val_loss']:.8f}   {s['val_bpb']:.8f}   {s['seconds']:.1f}")
-    if world.main:
-        write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
     log("RESULT " + json.dumps(result))
+    if world.main:    # the last file to appear: a run is finished when it is there
+        write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
+        for path in checkpoints(log.folder):
+            path.unlink()
     if sizes["total"] > h.budget_bytes:
         raise Refusal(
             f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
@@ -4640,6 +4843,10 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
     log("RESULT " + json.dumps(dict(artifact=str(path), bytes=path.stat().st_size, scores=scores)))
 
 
+VERBS = ("data", "eval", "submit", "verify", "report", "sweep")
+TOOLS: dict[str, Callable[[list[str], Mapping[str, str]], int]] = {}    # section 16 fills it
+
+
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """The command line; returns the exit status. A `Refusal` is one sentence on standard error and
     status 2."""
@@ -4648,15 +4855,14 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         return 0
     world = None
     try:
-        if arguments and arguments[0] == "data":
-            if not make_data:
-                raise Refusal("this packed script makes no data; use the readable train_gpt.py")
-            make_data(list(arguments[1:]))
-            return 0
-        if arguments and arguments[0] != "eval":
-            raise Refusal(f"unknown verb {arguments[0]!r}" +
-                          nearest(arguments[0], ("data", "eval")) +
-                          "; expected data, eval, --help, or nothing for a run")
+        verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
+        if verb not in ("", *VERBS):
+            raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
+                          f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+        if verb not in ("", "eval"):
+            if not TOOLS:
+                raise Refusal(f"{verb}: not in this packed script; use the readable train_gpt.py")
+            return TOOLS[verb](list(arguments[1:]), env)
         world = World.from_env(env)
         tune_process(world.device)
         if arguments:
@@ -4669,19 +4875,1141 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         h, log = Hyperparameters.from_env(env, default), Log(world)
         if small:
             log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
-        preflight(h, world)
         watch = Stopwatch(world)
-        data = find_dataset(h, world, log)
+        data = preflight(h, world, log)
         h = named_run(h, world)
         log.claim(Path(h.logs_dir) / h.run_id)
         run(h, world, log, data, watch.read_s())
         world.leave()
         return 0
-    except Refusal as error:
+    except (Refusal, OSError) as error:    # a full disk may meet standard output too
         rank = f" (rank {world.rank})" if world and world.size > 1 else ""
         print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
 
+
+# >>> not packed
+# ==================================================================================================
+# 16. Tools
+# Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs,
+# `verify` reviews a folder or a run as a stranger would, `report` compares runs, `sweep` makes a
+# grid of them. All of them read what a run left and never change it.
+# ==================================================================================================
+CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
+TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
+RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
+PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
+BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
+# Names that a script for the leaderboard has no business with.
+FORBIDDEN = {"eval", "exec", "compile", "globals", "pickle", "torch.load", "np.load", "os.system",
+             "socket", "urllib", "requests", "http", "subprocess", "marshal", "dill"}
+
+
+class Finding(NamedTuple):
+    """One line of a review: what it belongs to, whether it is as it must be, and what was seen."""
+
+    group: str
+    good: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one finished run, in its own folder or in a records folder."""
+
+    name: str    # as messages call it
+    result: dict[str, Any]
+    log: str
+    artifact: Path
+    documents: dict[str, Path]    # score -> table of the nats of every document
+    code: Path    # the packed script that was counted
+    readable: Path    # its source
+
+    @property
+    def final(self) -> str:
+        """The score that counts: the last one of the pipeline."""
+        return final_score(self.result)
+
+    @property
+    def score(self) -> dict[str, float]:
+        """The entry of the final score."""
+        return self.result["scores"][self.final]
+
+
+def final_score(result: Mapping[str, Any]) -> str:
+    """The last of SCORES that a result holds."""
+    return [name for name in SCORES if name in result["scores"]][-1]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises `Refusal` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: cannot be read ({brief(error)})") from None
+
+
+def read_json(text: str, place: object) -> Any:
+    """What JSON text says; raises `Refusal` that names `place`."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Refusal(f"{place}: not JSON ({brief(error)})") from None
+
+
+RESULT_FIELDS = dict(seed=int, knobs=dict, changed_knobs=dict, device=str, world_size=int,
+                     torch=str, steps=int, train_seconds=float, tokens_per_second=float,
+                     bytes=dict, scores=dict, seconds=dict, compliant=bool, violations=list)
+SCORE_FIELDS = ("val_loss", "val_bpb", "tokens", "bytes", "seconds")
+
+
+def logged_result(text: str, place: object) -> dict[str, Any]:
+    """The object of the last RESULT line of a log; raises `Refusal` where a field is missing."""
+    lines = re.findall(r"^RESULT (.*)$", text, re.M)
+    if not lines:
+        raise Refusal(f"{place}: no RESULT line, the run is not finished")
+    result = read_json(lines[-1], place)
+    for name, kind in RESULT_FIELDS.items():
+        if not isinstance(result, dict) or not isinstance(result.get(name), kind):
+            raise Refusal(f"{place}: the RESULT line has no {name} of type {kind.__name__}")
+    scores, sizes = result["scores"], result["bytes"]
+    whole = all(isinstance(s, dict) and all(isinstance(s.get(n), (int, float)) and
+                                            math.isfinite(s[n]) for n in SCORE_FIELDS)
+                for s in scores.values())
+    if not set(scores) & set(SCORES) or not whole:
+        raise Refusal(f"{place}: the RESULT line has no complete score")
+    if not all(isinstance(sizes.get(n), int) for n in ("model", "code", "total", "limit")):
+        raise Refusal(f"{place}: the RESULT line has no complete bytes")
+    return result
+
+
+def read_run(folder: Path) -> Evidence:
+    """A run's folder; raises `Refusal` where it is unfinished or broken."""
+    if not folder.is_dir():
+        raise Refusal(f"{folder}: there is no such folder")
+    if not (folder / "result.json").exists():
+        raise Refusal(f"{folder}: no result.json, the run is not finished")
+    log = read_text(folder / "log.txt")
+    result = logged_result(log, folder / "log.txt")
+    if result != read_json(read_text(folder / "result.json"), folder / "result.json"):
+        raise Refusal(f"{folder}: result.json is not what the log's last line says")
+    tables = {name: folder / f"documents_{name}.txt" for name in result["scores"]}
+    return Evidence(str(folder), result, log, folder / "model.bin", tables,
+                    folder / "train_gpt.py", Path(__file__))
+
+
+def read_record(folder: Path) -> list[Evidence]:
+    """The runs of a records folder, by its logs in the order of their seeds."""
+    logs = {int(m[1]): path for path in folder.glob("train_seed*.log")
+            if (m := re.fullmatch(r"train_seed(\d+)\.log", path.name))}
+    if not logs:
+        raise Refusal(f"{folder}: neither a run (result.json) nor a records folder "
+                      "(train_seed*.log)")
+    found = []
+    for seed, path in sorted(logs.items()):
+        log = read_text(path)
+        result = logged_result(log, path)
+        if result["seed"] != seed:
+            raise Refusal(f"{path}: the log of SEED={result['seed']}")
+        tables = {n: folder / f"documents_seed{seed}_{n}.txt" for n in result["scores"]}
+        found.append(Evidence(path.name, result, log, folder / f"model_seed{seed}.bin", tables,
+                              folder / "train_gpt.py", folder / "train_gpt_readable.py"))
+    return found
+
+
+def knobs_of(e: Evidence) -> Hyperparameters:
+    """The hyperparameters of a run; raises `Refusal` where this script has other knobs."""
+    try:
+        return Hyperparameters(**e.result["knobs"])
+    except TypeError as error:
+        raise Refusal(f"{e.name}: made by another version of this script ({brief(error)})"
+                      ) from None
+
+
+def run_data(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `data`."""
+    make_dataset(arguments)
+    return 0
+
+
+# -- what a log must say ---------------------------------------------------------------------------
+def check_log(e: Evidence) -> Iterator[Finding]:
+    """The lines of a log agree with its RESULT, and the RESULT with itself."""
+    r, log, h = e.result, e.log, knobs_of(e)
+    wanted = wanted_scores(h)
+    yield Finding("log", list(r["scores"]) == wanted, f"scores complete: {', '.join(wanted)}")
+    said = dict(re.findall(r"^final_(\w+)_exact (val_loss:\S+ val_bpb:\S+)", log, re.M))
+    mine = {n: f"val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}"
+            for n, s in r["scores"].items()}
+    yield Finding("log", said == mine, "the lines final_*_exact and the RESULT line agree")
+    for name, s in r["scores"].items():
+        bpb = s["val_loss"] * s["tokens"] / max(s["bytes"], 1) / math.log(2)
+        yield Finding("log", math.isclose(bpb, s["val_bpb"], rel_tol=1e-9),
+                      f"{name}: val_bpb {s['val_bpb']:.8f} = val_loss x tokens / bytes / ln 2")
+    lines = re.findall(r"^knobs:(.*)$", log, re.M)
+    yield Finding("log", bool(lines) and read_json(lines[-1], e.name) == r["knobs"]
+                  and r["changed_knobs"] == h.changed(), "the knobs in it are those of the RESULT")
+    steps = re.findall(r"^step:(\d+)/\d+ train_loss", log, re.M)
+    yield Finding("log", not r["steps"] or bool(steps) and int(steps[-1]) == r["steps"],
+                  f"{r['steps']} steps")
+    yield Finding("rules", r["compliant"] and not r["violations"],
+                  "compliant" if r["compliant"] else f"not compliant: {r['violations']}")
+
+
+def check_bytes(e: Evidence) -> Iterator[Finding]:
+    """Sizes as logged, as they lie on the disk, and under the decimal cap."""
+    sizes = e.result["bytes"]
+    for name, path in (("model", e.artifact), ("code", e.code)):
+        size = path.stat().st_size if path.is_file() else None
+        yield Finding("bytes", size == sizes[name], f"{path.name}: {size} bytes, {sizes[name]} in "
+                      "the log")
+    said = re.findall(r"^Total submission size \w+: (\d+) bytes", e.log, re.M)
+    yield Finding("bytes", said[-1:] == [str(sizes["model"] + sizes["code"])] == [
+        str(sizes["total"])], f"total {sizes['total']} = {sizes['model']} + {sizes['code']}")
+    yield Finding("bytes", sizes["total"] <= CAP_BYTES,
+                  f"total {sizes['total']:,} of {CAP_BYTES:,} bytes")
+
+
+def check_time(e: Evidence, track: str) -> Iterator[Finding]:
+    """The training clock, calibration included, and the final score's seconds."""
+    r, limit_s = e.result, e.result["knobs"].get("max_wallclock_seconds", 0)
+    clock_s = r["seconds"].get("train", math.inf) + r["seconds"].get("calibration", math.inf)
+    if limit_s:
+        yield Finding("time", clock_s <= limit_s,
+                      f"{clock_s:.2f} s on the training clock of {limit_s:g} s")
+    if track == RECORD:
+        yield Finding("time", 0 < limit_s <= TRACK_SECONDS,
+                      f"MAX_WALLCLOCK_SECONDS={limit_s:g} of {TRACK_SECONDS:g} s")
+        yield Finding("time", e.score["seconds"] <= TRACK_SECONDS,
+                      f"{e.final} took {e.score['seconds']:.1f} of {TRACK_SECONDS:g} s")
+
+
+def read_documents_nats(path: Path) -> np.ndarray:
+    """(documents, 3) targets, bytes and nats of each document; raises `Refusal` if damaged."""
+    head, *lines = read_text(path).splitlines() or [""]
+    try:
+        table = np.array([line.split() for line in lines], float)
+    except ValueError:
+        table = np.empty(0)
+    if head != "targets bytes nats" or table.ndim != 2 or table.shape[1] != 3:
+        raise Refusal(f"{path}: not a table of targets, bytes and nats")
+    return table
+
+
+def check_documents(e: Evidence) -> Iterator[Finding]:
+    """The nats of the documents add up to each score."""
+    for name, path in e.documents.items():
+        table, s = read_documents_nats(path), e.result["scores"][name]
+        targets, size, nats = table.sum(0)
+        yield Finding("log", (targets, size) == (s["tokens"], s["bytes"]) and math.isclose(
+            nats, s["val_loss"] * s["tokens"], rel_tol=1e-6),
+            f"{len(table)} documents of {path.name} add up to {name}")
+
+
+def check_alike(runs: Sequence[Evidence]) -> Iterator[Finding]:
+    """At least three seeds of one configuration, one code and one machine."""
+    seeds = [e.result["seed"] for e in runs]
+    yield Finding("runs", len(runs) >= 3, f"{len(runs)} runs, at least 3 are needed")
+    yield Finding("runs", len(set(seeds)) == len(seeds), f"seeds {seeds}")
+    first = runs[0].result
+    for e in runs[1:]:
+        mixed = [f"{n.upper()}={e.result['knobs'].get(n)} not {value}"
+                 for n, value in first["knobs"].items()
+                 if n not in (*PLACES, "seed") and e.result["knobs"].get(n) != value]
+        mixed += [f"{n} {e.result[n]} not {first[n]}" for n in ("device", "world_size", "torch")
+                  if e.result[n] != first[n]]
+        yield Finding("runs", not mixed, f"{e.name} is configured as {runs[0].name}" +
+                      (": " + ", ".join(mixed) if mixed else ""))
+        yield Finding("runs", e.code.read_bytes() == runs[0].code.read_bytes(),
+                      f"{e.name} ran the code of {runs[0].name}")
+
+
+def unpacked(raw: bytes, place: object) -> str:
+    """The text inside a packed script, which is read and not run; `Refusal` for another file."""
+    try:
+        calls = [n for n in ast.walk(ast.parse(raw)) if isinstance(n, ast.Constant)
+                 and isinstance(n.value, str) and len(n.value) > 1000]
+        body = calls[0].value.encode("latin-1")
+        coder = brotli if b"brotli.decompress" in raw else lzma
+        return coder.decompress(body).decode()
+    except (SyntaxError, ValueError, IndexError, lzma.LZMAError, getattr(
+            brotli, "error", lzma.LZMAError)) as error:
+        raise Refusal(f"{place}: not a packed script ({brief(error)})") from None
+
+
+def check_code(e: Evidence) -> Iterator[Finding]:
+    """The counted bytes are what the readable source packs to, and use nothing forbidden."""
+    raw = e.code.read_bytes()
+    text = unpacked(raw, e.code)
+    names = {ast.unparse(n.func) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)}
+    names |= {a.name.split(".")[0] for n in ast.walk(ast.parse(text))
+              if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    used = sorted(names & FORBIDDEN)
+    yield Finding("code", not used, f"{len(text):,} characters unpacked" +
+                  (f", which use {', '.join(used)}" if used else ", nothing forbidden in them"))
+    h = Hyperparameters(**e.result["knobs"] | dict(recipe=e.result["recipe"]))
+    same = running_source(e.readable, h)[1] == raw
+    yield Finding("code", same, f"{e.readable.name} " + (
+        f"packs to the {len(raw):,} bytes that were counted" if same else
+        "does not pack to the counted bytes (another source, Python or python-minifier)"))
+
+
+def bad(findings: Iterable[Finding]) -> list[str]:
+    """What is wrong, as text."""
+    return [f"{f.group}: {f.text}" for f in findings if not f.good]
+
+
+# -- submit ----------------------------------------------------------------------------------------
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation."""
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
+def welch(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[float, float, float]:
+    """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`.
+
+    `a`, `b` are mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of
+    Student's t is cos(angle)^(dof - 1), whose tail is summed here."""
+    shares = [std**2 / n for _, std, n in (a, b)]
+    if not sum(shares):
+        return math.copysign(math.inf, a[0] - b[0]), math.inf, float(a[0] >= b[0])
+    t = (a[0] - b[0]) / math.sqrt(sum(shares))
+    dof = sum(shares)**2 / sum(v**2 / (n - 1) for v, (_, _, n) in zip(shares, (a, b)) if v)
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    mass = np.diff(np.sin(angle)) * np.cos(middle)**(dof - 2)    # cos^(dof-1) d angle
+    return t, dof, float(mass[middle < math.atan(t / math.sqrt(dof))].sum() / mass.sum())
+
+
+def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
+    """(knob, value, meaning, source) of every knob in use whose meaning cites where it is from."""
+    return [(f.name.upper(), knobs[f.name], f.metadata["meaning"], ", ".join(cited))
+            for f in fields(Hyperparameters)
+            if (cited := re.findall(r"#\d+|arXiv:? ?[\d.]+\d", f.metadata["meaning"]))
+            and knobs.get(f.name)]
+
+
+def seed_result(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of one seed in submission.json."""
+    scores, final = result["scores"], final_score(result)
+    before = scores.get("sliding", scores.get("quantized")) if final == "ttt" else None
+    entry = dict(val_loss=scores[final]["val_loss"], val_bpb=scores[final]["val_bpb"],
+                 artifact_bytes=result["bytes"]["total"], steps=result["steps"],
+                 step_avg_ms=round(result["train_seconds"] * 1e3 / max(result["steps"], 1), 3),
+                 train_time_s=result["train_seconds"], eval_time_s=scores[final]["seconds"])
+    if before:
+        entry |= dict(pre_ttt_val_bpb=before["val_bpb"],
+                      ttt_gain_bpb=before["val_bpb"] - scores[final]["val_bpb"])
+    return entry
+
+
+def submission(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """submission.json: the fields of merged records, every number from the results.
+
+    `about` gives track, name, author, github_id, date and blurb. Without results each is null."""
+    results = sorted(results, key=lambda r: r["seed"])
+    seeds = {str(r["seed"]): seed_result(r) for r in results}
+    column = lambda name: [entry[name] for entry in seeds.values()]
+    over = lambda work, name: work(column(name)) if results else None
+    loss, bpb = (spread(column(n)) if results else (None, None) for n in ("val_loss", "val_bpb"))
+    clocks = [r["seconds"]["train"] + r["seconds"]["calibration"] for r in results]
+    first = results[0] if results else None
+    return dict(
+        **about,
+        val_loss=loss[0], val_loss_std=loss[1], val_bpb=bpb[0], val_bpb_std=bpb[1],
+        seeds=[r["seed"] for r in results], seed_results=seeds,
+        bytes_total=over(max, "artifact_bytes"),
+        bytes_code=first and first["bytes"]["code"],
+        artifact_bytes_mean=over(lambda sizes: sum(sizes) / len(sizes), "artifact_bytes"),
+        artifact_bytes_max=over(max, "artifact_bytes"),
+        hardware=f"{first['world_size']}x {first['device']}" if first else
+        "8xH100 80GB SXM (not measured)",
+        pytorch_version=first and first["torch"],
+        technique_summary=first and "; ".join(
+            f"{name}={value} ({source})" for name, value, _, source in sourced(first["knobs"])),
+        compliance=dict(
+            training_under_600s=all(s <= TRACK_SECONDS for s in clocks) if results else None,
+            artifact_under_16000000_bytes=over(lambda sizes: max(sizes) <= CAP_BYTES,
+                                               "artifact_bytes"),
+            eval_under_600s=over(lambda times: max(times) <= TRACK_SECONDS, "eval_time_s"),
+            score_before_update=BEFORE_UPDATE))
+
+
+def environment(knobs: Mapping[str, Any]) -> str:
+    """The variables that make these knobs, for a shell."""
+    text = {True: "1", False: "0"}
+    return " ".join(f"{n.upper()}={text.get(v, v) if isinstance(v, bool) else v}"
+                    for n, v in knobs.items() if n != "seed")
+
+
+def rows(head: str, lines: Iterable[Sequence[Any]]) -> list[str]:
+    """A table in Markdown: the titles joined by bars, then a row per line."""
+    return [f"| {head} |", "|" + "---|" * (head.count("|") + 1),
+            *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
+
+
+def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
+    """The draft of a records folder's README: scores, ledgers, components, conditions, command."""
+    first = runs[0].result
+    sized = re.findall(r"^bytes:(\w+) (\d+)", runs[0].log, re.M)
+    scores = [n for n in SCORES if n in first["scores"]]
+    command = f"RECIPE=record {environment(first['changed_knobs'])} "
+    command += (f"torchrun --standalone --nproc_per_node={first['world_size']} train_gpt.py"
+                if first["world_size"] > 1 else "python train_gpt.py")
+    table = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
+              f"{e.score['val_loss']:.8f}", e.result["bytes"]["total"], e.result["steps"],
+              f"{e.score['seconds']:.1f}") for e in runs]
+    return "\n".join([
+        f"# {entry['name']}", "",
+        f"**val_bpb {entry['val_bpb']:.5f}** (mean of {len(runs)} seeds, sample standard "
+        f"deviation {entry['val_bpb_std']:.5f}), {entry['bytes_total']:,} bytes at most, "
+        f"{entry['hardware']}.", "", *([against, ""] if against else []),
+        "## Scores (BPB by stage)",
+        *rows("seed | " + " | ".join(scores) + " | val_loss | bytes | steps | eval s", table),
+        "## Bytes (seed " + f"{first['seed']})",
+        *rows("part | bytes", [*sized, ("packed code", first["bytes"]["code"]),
+                               ("total", first["bytes"]["total"])]),
+        "## Seconds (seed " + f"{first['seed']})",
+        *rows("stage | s", [*first["seconds"].items(),
+                            *((f"score {n}", first["scores"][n]["seconds"]) for n in scores)]),
+        "## Components", *rows("knob | value | meaning | source", sourced(first["knobs"])),
+        "## Changed from the defaults", "`" + environment(first["changed_knobs"]) + "`", "",
+        "## Compliance",
+        "- C1 causal: one forward with causal attention; checked by `verify` on this artifact.",
+        "- C2 normalised: log-softmax over the whole vocabulary; summed to 1 by `verify`.",
+        f"- C3 score before update: {BEFORE_UPDATE}.",
+        "- C4 one pass: `Ledger` refuses a target scored twice and a missing one.",
+        f"- Training clock, calibration included: {first['seconds']['train']:.1f} + "
+        f"{first['seconds']['calibration']:.1f} s.", "",
+        "## Reproduce", "```", f"SEED={first['seed']} {command}", "```",
+        "`train_gpt.py` is the packed script whose bytes are counted, `train_gpt_readable.py` its "
+        "source, `model_seed*.bin` the artifacts.", ""])
+
+
+def requirements(torch_version: str) -> str:
+    """requirements.txt with the versions of this installation and the runs' torch."""
+    names = ("numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return "".join(f"{n}=={v}\n" for n, v in [("torch", torch_version.split("+")[0])] + [
+        (n, found[n]) for n in names if n in found])
+
+
+def compare(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
+    """The difference to `mean,std,n` of another record, in BPB and nats, with Welch's test."""
+    try:
+        mean, std, count = (float(part) for part in against.split(","))
+        if std < 0 or count < 2 or not math.isfinite(mean + std):
+            raise ValueError(against)
+    except ValueError:
+        raise Refusal(f"--against {against}: expected mean,std,n of another record, such as "
+                      "1.05651,0.00036,3") from None
+    t, dof, p = welch((entry["val_bpb"], entry["val_bpb_std"], len(runs)),
+                      (mean, std, int(count)))
+    s = runs[0].score
+    gap = entry["val_bpb"] - mean
+    return (f"Against {mean:.5f} (std {std:.5f}, n {int(count)}): {gap:+.5f} BPB, "
+            f"{gap * s['bytes'] / s['tokens'] * math.log(2):+.5f} nats per token; Welch's test, "
+            f"one side: t {t:.2f}, {dof:.1f} degrees of freedom, p {p:.4g}.")
+
+
+def submit(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `submit`: a records folder of three or more runs that differ in their seed only.
+
+    Raises one `Refusal` that says of every run what is wrong with it."""
+    parser = argparse.ArgumentParser("train_gpt.py submit", description="runs to a records folder")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders logs/<RUN_ID> of three seeds")
+    parser.add_argument("--to", required=True, type=Path, help="new folder")
+    parser.add_argument("--name", required=True, help="title of the submission")
+    parser.add_argument("--author", required=True)
+    parser.add_argument("--github-id", required=True)
+    parser.add_argument("--blurb", default="", help="one sentence")
+    parser.add_argument("--track", choices=(RECORD, NON_RECORD),
+                        help="chosen by hardware and clock unless given")
+    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
+    parser.add_argument("--against", default="", help="mean,std,n of the record to beat")
+    options = parser.parse_args(arguments)
+    if options.to.exists() and (not options.to.is_dir() or any(options.to.iterdir())):
+        raise Refusal(f"--to {options.to}: already there and not empty, expected a new folder")
+    runs, wrong = [], []
+    for folder in options.runs:
+        try:
+            runs.append(read_run(folder))
+        except Refusal as error:
+            wrong.append(str(error))
+    if wrong:
+        raise Refusal("; ".join(wrong))
+    runs.sort(key=lambda e: e.result["seed"])
+    first = runs[0].result
+    track = options.track or (RECORD if first["world_size"] == 8 and "H100" in first["device"]
+                              else NON_RECORD)
+    wrong = bad(check_alike(runs)) + bad(check_code(runs[0]))
+    for e in runs:
+        checks = (check_log(e), check_bytes(e), check_time(e, track), check_documents(e),
+                  check_artifact(e))
+        wrong += [f"{e.name}: {text}" for text in bad(itertools.chain(*checks))]
+    if wrong:
+        raise Refusal("; ".join(wrong))
+    entry = submission([e.result for e in runs], dict(
+        track=track, name=options.name, author=options.author, github_id=options.github_id,
+        date=options.date, blurb=options.blurb))
+    against = compare(entry, runs, options.against) if options.against else ""
+    write_record(options.to, entry, runs, against)
+    print(f"{options.to}: val_bpb {entry['val_bpb']:.8f} std {entry['val_bpb_std']:.8f} of seeds "
+          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {track}")
+    if against:
+        print(against)
+    return 0
+
+
+def write_record(out: Path, entry: Mapping[str, Any], runs: Sequence[Evidence],
+                 against: str) -> None:
+    """Makes the records folder, which appears complete or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
+        folder = Path(workshop) / "record"
+        folder.mkdir()
+        for e in runs:
+            seed = e.result["seed"]
+            shutil.copyfile(e.artifact, folder / f"model_seed{seed}.bin")
+            for name, path in e.documents.items():
+                shutil.copyfile(path, folder / f"documents_seed{seed}_{name}.txt")
+            (folder / f"train_seed{seed}.log").write_text(e.log, encoding="utf-8")
+        shutil.copyfile(runs[0].code, folder / "train_gpt.py")
+        shutil.copyfile(runs[0].readable, folder / "train_gpt_readable.py")
+        for name, text in (("submission.json", json.dumps(entry, indent=2) + "\n"),
+                           ("README.md", record_readme(entry, runs, against)),
+                           ("requirements.txt", requirements(entry["pytorch_version"]))):
+            (folder / name).write_text(text, encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        os.rename(folder, out)
+
+
+# -- verify ----------------------------------------------------------------------------------------
+def check_artifact(e: Evidence) -> Iterator[Finding]:
+    """The artifact's checksum, sizes and knobs, by this script's own reader."""
+    try:
+        h, _ = unpack(e.artifact.read_bytes(), e.artifact.name)
+    except (OSError, Refusal) as error:
+        yield Finding("bytes", False, brief(error))
+        return
+    made, ran = h.changed(), knobs_of(e).changed()
+    yield Finding("bytes", made == ran, f"{e.artifact.name}: checksum right, made by " +
+                  ("the knobs of the log" if made == ran else f"other knobs: {made}, not {ran}"))
+
+
+def check_record(folder: Path, runs: Sequence[Evidence]) -> Iterator[Finding]:
+    """The files of a records folder, and submission.json made again from its logs."""
+    missing = [n for n in ("README.md", "submission.json", "requirements.txt", "train_gpt.py",
+                           "train_gpt_readable.py") if not (folder / n).is_file()]
+    missing += [p.name for e in runs for p in (e.artifact, *e.documents.values())
+                if not p.is_file()]
+    yield Finding("files", not missing, "complete" if not missing else
+                  f"missing: {', '.join(missing)}")
+    if missing:
+        return
+    entry = read_json(read_text(folder / "submission.json"), "submission.json")
+    about = ("track", "name", "author", "github_id", "date", "blurb")
+    again = submission([e.result for e in runs], {n: entry.get(n) for n in about})
+    differ = [n for n in {**entry, **again} if entry.get(n) != again.get(n)]
+    yield Finding("files", not differ, "submission.json: every number follows from the logs"
+                  if not differ else f"submission.json: {', '.join(differ)} not as in the logs")
+    yield from check_alike(runs)
+
+
+def load_script(path: Path, name: str) -> Any:
+    """The script at `path` as a module called `name`."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Ears:
+    """Hears which files, sockets and processes the code opens while it listens."""
+
+    def __init__(self):
+        """Installs an audit hook, which stays for the life of the process."""
+        self.listening, self.files, self.others = False, [], []
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple) -> None:
+        """Keeps what belongs to a file, a socket or a process."""
+        if not self.listening:
+            return
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            self.files.append(os.fsdecode(arguments[0]))
+        elif event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.fork",
+                               "os.posix_spawn", "ctypes.dlopen")):
+            self.others.append(f"{event} {str(arguments)[:60]}")
+
+    def findings(self) -> Iterator[Finding]:
+        """No socket, no process, no file but those of Python and its packages."""
+        ours = tuple({*sysconfig.get_paths().values(), sys.prefix, "/proc/", "/sys/", "/dev/"})
+        foreign = sorted({f for f in self.files if not os.path.abspath(f).startswith(ours)})
+        yield Finding("C1", not foreign, f"files opened while scoring: {len(self.files)} of "
+                      f"Python's own, others: {', '.join(foreign) or 'none'}")
+        yield Finding("C1", not self.others, "sockets and processes opened while scoring: " +
+                      (", ".join(sorted(set(self.others))) or "none"))
+
+
+def check_build(packed: Any, e: Evidence) -> Iterator[Finding]:
+    """The packed script imports, builds its model on a CPU, and guesses before it is trained."""
+    h = packed.Hyperparameters(**e.result["changed_knobs"])
+    torch.manual_seed(0)
+    ids = torch.randint(2, h.vocab_size, (2, min(h.train_seq_len, 64)))
+    with torch.no_grad():
+        loss = float(packed.GPT(h)(ids, ids.roll(-1, 1)))
+    guess = math.log(h.vocab_size)
+    yield Finding("code", abs(loss / guess - 1) < 0.1,
+                  f"the packed script builds; untrained loss {loss:.3f}, ln V is {guess:.3f}")
+
+
+def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
+                sizes: np.ndarray) -> np.ndarray:
+    """Nats (N,) of every target of the stream tokens (N + 1,) under one score of `module`."""
+    world = module.World(0, 1, next(model.parameters()).device)
+    val = module.Validation.of(tokens, sizes)
+    return module.score_by_name(name, model, val, world, module.Log(world, quiet=True))[1
+                                                                                 ].targets_nats()
+
+
+def small_steps(h: Any) -> dict[str, Any]:
+    """Knobs that make the same scorers run on streams of a few hundred tokens."""
+    T = min(h.eval_seq_len, 32)
+    wanted = dict(eval_seq_len=T, eval_stride=max(1, min(h.eval_stride, T // 2)),
+                  eval_batch_tokens=4 * T, train_seq_len=T, micro_batch_tokens=T,
+                  train_batch_tokens=T, ttt_chunk_tokens=T, ttt_stream_chunk=max(1, T // 2),
+                  compile="off")
+    return {name: value for name, value in wanted.items() if hasattr(h, name)}
+
+
+def apart(name: str, h: Any) -> bool:
+    """True for a score that gives a document the same nats whatever stands beside it."""
+    return name in ("documents", "stream") or (
+        name == "ttt" and getattr(h, "ttt", "chunk") in ("stream", "recompute"))
+
+
+def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
+    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay."""
+    count = min(6 * model.h.eval_seq_len, len(val.bytes))
+    tokens, sizes = val.tokens[:count + 1].numpy(), val.bytes[:count]
+    rng, before = np.random.default_rng(0), stream_nats(module, model, name, tokens, sizes)
+    # GPUs may add in another order from run to run; on CPUs not one bit may differ.
+    slack, worst = (1e-4 if next(model.parameters()).is_cuda else 0.0), 0.0
+    for cut in (int(count * share) for share in (0.33, 0.52, 0.81)):
+        later = rng.integers(2, model.h.vocab_size, count - cut)
+        later[tokens[cut + 1:] == BOS] = BOS    # documents stay where they are
+        changed = np.concatenate([tokens[:cut + 1], later])
+        after = stream_nats(module, model, name, changed, sizes)
+        worst = max(worst, float(np.abs(after[:cut] - before[:cut]).max()))
+    for group in ("C1", "C3") if name == "ttt" else ("C1", ):
+        yield Finding(group, worst <= slack, f"{name}: later tokens replaced at 3 of {count} "
+                      f"places move earlier scores by {worst:.3g} nats at most")
+
+
+PROBE_SECONDS = 60.0    # for all tokens of a vocabulary, one after the other
+
+
+def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
+    """C2: the probabilities of all V tokens after the same others, each scored as if it were the
+    real one, sum to 1. By the whole scorer where that takes a minute, else by a document for each
+    token where documents do not see each other, else by the model alone."""
+    h, V = model.h, model.h.vocab_size
+    # The last one ends a window, and learners have made a step before it.
+    count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
+    tokens, sizes = val.tokens[:count + 1].numpy().copy(), val.bytes[:count]
+    begin_s = time.perf_counter()
+    stream_nats(module, model, name, tokens, sizes)
+    if V * (time.perf_counter() - begin_s) < PROBE_SECONDS:
+        nats, what = np.empty(V), f"{name}: probabilities of all {V} tokens after {count} others"
+        for token in range(V):
+            tokens[-1] = token
+            nats[token] = stream_nats(module, model, name, tokens, sizes)[-1]
+    elif apart(name, h):
+        tokens[1:][tokens[1:] == BOS] = BOS + 1    # one document, opened once
+        tokens[0] = BOS
+        stream = np.append(np.tile(tokens, V), BOS)
+        stream[count:-1:count + 1] = np.arange(V)
+        nats = stream_nats(module, model, name, stream, np.ones(len(stream) - 1))
+        nats = nats[count - 1::count + 1]
+        what = f"{name}: probabilities of all {V} tokens, each after the same {count} others"
+    else:
+        nats = model_nats(module, model, val.tokens[:8])
+        what = f"model: probabilities of all {V} tokens (all of {name} would take too long)"
+    total = float(np.exp(-nats.astype(float)).sum())
+    yield Finding("C2", abs(total - 1) < 1e-3, f"{what} sum to {total:.6f}")
+
+
+@torch.no_grad()
+def model_nats(module: Any, model: Any, ids: Tensor) -> np.ndarray:
+    """Nats (V,) of every token behind the ids (T,), by the model without a scorer."""
+    ids = ids.to(next(model.parameters()).device)[None]
+    plan, losses = module.depth_plan(model.h, looped=True), []
+    for some in torch.arange(model.h.vocab_size, device=ids.device).split(256):
+        targets = ids.repeat(len(some), 1)
+        targets[:, -1] = some
+        losses.append(model.nats(ids.expand(len(some), -1), targets, plan)[:, -1])
+    return torch.cat(losses).cpu().numpy()
+
+
+def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | None:
+    """Targets of a beginning of the stream whose first `count` documents get the scores they get in
+    the whole stream; None where only the whole stream gives them."""
+    N = int(documents[-1])
+    end = int(documents[min(count, len(documents) - 1)])
+    if apart(name, h):
+        return end
+    if name == "ttt":
+        return N if end == N else None
+    T, stride = h.eval_seq_len, h.eval_stride if name == "sliding" else h.eval_seq_len
+    return min(N, T + -(-max(0, end - T) // stride) * stride)
+
+
+def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any,
+                 count: int) -> Iterator[Finding]:
+    """The first `count` documents scored again and compared with the run's table; a score that
+    needs the whole stream is compared where the sample is all of it."""
+    starts = val.documents
+    like = np.array_equal(table[:, 0], np.diff(starts)) and np.array_equal(
+        table[:, 1], np.add.reduceat(val.bytes, starts[:-1]))
+    yield Finding("C4", like, f"{name}: {len(table)} documents in the order and with the sizes of "
+                  "the validation set")
+    end = sample_end(name, model.h, starts, count)
+    if not like or end is None:
+        yield Finding("score", like, f"{name} needs all {len(table)} documents: not scored again "
+                      f"here (--documents {len(table)} does)")
+        return
+    nats = stream_nats(module, model, name, val.tokens[:end + 1].numpy(), val.bytes[:end])
+    whole = int(np.searchsorted(starts, end, "right")) - 1    # documents that end inside
+    again = np.add.reduceat(nats[:starts[whole]], starts[:whole], dtype=float)
+    targets, _, said = table[:whole].T
+    mean, worst = abs(again.sum() - said.sum()) / targets.sum(), np.abs((again - said) / targets)
+    yield Finding("score", mean < 2e-3 and worst.max() < 0.1,
+                  f"{name}: {whole} documents scored again, {mean:.2g} nats per token from the "
+                  f"log, {worst.max():.2g} in the worst document")
+
+
+def check_data(ours: Dataset, theirs: Any, e: Evidence,
+               texts: Sequence[str] | None) -> Iterator[Finding]:
+    """The validation set as this script reads it: tokens, order, bytes; raw text where given."""
+    val, s = ours.val, e.score
+    same = torch.equal(val.tokens, theirs.val.tokens)
+    yield Finding("data", same, f"{len(val.bytes)} targets, read in the order of the shards"
+                  if same else "the script reads other validation tokens than the shards hold")
+    same = np.array_equal(val.bytes, theirs.val.bytes)
+    total, other = int(val.bytes.sum()), int(theirs.val.bytes.sum())
+    yield Finding("data", same, f"{total} bytes of text by {ours.byte_rule}" +
+                  ("" if same else f", the script counts {other}"))
+    yield Finding("data", (len(val.bytes), total) == (s["tokens"], s["bytes"]),
+                  f"the log scored {s['tokens']} targets of {s['bytes']} bytes")
+    if texts is not None:
+        raw = [len(text.encode()) for text in texts]
+        counted_ = np.add.reduceat(val.bytes, val.documents[:-1]).tolist()
+        yield Finding("data", raw == counted_, f"{sum(raw)} bytes in {len(raw)} raw documents, "
+                      f"{sum(counted_)} counted in {len(counted_)}")
+    hashes = lambda tokens: {d.tobytes() for d in np.split(
+        tokens, np.flatnonzero(tokens == BOS)) if len(d) > 16}
+    held = hashes(val.tokens.numpy().astype(np.uint16))
+    shared = held & hashes(np.asarray(ours.train[0][:4_000_000]))
+    yield Finding("data", len(shared) <= 0.05 * len(held), f"{len(shared)} of {len(held)} "
+                  "validation documents stand in the beginning of the training shards")
+
+
+def raw_texts(paths: Sequence[Path], h: Hyperparameters) -> list[str] | None:
+    """The validation documents as text: the given files, or the embedded corpus itself."""
+    if paths:
+        return list(read_documents(paths))
+    if must_build(h):
+        return [text for name, text in embedded_documents() if held_out(name)]
+    return None
+
+
+def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
+            heard: Ears) -> Iterator[Finding]:
+    """Everything of a review that runs the submitted code."""
+    place = {n: env.get(n.upper(), e.result["knobs"][n]) for n in PLACES[2:5]}
+    values = e.result["knobs"] | place | dict(compile="off")
+    yield from check_build(load_script(e.code, "packed_script"), e)
+    theirs = load_script(e.readable, "readable_script")
+    h, world = theirs.Hyperparameters(**values), theirs.World(0, 1, World.claim_device(0))
+    quiet = Log(World(), quiet=True)
+    mine = Hyperparameters(**values)
+    data = find_dataset(mine, World(), quiet)
+    other = theirs.find_dataset(h, world, quiet)
+    yield from check_data(data, other, e, raw_texts(texts, mine))
+    stored = theirs.unpack(e.artifact.read_bytes())[1]
+    models = [theirs.build_model(k, world) for k in (h, replace(h, **small_steps(h)))]
+    for model in models:
+        theirs.load_stored(model, stored)
+    tables = {n: read_documents_nats(path) for n, path in e.documents.items() if n != "prequant"}
+    heard.listening = True
+    for name, table in tables.items():
+        yield from check_scores(theirs, models[0], name, table, other.val, count)
+        yield from check_causality(theirs, models[1], name, data.val)
+    yield from check_normalised(theirs, models[1], e.final, data.val)
+    heard.listening = False
+    yield from heard.findings()
+
+
+def verify(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `verify`: the checklist of a review; 0 if everything passes, 1 if not.
+
+    What can be read is read first; only if all of it is right is the code run, in a new process."""
+    parser = argparse.ArgumentParser("train_gpt.py verify", description="review a submission")
+    parser.add_argument("target", type=Path, help="records folder, or logs/<RUN_ID>")
+    parser.add_argument("--documents", type=int, default=50, help="documents to score again")
+    parser.add_argument("--text", nargs="+", type=Path, default=[],
+                        help="raw validation documents (.jsonl, .jsonl.zst, .txt)")
+    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)    # the new process: a seed
+    options = parser.parse_args(arguments)
+    target = options.target
+    is_run = (target / "result.json").exists()
+    runs = [read_run(target)] if is_run else read_record(target)
+    if options.alone is not None:
+        heard = Ears()
+        e = next(e for e in runs if e.result["seed"] == options.alone)
+        found = examine(e, env, options.documents, options.text, heard)
+        print("FINDINGS " + json.dumps([(f.group, bool(f.good), f.text) for f in found]))
+        return 0
+    if not is_run:
+        track = read_json(read_text(target / "submission.json"), "submission.json").get("track")
+    findings = [] if is_run else [*check_record(target, runs)]
+    if not bad(findings):
+        findings += check_code(runs[0])
+        for e in runs:
+            checks = (check_log(e), check_bytes(e), check_artifact(e), check_documents(e),
+                      check_time(e, "" if is_run else track))
+            findings += [f._replace(text=f"{e.name}: {f.text}") for f in itertools.chain(*checks)]
+    if not bad(findings):
+        for e in runs:
+            findings += [f._replace(text=f"{e.name}: {f.text}")
+                         for f in in_new_process(e, arguments, env)]
+    for f in findings:
+        print(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.text}")
+    wrong = len(bad(findings))
+    print(f"{target}: " + (f"FAILS, {wrong} of {len(findings)} checks" if wrong else
+                           f"passes all {len(findings)} checks"))
+    return int(wrong > 0)
+
+
+def in_new_process(e: Evidence, arguments: list[str], env: Mapping[str, str]) -> list[Finding]:
+    """What `examine` finds in a process of its own, which writes no byte code beside the code."""
+    done = subprocess.run(
+        [sys.executable, "-B", __file__, "verify", *arguments, "--alone", str(e.result["seed"])],
+        env={n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")},
+        text=True, capture_output=True)
+    lines = re.findall(r"^FINDINGS (.*)$", done.stdout, re.M)
+    if done.returncode or not lines:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        return [Finding("code", False, f"the code ended with status {done.returncode}: {last}")]
+    return [Finding(*row) for row in json.loads(lines[-1])]
+
+
+# -- report ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Story:
+    """What a report tells of one run: its result, its curves, its bytes, its documents."""
+
+    name: str
+    result: dict[str, Any]
+    curve: np.ndarray    # (lines, 4) step, seconds, training nats, validation BPB; NaN where absent
+    sizes: dict[str, int]    # bytes of every part
+    documents: dict[str, np.ndarray]    # score -> (documents, 3) targets, bytes, nats
+
+
+def read_story(folder: Path) -> Story:
+    """A finished run; raises `Refusal` for an unfinished or broken one."""
+    e = read_run(folder)
+    number = r"([\d.]+|nan|inf)"
+    lines = re.findall(rf"^step:(\d+)/\d+ (?:train_loss:{number}|val_loss:\S+ val_bpb:{number}) "
+                       rf"train_time:(\d+)ms", e.log, re.M)
+    curve = np.array([(int(step), int(ms) / 1e3, float(loss or "nan"), float(bpb or "nan"))
+                      for step, loss, bpb, ms in lines]).reshape(-1, 4)
+    tables = {n: read_documents_nats(path) for n in SCORES
+              if (path := folder / f"documents_{n}.txt").exists()}
+    return Story(folder.name, e.result, curve,
+                 {n: int(v) for n, v in re.findall(r"^bytes:(\w+) (\d+)", e.log, re.M)}, tables)
+
+
+def read_stories(paths: Sequence[Path]) -> tuple[list[Story], list[str]]:
+    """The finished runs among the folders, or inside them, and what is wrong with the others."""
+    folders, stories, broken = [], [], []
+    for path in paths:
+        inside = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+        folders += [path] if (path / "log.txt").exists() or not inside else inside
+    for folder in folders:
+        try:
+            stories.append(read_story(folder))
+        except Refusal as error:
+            broken.append(str(error))
+    stories.sort(key=lambda s: s.result["scores"][final_score(s.result)]["val_bpb"])
+    return stories, broken
+
+
+def differing(stories: Sequence[Story]) -> list[str]:
+    """The knobs in which the runs differ, places left out."""
+    known = [s.result["knobs"] for s in stories]
+    return [n for n in known[0] if n not in PLACES and
+            any(k.get(n) != known[0][n] for k in known)] if known else []
+
+
+def report_table(stories: Sequence[Story]) -> list[list[str]]:
+    """Titles, then one row per run: the knobs that differ, BPB by stage, bytes, speed, seconds."""
+    knobs = differing(stories)
+    stages = [n for n in SCORES if any(n in s.result["scores"] for s in stories)]
+    table = [["run", *(n.upper() for n in knobs), *(f"{n} bpb" for n in stages), "bytes", "steps",
+              "tok/s", "train s", "total s"]]
+    for s in stories:
+        r = s.result
+        table.append([s.name, *(str(r["knobs"].get(n, "-")) for n in knobs),
+                      *(f"{r['scores'][n]['val_bpb']:.5f}" if n in r["scores"] else "-"
+                        for n in stages), str(r["bytes"]["total"]), str(r["steps"]),
+                      f"{r['tokens_per_second']:.0f}", f"{r['train_seconds']:.1f}",
+                      f"{r['seconds'].get('total', math.nan):.1f}"])
+    return table
+
+
+def text_table(table: Sequence[Sequence[str]]) -> str:
+    """Columns wide enough for their widest cell; the first one flush left."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths))) for row in table)
+
+
+MOST_NAMED = 10    # runs that a legend can hold; more are coloured by their final score
+
+
+def draw_curves(axes: Sequence[Any], stories: Sequence[Story], colour: Callable) -> None:
+    """Training loss and validation BPB, each against steps and against seconds."""
+    grid = ((0, 2, "steps", "training loss (nats per token)"), (1, 2, "seconds of training", ""),
+            (0, 3, "steps", "validation BPB"), (1, 3, "seconds of training", ""))
+    for ax, (x, y, across, up) in zip(axes, grid):
+        for i, s in reversed([*enumerate(stories)]):    # the best one on top
+            seen = s.curve[~np.isnan(s.curve[:, y])]
+            ax.plot(seen[:, x], seen[:, y], color=colour(i), lw=1, marker="." if len(seen) < 3
+                    else "", label=s.name)
+        ax.set(xlabel=across, ylabel=up or ax.get_ylabel())
+        ax.grid(alpha=0.3)
+        if y == 3:    # the final scores end the curves
+            for i, s in enumerate(stories):
+                last = s.result["steps"] if x == 0 else s.result["train_seconds"]
+                ax.plot(last, s.result["scores"][final_score(s.result)]["val_bpb"], "*",
+                        color=colour(i), ms=9 if len(stories) <= MOST_NAMED else 4)
+            ax.set_title("stars: final score", fontsize="small")
+
+
+def draw_waterfall(ax: Any, s: Story) -> None:
+    """BPB from stage to stage of one run: what quantisation costs, what scoring wins."""
+    stages = [(n, v["val_bpb"]) for n, v in s.result["scores"].items()]
+    names = dict(prequant="averaged\nweights", ttt="TTT")
+    values = [bpb for _, bpb in stages]
+    low = min(values) - 0.15 * (max(values) - min(values) + 1e-3)
+    for i, (name, bpb) in enumerate(stages):
+        last = values[i - 1] if i else low
+        shade = "tab:gray" if not i else "tab:red" if bpb > last else "tab:green"
+        ax.bar(i, abs(bpb - last), bottom=min(bpb, last), color=shade, width=0.6)
+        ax.annotate(f"{bpb:.4f}" + (f"\n({bpb - last:+.4f})" if i else ""), (i, max(bpb, last)),
+                    ha="center", va="bottom", fontsize="small")
+        if i:
+            ax.plot((i - 1.3, i + 0.3), (last, last), color="black", lw=0.6)
+    ax.set_xticks(range(len(stages)), [names.get(n, n) for n, _ in stages])
+    ax.ticklabel_format(axis="y", useOffset=False)
+    ax.set(ylabel="BPB (the axis does not start at 0)", title=f"BPB by stage: {s.name}",
+           ylim=(low, max(values) + 0.25 * (max(values) - low)))
+
+
+def draw_bytes(ax: Any, s: Story) -> None:
+    """Bytes of every part of the artifact and of the code, largest on top."""
+    parts = sorted({**s.sizes, "packed code": s.result["bytes"]["code"]}.items(),
+                   key=lambda item: item[1])
+    sizes = [size / 1e3 for _, size in parts]
+    ax.barh([n for n, _ in parts], sizes, color="tab:blue")
+    for i, size in enumerate(sizes):
+        ax.annotate(f" {size:,.1f}", (max(size, 0), i), va="center", fontsize="small")
+    ax.set(xlabel="thousand bytes", xlim=(0, 1.18 * max(sizes)),
+           title=f"{s.result['bytes']['total']:,} bytes: {s.name}")
+
+
+def draw_gain(axes: Sequence[Any], s: Story) -> None:
+    """What the final score wins over the one before: along the stream, and by document length."""
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    stages = [n for n in s.result["scores"] if n in s.documents]
+    if len(stages) < 2 or len(s.documents[stages[-1]]) != len(s.documents[stages[-2]]):
+        for ax in axes:
+            ax.set_title("gain: this run has no two scores by document", fontsize="small")
+        return
+    (targets, size, before), after = s.documents[stages[-2]].T, s.documents[stages[-1]][:, 2]
+    gain = (before - after) / math.log(2)
+    axes[0].plot(targets.cumsum(), gain.cumsum() / size.cumsum().clip(1), color="tab:green")
+    axes[0].set(xlabel="validation tokens scored", ylabel="mean gain so far (BPB)",
+                title=f"{stages[-1]} over {stages[-2]}: {s.name}")
+    each = gain / size.clip(1)
+    axes[1].scatter(targets, each, s=5, alpha=0.3, color="tab:gray", label="one document")
+    order = np.argsort(targets)
+    groups = [g for g in np.array_split(order, min(20, len(order))) if len(g)]
+    axes[1].plot([np.median(targets[g]) for g in groups],
+                 [gain[g].sum() / max(size[g].sum(), 1) for g in groups], color="tab:red",
+                 marker="o", ms=3, label="mean of a twentieth")
+    low, high = np.quantile(each, (0.005, 0.995))
+    axes[1].axhline(0, color="black", lw=0.6)
+    axes[1].set(xscale="log", xlabel="tokens of the document", ylabel="gain (BPB)",
+                ylim=(low - 1e-6, high + 1e-6), title="gain by length")
+    axes[1].legend(fontsize="small")
+
+
+def draw(stories: Sequence[Story], figure: Any, shades: Any) -> None:
+    """The whole picture on an empty figure: curves of all runs, then the best one in detail."""
+    axes = figure.subplots(4, 2)
+    many = len(stories) > MOST_NAMED
+    finals = [s.result["scores"][final_score(s.result)]["val_bpb"] for s in stories]
+    low, high = finals[0], max(finals[-1], finals[0] + 1e-9)
+    tint = shades.colormaps["viridis"]
+    colour = (lambda i: tint((finals[i] - low) / (high - low))) if many else (lambda i: f"C{i}")
+    draw_curves([*axes[0], *axes[1]], stories, colour)
+    if many:
+        scale = shades.cm.ScalarMappable(shades.colors.Normalize(low, high), "viridis")
+        figure.colorbar(scale, ax=axes[:2], label=f"final BPB of {len(stories)} runs")
+    else:
+        handles, names = axes[0, 1].get_legend_handles_labels()
+        axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
+    draw_waterfall(axes[2, 0], stories[0])
+    draw_bytes(axes[2, 1], stories[0])
+    draw_gain(axes[3], stories[0])
+
+
+def page(table: Sequence[Sequence[str]], broken: Sequence[str], picture: bytes) -> str:
+    """report.html: the table, what is missing, and the picture inside it."""
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
+    image = base64.b64encode(picture).decode()
+    return "\n".join([
+        "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
+        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
+        "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
+        "</style>", f"<h1>{len(table) - 1} runs, best first</h1>",
+        f"<table><tr>{cells(table[0], 'th')}</tr>",
+        *(f"<tr>{cells(row, 'td')}</tr>" for row in table[1:]), "</table>",
+        *(["<h2>Not shown</h2><ul>", *(f"<li>{html.escape(b)}</li>" for b in broken), "</ul>"]
+          if broken else []),
+        f"<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,{image}\">"
+        if picture else "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"])
+
+
+def report(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `report`: a table on the terminal, report.html and, with matplotlib, report.png."""
+    parser = argparse.ArgumentParser("train_gpt.py report", description="compare runs")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of those")
+    parser.add_argument("--to", type=Path, help="folder of the report; else beside the first run")
+    options = parser.parse_args(arguments)
+    stories, broken = read_stories(options.runs)
+    if stories:
+        print(text_table(report_table(stories)))
+    for line in broken:
+        print(f"not shown: {line}")
+    if not stories:
+        raise Refusal(f"report: no finished run in {', '.join(map(str, options.runs))}")
+    first = options.runs[0]
+    out = options.to or (first.parent if (first / "log.txt").exists() else first)
+    out.mkdir(parents=True, exist_ok=True)
+    picture, shades = io.BytesIO(), optional("matplotlib")
+    if shades and optional("matplotlib.figure"):
+        figure = shades.figure.Figure(figsize=(13, 17), layout="constrained")
+        draw(stories, figure, shades)
+        figure.savefig(picture, format="png", dpi=100)
+        write_atomically(out / "report.png", picture.getvalue())
+    write_atomically(out / "report.html", page(report_table(stories), broken,
+                                               picture.getvalue()).encode())
+    print(f"report: {out / 'report.html'}" + ("" if picture.getvalue() else
+                                              " (install matplotlib for pictures)"))
+    return 0
+
+
+# -- sweep -----------------------------------------------------------------------------------------
+def grid(text: str) -> list[dict[str, str]]:
+    """The points of SWEEP="A=1,2;B=x,y" as variables; raises `Refusal` for a name that is no knob.
+    """
+    axes = {}
+    known = [f.name.upper() for f in fields(Hyperparameters)]
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        name, _, values = part.partition("=")
+        if name not in known or name == "RUN_ID":
+            raise Refusal(f"SWEEP: {name} is no knob to sweep" + nearest(name, known))
+        if name in axes or not all(values.split(",")):
+            raise Refusal(f"SWEEP: {part!r}: expected NAME=value,value once for each name")
+        axes[name] = values.split(",")
+    if not axes:
+        raise Refusal(f"SWEEP={text!r}: expected NAME=value,value;NAME=value,value")
+    return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+
+
+def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """RUN_ID -> environment of every run of SWEEP, all of them checked."""
+    prefix, recipe = env.get("RUN_ID") or "sweep", env.get("RECIPE")
+    recipe = recipe or ("record" if torch.cuda.is_available() else "demo")
+    runs = {}
+    for point in grid(env["SWEEP"]):
+        name = "-".join([prefix, *(re.sub(r"[^\w.+-]", "+", f"{n.lower()}{v}")
+                                   for n, v in point.items())])
+        if name in runs:
+            raise Refusal(f"SWEEP={env['SWEEP']}: {name} comes twice")
+        runs[name] = {**env, "RECIPE": recipe, **point, "RUN_ID": name}
+        del runs[name]["SWEEP"]
+        Hyperparameters.from_env(runs[name])
+    return runs
+
+
+def set_aside(folder: Path) -> None:
+    """Renames the folder of a run that died after its artifact and cannot be resumed: nothing of
+    it is lost, and its name is free."""
+    if (folder / "model.bin").exists() and not checkpoints(folder):
+        number = next(n for n in itertools.count(1)
+                      if not folder.with_name(f"{folder.name}.unfinished{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.unfinished{number}"))
+
+
+def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
+    as they are, then the report. 1 if a run failed, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
+    parser.add_argument("--print", action="store_true", help="only print the commands")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
+    options = parser.parse_args(arguments)
+    if not env.get("SWEEP"):
+        raise Refusal("sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
+    if "RANK" in env:
+        raise Refusal("SWEEP under torchrun: start it with python and sweep --nproc N instead")
+    runs, logs = sweep_runs(env), Path(env.get("LOGS_DIR", "logs"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
+    command = [sys.executable, *(torchrun if options.nproc > 1 else []), __file__]
+    failed = []
+    for number, (name, variables) in enumerate(runs.items(), 1):
+        if options.print:
+            mine = {n: v for n, v in variables.items() if env.get(n) != v}
+            print(" ".join([*(f"{n}={shlex.quote(v)}" for n, v in mine.items()),
+                            shlex.join(command)]))
+            continue
+        done = (logs / name / "result.json").exists()
+        print(f"sweep: run {number} of {len(runs)}: {name}" + (" is finished" if done else ""),
+              flush=True)
+        if not done:
+            set_aside(logs / name)
+            process = subprocess.Popen(command, env=variables)
+            try:
+                failed += [name] if process.wait() else []
+            except KeyboardInterrupt:    # which the run has heard too: it may be saving
+                process.wait()
+                print("sweep: stopped; the same command goes on from here")
+                return 130
+    if options.print:
+        return 0
+    if failed:
+        print(f"sweep: failed: {', '.join(failed)}")
+    return report([*(str(logs / n) for n in runs), "--to", str(logs)], env) or int(bool(failed))
+
+
+TOOLS = dict(data=run_data, submit=submit, verify=verify, report=report, sweep=sweep)
+# <<< not packed
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], os.environ))

@@ -70,3 +70,17 @@ class Lines(t.Log):
     def __call__(self, line: str) -> None:
         """Keeps one line."""
         self.lines.append(line)
+
+
+def remembering(work):
+    """`work`, which computes an answer only once for equal arguments: packing takes a second."""
+    answers = {}
+
+    def remembered(*arguments):
+        """The answer, new or old."""
+        key = repr(arguments)
+        if key not in answers:
+            answers[key] = work(*arguments)
+        return answers[key]
+
+    return remembered

@@ -191,7 +191,8 @@ def test_refusals_reach_the_user(tmp_path):
     """One sentence on standard error, status 2, no traceback, nothing left behind."""
     for env, args, sentence in [
             (dict(RECIPE="demo", NUM_LAYER=3), (), "NUM_LAYER is no knob; did you mean NUM_LAYERS? (it is set to '3')"),
-            ({}, ("evl", "x"), "unknown verb 'evl'; did you mean 'eval'?; expected data, eval, --help, or nothing for a run")]:
+            ({}, ("evl", "x"), "unknown verb 'evl'; did you mean 'eval'?; expected data, eval, submit, verify, report, sweep, "
+             "--help, or nothing for a run")]:
         done = run_script(env, *args, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"train_gpt.py: error: {sentence}"
         assert "Traceback" not in done.stderr and not done.stdout

@@ -185,7 +185,8 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
 
 
 def test_log(tmp_path, capsys):
-    """Rank 0 prints and keeps each line; other ranks and quiet logs say nothing; no folder is claimed twice."""
+    """Rank 0 prints and keeps each line; other ranks and quiet logs say nothing; a folder has one owner at a time, and none
+    once its run is finished."""
     folder = tmp_path / "logs" / "r"
     log = tg.Log(tg.World(), folder)
     log("one")
@@ -195,8 +196,14 @@ def test_log(tmp_path, capsys):
     tg.Log(tg.World(), None)("no file")
     assert capsys.readouterr().out == "one\ntwo\nno file\n"
     assert (folder / "log.txt").read_text() == "one\ntwo\n"
+    with pytest.raises(tg.Refusal, match=re.escape(f"RUN_ID=r: another process is at work in {folder}")):
+        tg.Log(tg.World(), folder)
+    log.lock.close()
+    tg.Log(tg.World(), folder)("three")
+    (folder / "result.json").touch()
     with pytest.raises(tg.Refusal, match=re.escape(f"RUN_ID=r was used before: {folder} exists")):
         tg.Log(tg.World(), folder)
+    assert (folder / "log.txt").read_text() == "one\ntwo\nthree\n"
     (tmp_path / "file").touch()
     with pytest.raises(tg.Refusal, match="LOGS_DIR=.*file cannot be written"):
         tg.Log(tg.World(), tmp_path / "file" / "r")
