@@ -55,6 +55,7 @@ import platform
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -245,8 +246,16 @@ class Hyperparameters:
     trellis_states: int = knob(
         8, "states of the trellis down each column of codes; 0: each code to its nearest",
         lambda v: v in (0, 4, 8, 16, 32, 64))
+    step_search: str = knob(
+        "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
+        "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
+    row_step_power: float = knob(
+        0.5, "step of a row ~ its standard deviation to this power; 1 where uniform", natural)
+    column_step_power: float = knob(
+        0.5, "step of a column ~ its entry in GPTQ's factor to this power; 0 where uniform",
+        natural)
     compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
-                           among("auto", "rans", "brotli", "zstd", "lzma"))
+                           among("auto", "rans", "brotli", "zstd", "lzma", "lrzip"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
@@ -1884,15 +1893,19 @@ class Head(nn.Module):
         super().__init__()
         self.h = h
 
+    def logits(self, x: Tensor, embed: Tensor, lora: LoRA | None = None) -> Tensor:
+        """States (..., D), embedding (V, D) -> cap tanh(z / cap), (..., V) fp32."""
+        cap = self.h.logit_softcap
+        return cap * torch.tanh(linear(x, embed, lora).float() / cap)
+
     def forward(self,
                 x: Tensor,
                 embed: Tensor,
                 targets: Tensor,
                 lora: LoRA | None = None) -> Tensor:
-        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax(cap
-        tanh(z / cap))."""
-        cap = self.h.logit_softcap
-        logits = cap * torch.tanh(linear(x, embed, lora).float() / cap)
+        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
+        the logits."""
+        logits = self.logits(x, embed, lora)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
                                reduction="none").view_as(targets)
 
@@ -2425,6 +2438,7 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
+    log(expected_bits(t.h, dict(zip(t.model.bank, t.ema.mean))))
 
 
 # ==================================================================================================
@@ -2459,15 +2473,41 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
     }
 
 
+# Exponents of steps count quarters of an octave: finer ones cost more bytes than they save.
+OCTAVE = 4
+
+
+def octaves(exponent: Tensor) -> Tensor:
+    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that every platform gets the same numbers.
+    """
+    return torch.exp2(exponent.double() / OCTAVE).float()
+
+
+class Grid(NamedTuple):
+    """The steps of a bank: scale * 2^((row + column) / OCTAVE)."""
+
+    scale: Tensor    # fp32 (L,)
+    row: Tensor    # int8 (L, rows)
+    column: Tensor    # int8 (L, cols)
+
+    def rows(self) -> Tensor:
+        """The share of rows and layers, (L, rows, 1) fp32."""
+        return (self.scale[:, None] * octaves(self.row))[..., None]
+
+    def columns(self) -> Tensor:
+        """The share of columns, (L, 1, cols) fp32."""
+        return octaves(self.column)[:, None]
+
+
 class Coded(NamedTuple):
-    """A quantised bank: weight = codes * step[..., None]."""
+    """A quantised bank: weight = codes * steps."""
 
     codes: Tensor    # int16 (L, rows, cols)
-    step: Tensor    # fp16 (L, rows)
+    grid: Grid
 
     def decode(self) -> Tensor:
         """The weights, fp32 (L, rows, cols)."""
-        return self.codes.float() * self.step.float()[..., None]
+        return self.codes.float() * self.grid.rows() * self.grid.columns()
 
 
 TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
@@ -2570,20 +2610,27 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     return codes.T.reshape(rows, -1)[:, :length].to(torch.int16)
 
 
-def row_steps(w: Tensor, bits: int, sigmas: float) -> Tensor:
-    """fp16 (L, rows): `sigmas` standard deviations of the row (0: its largest value) over the
-    largest code."""
-    reach = sigmas * w.std(-1) if sigmas else w.abs().amax(-1)
-    return (reach / (2**(bits - 1) - 1)).clamp(2.0**-20, 60000.0).half()
+def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0) -> Grid:
+    """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
+    largest value); `power` below 1 draws the steps of rows (L, rows, cols) together."""
+    reach = sigmas * w.std(-1) if sigmas else w.abs().amax(-1) * 2**(0.5 / OCTAVE)
+    reach = reach.clamp_min(2.0**-20)
+    typical = reach.square().mean(-1).sqrt()
+    row = power * OCTAVE * (reach / typical[:, None]).log2()
+    return Grid(typical / (2**(bits - 1) - 1), row.round().clamp(-128, 127).to(torch.int8),
+                torch.zeros_like(w[:, 0], dtype=torch.int8))
 
 
 def round_rows(w: Tensor, bits: int, sigmas: float) -> Coded:
     """Each weight (L, rows, cols) to its nearest code."""
-    step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
-    return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int16), step)
+    grid, top = uniform_grid(w, bits, sigmas), 2**(bits - 1) - 1
+    return Coded((w / grid.rows()).round().clamp(-top, top).to(torch.int16), grid)
 
 
-def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, n) in that order
+
+
+def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
     moment in that order.
 
@@ -2616,54 +2663,78 @@ def nearest_codes(x: Tensor, top: int, states: int) -> Tensor:
 
 
 def gptq(w: Tensor,
-         moment: Tensor,
-         bits: int,
-         sigmas: float,
-         damping: float,
+         factor: Factor,
+         grid: Grid,
+         top: int = 32_760,
          states: int = 0,
          block: int = 128) -> Coded:
     """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
     rounded.
 
-    arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one
-    product. All rows of a column share one weight in the error, so a trellis search down the column
-    followed by the same feedback is exact.
+    arXiv 2210.17323. Within a block errors move at once, beyond it by one product. All rows of a
+    column share one weight in the error, so a trellis search down the column followed by the same
+    feedback is exact.
     """
-    step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
-    step = step / 2 if states else step
-    scale = step.float()
-    order, upper = inverse_factor(moment, damping)
+    order, upper = factor
+    wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
     columns = order[:, None, :].expand_as(w)
     work, codes = w.gather(2, columns), torch.empty_like(w)
     for lo in range(0, w.size(2), block):
         hi = min(lo + block, w.size(2))
         part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
         for j in range(hi - lo):
+            scale = high * wide[:, lo + j, None]
             q = nearest_codes(part[:, :, j] / scale, top, states)
             codes[:, :, lo + j] = q
             error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
             errors[:, :, j] = error
             part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
         work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
-    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), step)
+    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), grid)
+
+
+def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> dict[str, Factor]:
+    """The factor of each tap's second moments."""
+    return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
+
+
+def bank_of(model: GPT, name: str) -> Tensor:
+    """A coded bank as (L | 1, rows, cols), sharing its memory."""
+    w = model.bank[name].detach()
+    return w.view(-1, *w.shape[-2:])
+
+
+def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
+    """The steps of a bank before the search stretches them: uniform, or with powers of rows and
+    columns (arXiv 2603.04956: column steps by the diagonal of U), means unchanged."""
+    h, role, w = model.h, roles(model.h)[name], bank_of(model, name)
+    if h.step_search == "uniform":
+        return uniform_grid(w, role.bits, role.sigmas)
+    order, upper = factors[role.tap]
+    column = h.column_step_power * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
+    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
+    return uniform_grid(w, role.bits, role.sigmas, h.row_step_power)._replace(
+        column=torch.empty_like(column).scatter_(1, order, column).to(torch.int8))
 
 
 @torch.no_grad()
-def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Tensor]:
-    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16."""
-    stored: dict[str, Coded | Tensor] = {}
-    for name, role in roles(model.h).items():
-        w = model.bank[name].detach()
+def quantise(model: GPT,
+             factors: Mapping[str, Factor],
+             stretch: Mapping[str, Tensor] = {}) -> dict[str, Coded | Tensor]:
+    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16. Steps
+    are 2^stretch (L,) times those of `searched_grid`."""
+    h, stored = model.h, {}
+    for name, role in roles(h).items():
         if role.bits == 16:
-            stored[name] = w.half()
-            continue
-        w = w.reshape(-1, *w.shape[-2:])
-        if role.tap:
-            moment, damping = moments[role.tap], model.h.gptq_damping
-            states = model.h.trellis_states
-            stored[name] = gptq(w, moment, role.bits, role.sigmas, damping, states)
+            stored[name] = model.bank[name].detach().half()
+        elif role.tap:
+            grid = searched_grid(model, name, factors)
+            scale = grid.scale * 2.0**stretch.get(name, 0.0) / (2 if h.trellis_states else 1)
+            top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
+            stored[name] = gptq(bank_of(model, name), factors[role.tap],
+                                grid._replace(scale=scale), top, h.trellis_states)
         else:
-            stored[name] = round_rows(w, role.bits, role.sigmas)
+            stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas)
     return stored
 
 
@@ -2675,13 +2746,135 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
         model.bank[name].copy_(w.view(model.bank[name].shape))
 
 
+# Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
+# are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a).
+DAMAGE_TOKENS, DAMAGE_STRETCH = 8192, 1.5    # text and steps with which `a` is measured
+FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
+ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
+
+
+@torch.no_grad()
+def step_damage(model: GPT, world: World, loader: Loader,
+                factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+    """KL divergence (L,) fp64, in nats per token, that each role-layer alone causes when its steps
+    are DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text."""
+    h, damage, turn = model.h, {}, 0
+    if h.step_search == "uniform":
+        return damage
+    plan, batch = depth_plan(h, looped=True), loader.next()
+    world.share_tensors([batch.ids])
+    rows = max(1, DAMAGE_TOKENS // h.train_seq_len)
+    ids = batch.ids.view(-1, h.train_seq_len)[:rows]
+    truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
+    for name in (n for n, role in roles(h).items() if role.tap):
+        bank = bank_of(model, name)
+        mine = [i for i in range(len(bank)) if (turn + i) % world.size == world.rank]
+        turn, found = turn + len(bank), torch.zeros(len(bank), dtype=torch.float64)
+        if mine:
+            grid = Grid(*(part[mine] for part in searched_grid(model, name, factors)))
+            factor = tuple(part[mine] for part in factors[roles(h)[name].tap])
+            exact = bank[mine]
+            rough = gptq(exact, factor, grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
+            for i, kept, rounded in zip(mine, exact, rough):
+                bank[i] = rounded
+                found[i] = divergence(model, truth, embed, model.hidden(ids, plan))
+                bank[i] = kept
+        damage[name] = world.sum(found.to(world.device)).cpu()
+    return damage
+
+
+def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
+    """KL divergence per token, fp64, of the model's predictions from states x (B, T, D) from those
+    of `truth` with `embed`."""
+    total, now = 0.0, model.bank["embed"].to(model.dtype)
+    for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
+        p, q = (model.head.logits(states, table).log_softmax(-1)
+                for states, table in zip(pair, (embed, now)))
+        total = total + F.kl_div(q, p, reduction="sum", log_target=True).double()
+    return total / truth[..., 0].numel()
+
+
+def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Octaves (L,) between the least costly steps and the uniform ones, zero on average over all
+    weights."""
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in damage}
+    found = {}
+    for name, kl in damage.items():
+        kl = kl.mean().expand_as(kl) if h.step_search == "role" else kl
+        found[name] = 0.5 * (weights[name] / kl.clamp_min(1e-12)).log2().float()
+    total = sum(weights[n] * len(o) for n, o in found.items())
+    mean = sum(weights[n] * o.sum() for n, o in found.items()) / total
+    return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
+
+
+def column_bits(w: Tensor, grid: Grid) -> Callable[[Tensor], Tensor]:
+    """Octaves of stretch (L,) -> expected bits (L,) of a code of the bank (L, rows, cols), each
+    column being Gaussian: 1/2 log2(2 pi e (s^2 + 1/12)) with its size s in steps."""
+    size = ((w / grid.rows()).square().mean(1) / grid.columns()[:, 0].square()).cpu()
+    return lambda stretch: 0.5 * (2 * math.pi * math.e *
+                                  (size * 4.0**-stretch[:, None] + 1 / 12)).log2().mean(-1)
+
+
+@torch.no_grad()
+def expected_bits(h: Hyperparameters, banks: Mapping[str, Tensor]) -> str:
+    """A line of the log: bits per weight of each bank at uniform steps, and the bytes of all."""
+    words, total = [], 0.0
+    for name, role in roles(h).items():
+        if role.tap:
+            w = banks[name].view(-1, *role.shape[-2:])
+            grid = uniform_grid(w, role.bits, role.sigmas)
+            bits = float(column_bits(w, grid)(torch.zeros(len(w))).mean())
+            words, total = [*words, f"{name}:{bits:.3f}"], total + bits * w.numel() / 8
+    return f"bits_per_weight {' '.join(words)} coded_bytes:{total:.0f} (at uniform steps)"
+
+
+def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, Tensor], code: int,
+               log: Log) -> tuple[bytes, dict[str, int]]:
+    """(artifact, bytes by part): after at most three corrections, `code` bytes more fill
+    BUDGET_BYTES. Without damages the steps are the uniform ones."""
+    h, base = model.h, ideal_stretch(model.h, damage)
+    if not damage:
+        return pack(h, quantise(model, factors))
+    bits = {n: column_bits(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in base}
+    room, ratio, fixed, last, packed = h.budget_bytes - code, 1.0, 0, None, []
+
+    def expected(shift: float) -> float:
+        """Bytes of the codes when all steps are 2^shift times the ideal ones of no shift."""
+        return ratio / 8 * sum(float(bits[n](o + shift).sum()) * weights[n]
+                               for n, o in base.items())
+
+    for _ in range(4):
+        low, shift = FINEST, COARSEST
+        for _ in range(24):
+            middle = (low + shift) / 2
+            over = expected(middle) + fixed > room - (1 - ROOM_USED) * h.budget_bytes
+            low, shift = (middle, shift) if over else (low, middle)
+        if shift == last:
+            break
+        last = shift
+        packed.append(pack(h, quantise(model, factors, {n: o + shift for n, o in base.items()})))
+        blob, ledger = packed[-1]
+        if 0 <= room - len(blob) <= 2 * (1 - ROOM_USED) * h.budget_bytes:
+            break
+        fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
+        ratio *= (len(blob) - fixed) / expected(shift)
+    fits = [choice for choice in packed if len(choice[0]) <= room]
+    blob, ledger = max(fits, key=lambda choice: len(choice[0])) if fits else packed[-1]
+    reach = torch.cat([2.0**(o + last) for o in base.values()]).tolist()
+    log(f"steps:{h.step_search} passes:{len(packed)} mean:x{2**last:.3f} of uniform, "
+        f"role-layers:x{min(reach):.2f} to x{max(reach):.2f}, bytes free:{room - len(blob)}" +
+        " (no finer steps are tried)" * (last - FINEST < 1e-5))
+    return blob, ledger
+
+
 # ==================================================================================================
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
 # lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
 # file can only fail. Then the code's bytes.
 # ==================================================================================================
-MAGIC = b"PGOLF\x01"
+MAGIC = b"PGOLF\x02"
 CHECKSUM_BYTES = 16
 HEADER_LIMIT = 1 << 16
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
@@ -2717,13 +2910,28 @@ def coders() -> dict[str, Coder]:
         found["brotli"] = Coder(
             b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
             lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
+    if shutil.which("lrzip"):
+        found["lrzip"] = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
     return found
+
+
+def lrzip(raw: bytes, option: str) -> bytes:
+    """What the program lrzip makes of the bytes; raises where it fails."""
+    return subprocess.run(["lrzip", option], input=raw, capture_output=True, check=True).stdout
+
+
+def expand_lrzip(coded: bytes, limit: int) -> bytes:
+    """The inverse, unless its header announces more than `limit` bytes (ValueError)."""
+    if (size := int.from_bytes(coded[6:14], "little")) > limit:
+        raise ValueError(f"it announces {size} bytes")
+    return lrzip(coded, "-dq")
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
     """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
     the shortest."""
     known = coders()
+    known.pop("lrzip" if compressor == "any" else "", None)    # a program for each small stream
     chosen = [known[compressor]] if compressor in known else known.values()
     return min((c.letter + c.encode(raw, quick) for c in chosen), key=len)
 
@@ -3135,6 +3343,28 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
     ]
 
 
+def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
+    tap feeds share their columns."""
+    shapes = coded_roles(h)
+    firsts = {roles(h)[n].tap: n for n in reversed(shapes)}.values()
+    return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
+            *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
+            *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
+
+
+def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
+    """The grid of each coded bank; raises `Refusal` for a damaged stream."""
+    parts, found = grid_parts(h), {}
+    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, _, kind, shape in parts]
+    raw = io.BytesIO(expand(stream, sum(sizes)))
+    for (name, part, kind, shape), size in zip(parts, sizes):
+        values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
+        found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
+    return {n: Grid(found["scale", n], found["row", n], found["column", roles(h)[n].tap])
+            for n in coded_roles(h)}
+
+
 def pack(h: Hyperparameters,
          stored: Mapping[str, Coded | Tensor],
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
@@ -3145,7 +3375,9 @@ def pack(h: Hyperparameters,
                          key=lambda choice: sum(map(len, choice[1])))
     halves = lambda tensors: squeeze(
         shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors])), "any", quick)
-    streams.append(halves(v.step for v in stored.values() if isinstance(v, Coded)))
+    streams.append(squeeze(b"".join(
+        getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
+        for n, part, kind, _ in grid_parts(h)), "any", quick))
     streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
     header = lzma.compress(
         json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
@@ -3180,18 +3412,16 @@ def unpack(blob: bytes,
     ends = np.cumsum([first, *lengths]).tolist()
     streams = [blob[a:b] for a, b in zip(ends, ends[1:])]
     codes = dict(zip(shapes, unpack_codes(h, streams[:-2], coder)))
-    steps = sum(math.prod(shape[:2]) for shape in shapes.values())
+    grids = unpack_grids(h, streams[-2])
     plain = sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16)
-    steps, plain = (torch.from_numpy(unshuffled(expand(s, 2 * n), np.float16))
-                    for s, n in ((streams[-2], steps), (streams[-1], plain)))
+    plain = torch.from_numpy(unshuffled(expand(streams[-1], 2 * plain), np.float16))
     banks: dict[str, Coded | Tensor] = {}
     for name, role in roles(h).items():
         if role.bits == 16:
             values, plain = plain.tensor_split([math.prod(role.shape)])
             banks[name] = values.view(role.shape)
         else:
-            values, steps = steps.tensor_split([math.prod(shapes[name][:2])])
-            banks[name] = Coded(torch.from_numpy(codes[name]), values.view(shapes[name][:2]))
+            banks[name] = Coded(torch.from_numpy(codes[name]), grids[name])
     return h, banks
 
 
@@ -3663,7 +3893,8 @@ def preflight(h: Hyperparameters, world: World) -> None:
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
         wrong.append(
-            f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
+            f"COMPRESSOR={h.compressor} needs " + ("the program lrzip" if package == "lrzip" else
+                                                   f"the package {package} (pip install {package})"))
     folder = Path(h.logs_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -3694,13 +3925,16 @@ def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
     for looped in sorted({False, h.num_loops > 0}):
         for number in range(h.rehearsal_steps):
             t.step(number, 0.0, looped)
-    second_moments(t.model, t.world, t.loader, t.world.size)
-    calibration = Stopwatch(t.world)
-    moments = second_moments(t.model, t.world, t.loader, t.world.size)
-    rounds = -(-h.gptq_calibration_batches // t.world.size)
-    reserve_s = h.gptq_reserve_seconds or 1.3 * rounds * t.world.share(calibration.read_s())
-    stored = quantise(t.model, moments)
-    _, again = unpack(pack(h, stored, quick=True)[0])
+    for _ in range(2):    # the first time compiles
+        calibration = Stopwatch(t.world)
+        moments = second_moments(t.model, t.world, t.loader, t.world.size)
+        rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
+        moments_s = rounds * calibration.read_s()
+        factors = inverse_factors(h, moments)
+        step_damage(t.model, t.world, t.loader, factors)
+        calibration_s = moments_s + calibration.read_s()
+    reserve_s = h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s)
+    _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
     tokens = np.concatenate(
         [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
@@ -3756,6 +3990,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
     moments = second_moments(model, world, trainer.loader, h.gptq_calibration_batches)
+    factors = inverse_factors(h, moments)
+    damage = step_damage(model, world, trainer.loader, factors)
     clock_s = clock.read_s()
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)"
@@ -3768,10 +4004,9 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     }
 
     watch = Stopwatch(world)
-    stored = quantise(model, moments) if world.main else {}
+    blob, ledger = fit_budget(model, factors, damage, len(code), log) if world.main else (b"", {})
     stage("quantise", watch)
     watch = Stopwatch(world)
-    blob, ledger = pack(h, stored) if world.main else (b"", {})
     if world.main:
         write_atomically(log.folder / "model.bin", blob)
         write_atomically(log.folder / "train_gpt.py", code)
@@ -3873,8 +4108,11 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     log("RESULT " + json.dumps(result))
     if sizes["total"] > h.budget_bytes:
         raise Refusal(
-            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
-            f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
+            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes" + (
+                ", the smallest possible" if h.step_search != "uniform" else "") +
+            f"; all is in {log.folder}, but it cannot be submitted: " +
+            ("take a smaller model" if h.step_search != "uniform" else
+             "raise MATRIX_CLIP_SIGMAS or set STEP_SEARCH=layer"))
     return result
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import REPO
 
-from support import model_of, moments_of, settings, t
+from support import factors_of, model_of, settings, t
 
 LIMIT_BYTES = 32 * 1024
 VARIETY = '''
@@ -206,7 +206,7 @@ def test_the_packed_main_answers(shipped_script, capsys):
 def test_artifacts_cross_between_readable_and_packed(shipped_script):
     """Some names inside are shortened, but what one packs the other unpacks."""
     packed, model = shipped_script[0], model_of(settings())
-    blob = t.pack(settings(), t.quantise(model, moments_of(model)), quick=True)[0]
+    blob = t.pack(settings(), t.quantise(model, factors_of(model)), quick=True)[0]
     functions = {f.__name__: f for f in vars(packed).values() if inspect.isfunction(f)}
     reader = next(
         f for f in functions.values()
