@@ -2705,15 +2705,15 @@ def bank_of(model: GPT, name: str) -> Tensor:
 
 
 def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
-    """The steps of a bank before the search stretches them: uniform, or with powers of rows and
-    columns (arXiv 2603.04956: column steps by the diagonal of U), means unchanged."""
-    h, role, w = model.h, roles(model.h)[name], bank_of(model, name)
-    if h.step_search == "uniform":
-        return uniform_grid(w, role.bits, role.sigmas)
+    """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
+    U, arXiv 2603.04956) to their powers, means unchanged."""
+    h, role = model.h, roles(model.h)[name]
+    rows, columns = ((1, 0) if h.step_search == "uniform" else
+                     (h.row_step_power, h.column_step_power))
     order, upper = factors[role.tap]
-    column = h.column_step_power * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
+    column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
     column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
-    return uniform_grid(w, role.bits, role.sigmas, h.row_step_power)._replace(
+    return uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows)._replace(
         column=torch.empty_like(column).scatter_(1, order, column).to(torch.int8))
 
 
@@ -2756,8 +2756,8 @@ ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is
 @torch.no_grad()
 def step_damage(model: GPT, world: World, loader: Loader,
                 factors: Mapping[str, Factor]) -> dict[str, Tensor]:
-    """KL divergence (L,) fp64, in nats per token, that each role-layer alone causes when its steps
-    are DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text."""
+    """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
+    DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text."""
     h, damage, turn = model.h, {}, 0
     if h.step_search == "uniform":
         return damage
@@ -2767,52 +2767,50 @@ def step_damage(model: GPT, world: World, loader: Loader,
     ids = batch.ids.view(-1, h.train_seq_len)[:rows]
     truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
     for name in (n for n, role in roles(h).items() if role.tap):
-        bank = bank_of(model, name)
-        mine = [i for i in range(len(bank)) if (turn + i) % world.size == world.rank]
-        turn, found = turn + len(bank), torch.zeros(len(bank), dtype=torch.float64)
-        if mine:
-            grid = Grid(*(part[mine] for part in searched_grid(model, name, factors)))
-            factor = tuple(part[mine] for part in factors[roles(h)[name].tap])
-            exact = bank[mine]
-            rough = gptq(exact, factor, grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
-            for i, kept, rounded in zip(mine, exact, rough):
-                bank[i] = rounded
-                found[i] = divergence(model, truth, embed, model.hidden(ids, plan))
-                bank[i] = kept
-        damage[name] = world.sum(found.to(world.device)).cpu()
-    return damage
+        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
+        exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
+        rough = gptq(bank, factors[roles(h)[name].tap],
+                     grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
+        for i in range(len(bank)):
+            turn += 1
+            if turn % world.size == world.rank:
+                bank[i] = rough[i]
+                damage[name][i] = divergence(model, truth, embed, model.hidden(ids, plan))
+                bank[i] = exact[i]
+    return {name: world.sum(kl).cpu() for name, kl in damage.items()}
 
 
 def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
-    """KL divergence per token, fp64, of the model's predictions from states x (B, T, D) from those
+    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
     of `truth` with `embed`."""
     total, now = 0.0, model.bank["embed"].to(model.dtype)
     for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
         p, q = (model.head.logits(states, table).log_softmax(-1)
                 for states, table in zip(pair, (embed, now)))
-        total = total + F.kl_div(q, p, reduction="sum", log_target=True).double()
+        total = total + F.kl_div(q, p, reduction="sum", log_target=True)
     return total / truth[..., 0].numel()
 
 
 def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Octaves (L,) between the least costly steps and the uniform ones, zero on average over all
     weights."""
-    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in damage}
-    found = {}
-    for name, kl in damage.items():
-        kl = kl.mean().expand_as(kl) if h.step_search == "role" else kl
-        found[name] = 0.5 * (weights[name] / kl.clamp_min(1e-12)).log2().float()
-    total = sum(weights[n] * len(o) for n, o in found.items())
-    mean = sum(weights[n] * o.sum() for n, o in found.items()) / total
+    kl = {n: d.mean().expand_as(d) if h.step_search == "role" else d for n, d in damage.items()}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in kl}
+    found = {n: 0.5 * (weights[n] / d.clamp_min(1e-12)).log2() for n, d in kl.items()}
+    mean = sum(weights[n] * o.sum() for n, o in found.items()) / sum(
+        weights[n] * len(o) for n, o in found.items())
     return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
 
 
-def column_bits(w: Tensor, grid: Grid) -> Callable[[Tensor], Tensor]:
-    """Octaves of stretch (L,) -> expected bits (L,) of a code of the bank (L, rows, cols), each
-    column being Gaussian: 1/2 log2(2 pi e (s^2 + 1/12)) with its size s in steps."""
-    size = ((w / grid.rows()).square().mean(1) / grid.columns()[:, 0].square()).cpu()
-    return lambda stretch: 0.5 * (2 * math.pi * math.e *
-                                  (size * 4.0**-stretch[:, None] + 1 / 12)).log2().mean(-1)
+def column_sizes(w: Tensor, grid: Grid) -> Tensor:
+    """Mean square (L, cols) of each column of a bank (L, rows, cols) in steps."""
+    return ((w / grid.rows()).square().mean(1) / grid.columns()[:, 0].square()).cpu()
+
+
+def gaussian_bits(size: Tensor) -> Tensor:
+    """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
+    1/2 log2(2 pi e (size + 1/12))."""
+    return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
 @torch.no_grad()
@@ -2823,49 +2821,46 @@ def expected_bits(h: Hyperparameters, banks: Mapping[str, Tensor]) -> str:
         if role.tap:
             w = banks[name].view(-1, *role.shape[-2:])
             grid = uniform_grid(w, role.bits, role.sigmas)
-            bits = float(column_bits(w, grid)(torch.zeros(len(w))).mean())
+            bits = float(gaussian_bits(column_sizes(w, grid)).mean())
             words, total = [*words, f"{name}:{bits:.3f}"], total + bits * w.numel() / 8
     return f"bits_per_weight {' '.join(words)} coded_bytes:{total:.0f} (at uniform steps)"
 
 
 def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, Tensor], code: int,
                log: Log) -> tuple[bytes, dict[str, int]]:
-    """(artifact, bytes by part): after at most three corrections, `code` bytes more fill
-    BUDGET_BYTES. Without damages the steps are the uniform ones."""
+    """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, after at most
+    three corrections. Without damages the steps are the uniform ones."""
     h, base = model.h, ideal_stretch(model.h, damage)
     if not damage:
         return pack(h, quantise(model, factors))
-    bits = {n: column_bits(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
-    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in base}
-    room, ratio, fixed, last, packed = h.budget_bytes - code, 1.0, 0, None, []
+    sizes = {n: column_sizes(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
+    room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
 
     def expected(shift: float) -> float:
-        """Bytes of the codes when all steps are 2^shift times the ideal ones of no shift."""
-        return ratio / 8 * sum(float(bits[n](o + shift).sum()) * weights[n]
-                               for n, o in base.items())
+        """Bytes of the codes when all steps are 2^shift times those of `base`."""
+        return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
+                   for n, o in base.items())
 
-    for _ in range(4):
+    while len(tried) < 4:
         low, shift = FINEST, COARSEST
         for _ in range(24):
             middle = (low + shift) / 2
-            over = expected(middle) + fixed > room - (1 - ROOM_USED) * h.budget_bytes
+            over = ratio * expected(middle) + fixed > room - (1 - ROOM_USED) * h.budget_bytes
             low, shift = (middle, shift) if over else (low, middle)
-        if shift == last:
+        if shift in tried:
             break
-        last = shift
-        packed.append(pack(h, quantise(model, factors, {n: o + shift for n, o in base.items()})))
-        blob, ledger = packed[-1]
+        stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
+        tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
         if 0 <= room - len(blob) <= 2 * (1 - ROOM_USED) * h.budget_bytes:
             break
         fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
-        ratio *= (len(blob) - fixed) / expected(shift)
-    fits = [choice for choice in packed if len(choice[0]) <= room]
-    blob, ledger = max(fits, key=lambda choice: len(choice[0])) if fits else packed[-1]
-    reach = torch.cat([2.0**(o + last) for o in base.values()]).tolist()
-    log(f"steps:{h.step_search} passes:{len(packed)} mean:x{2**last:.3f} of uniform, "
-        f"role-layers:x{min(reach):.2f} to x{max(reach):.2f}, bytes free:{room - len(blob)}" +
-        " (no finer steps are tried)" * (last - FINEST < 1e-5))
-    return blob, ledger
+        ratio = (len(blob) - fixed) / expected(shift)
+    free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
+    best = min(free, key=lambda shift: free[shift] if free[shift] >= 0 else 1e12 - free[shift])
+    log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
+        "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
+    return tried[best]
 
 
 # ==================================================================================================
@@ -3488,27 +3483,59 @@ def shipped(source: str) -> str:
     return "".join(kept)
 
 
+# Decorators of Python and torch, which do not look at a function as Triton and torch.library do.
+BLIND = {"property", "classmethod", "staticmethod", "torch.no_grad()"}
+
+
 class Undocumented(ast.NodeTransformer):
-    """Removes docstrings, and the annotations of undecorated functions.
+    """Removes docstrings and annotations, and makes parameters positional-only, so that they may be
+    renamed, where no call names them.
 
-    A decorator may read annotations (Triton looks for constexpr, torch.library infers a schema),
-    and the fields of dataclasses and NamedTuples are annotations: those stay."""
+    Functions under other decorators than BLIND keep their signatures; so do the fields of
+    dataclasses, while those of NamedTuples only need some annotation."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """The function without docstring, and without annotations that no decorator can see."""
-        if not node.decorator_list:
-            a, node.returns = node.args, None
-            stars = filter(None, (a.vararg, a.kwarg))
-            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs, *stars):
+    def __init__(self, tree: ast.AST):
+        """Finds which names calls give to parameters: of a function that is only ever called by its
+        own name just those of such calls, of others any keyword or text in `tree`."""
+        nodes = [*ast.walk(tree)]
+        calls = [n for n in nodes if isinstance(n, ast.Call)]
+        heads, self.own = {id(c.func) for c in calls}, {}
+        self.shared = {n.value for n in nodes if isinstance(n, ast.Constant)}
+        self.aliased = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in heads}
+        for call in calls:
+            words, name = {k.arg for k in call.keywords}, getattr(call.func, "id", "")
+            self.shared |= words
+            self.own.setdefault(name, set()).update(words)
+            self.aliased |= {name} if None in words else set()
+        for n in nodes:
+            if getattr(n, "name", "") in KEPT:
+                self.shared |= {a.arg for a in ast.walk(n) if isinstance(a, ast.arg)}
+                self.aliased.add(n.name)
+            if isinstance(n, ast.ClassDef):
+                self.aliased |= {getattr(f, "name", "") for f in n.body}
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        """The function or lambda without what only readers need."""
+        if {ast.unparse(d) for d in getattr(node, "decorator_list", ())} <= BLIND:
+            a, name, node.returns = node.args, getattr(node, "name", ""), None
+            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs,
+                              *filter(None, (a.vararg, a.kwarg))):
                 parameter.annotation = None
+            named = self.own.get(name, ()) if name and name not in self.aliased else self.shared
+            while a.args and a.args[0].arg not in named:
+                a.posonlyargs.append(a.args.pop(0))
         return self.undocument(node)
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
     def undocument(self, node: ast.AST) -> ast.AST:
-        """The function or class without its docstring, children included."""
-        if ast.get_docstring(node, clean=False) is not None:
+        """The node without its docstring, children included."""
+        if not isinstance(node, ast.Lambda) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign):
+                    line.annotation = ast.Constant(0)
         return self.generic_visit(node)
 
     visit_ClassDef = undocument
@@ -3517,11 +3544,12 @@ class Undocumented(ast.NodeTransformer):
 def minified(source: str) -> str:
     """The text that the packed script runs: no comments, docstrings or long names of ours.
 
-    Attributes, keyword arguments, parameters, classes, imports and KEPT keep their names. Literals
-    and builtins are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or
-    `A=range` would break a Triton kernel. The module's docstring stays where `__doc__` is read.
-    Warns, and returns longer text, where python_minifier is not installed."""
-    tree = Undocumented().visit(ast.parse(source))
+    Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
+    are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
+    break a Triton kernel. The module's docstring stays where `__doc__` is read. Warns, and returns
+    longer text, where python_minifier is not installed."""
+    tree = ast.parse(source)
+    tree = Undocumented(tree).visit(tree)
     nodes = [*ast.walk(tree)]
     if ast.get_docstring(tree) and "__doc__" not in {getattr(node, "id", "") for node in nodes}:
         tree.body = tree.body[1:]
@@ -3531,18 +3559,21 @@ def minified(source: str) -> str:
         return text
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
     classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
-    parameters = {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self", "cls"}
-    return python_minifier.minify(text,
+    watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
+        ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
+        if isinstance(a, ast.arg)]
+    text = python_minifier.minify(text,
                                   rename_globals=True,
                                   hoist_literals=False,
                                   convert_posargs_to_args=False,
                                   preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
-                                  preserve_locals=sorted(parameters),
+                                  preserve_locals=watched_names,
                                   remove_annotations=python_minifier.RemoveAnnotationsOptions(
                                       remove_variable_annotations=True,
                                       remove_return_annotations=False,
                                       remove_argument_annotations=False,
                                       remove_class_attribute_annotations=False))
+    return re.sub(r",/(?=[,:)])", "", text)    # the marks have served
 
 
 def literal(data: bytes) -> bytes:
@@ -3892,9 +3923,8 @@ def preflight(h: Hyperparameters, world: World) -> None:
     wrong = []
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(
-            f"COMPRESSOR={h.compressor} needs " + ("the program lrzip" if package == "lrzip" else
-                                                   f"the package {package} (pip install {package})"))
+        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} (pip install "
+                     f"{package}; lrzip is a program of its own)")
     folder = Path(h.logs_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -4108,11 +4138,10 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     log("RESULT " + json.dumps(result))
     if sizes["total"] > h.budget_bytes:
         raise Refusal(
-            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes" + (
-                ", the smallest possible" if h.step_search != "uniform" else "") +
-            f"; all is in {log.folder}, but it cannot be submitted: " +
-            ("take a smaller model" if h.step_search != "uniform" else
-             "raise MATRIX_CLIP_SIGMAS or set STEP_SEARCH=layer"))
+            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
+            f"{log.folder}, but it cannot be submitted: " +
+            ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
+             "this is the smallest possible size of this model"))
     return result
 
 
