@@ -386,6 +386,7 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               muon_momentum_warmup_steps=100,
               ema_decay=0.98,
               gptq_calibration_batches=8,
+              budget_bytes=1_000_000,
               scores="prequant,quantized,sliding,ttt",
               eval_seq_len=256,
               eval_batch_tokens=4096,
@@ -2438,7 +2439,8 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
-    log(expected_bits(t.h, dict(zip(t.model.bank, t.ema.mean))))
+    if step > 3:
+        log(expected_bits(t.h, dict(zip(t.model.bank, t.ema.mean))))
 
 
 # ==================================================================================================
@@ -2830,9 +2832,10 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
                log: Log) -> tuple[bytes, dict[str, int]]:
     """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, after at most
     three corrections. Without damages the steps are the uniform ones."""
-    h, base = model.h, ideal_stretch(model.h, damage)
+    h = model.h
     if not damage:
         return pack(h, quantise(model, factors))
+    base = ideal_stretch(h, damage)
     sizes = {n: column_sizes(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
     weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
     room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}

@@ -2,6 +2,8 @@
 moments against hand."""
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -269,3 +271,137 @@ def test_the_trellis_beats_plain_gptq():
     bits = [float(t.code_bits([c.codes.numpy()], states)[0])
             for c, states in ((plain, 0), (along, 8))]
     assert bits[1] < 1.03 * bits[0]
+
+
+def test_uniform_steps_are_the_clip_sigmas():
+    """STEP_SEARCH=uniform: the largest code stands at k standard deviations of its row to half a
+    quarter octave, columns are equal, nothing is measured, whatever the powers say."""
+    h = settings(step_search="uniform", row_step_power=0.0, column_step_power=1.0)
+    model = model_of(h)
+    factors = factors_of(model)
+    loader = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
+    assert t.step_damage(model, WORLD, loader, factors) == {} and loader.position == 0
+    for name, value in t.quantise(model, factors).items():
+        role = t.roles(h)[name]
+        if role.tap:
+            w = t.bank_of(model, name)
+            asked = role.sigmas * w.std(-1, keepdim=True) / (2**(role.bits - 1) - 1) / 2
+            ratio = (value.grid.rows() / asked).log2()
+            assert ratio.abs().max() <= 0.5 / t.OCTAVE + 1e-3 and abs(ratio.mean()) < 0.07
+            assert not value.grid.column.any()
+
+
+def test_steps_of_rows_and_columns_follow_their_powers():
+    """A column's exponent is OCTAVE * power * log2 of its entry of U, mean zero, in the order of the
+    inputs; rows are drawn together by their power."""
+    h = settings(step_search="layer", row_step_power=0.5, column_step_power=0.5)
+    model = model_of(h)
+    factors = factors_of(model)
+    for name in ("embed", "wk", "w_down"):
+        order, upper = factors[t.roles(h)[name].tap]
+        grid, w = t.searched_grid(model, name, factors), t.bank_of(model, name)
+        for i in range(len(w)):
+            log = torch.empty(w.size(2)).scatter_(0, order[i], upper[i].diagonal().log2())
+            wanted = 0.5 * t.OCTAVE * (log - log.mean())
+            assert (grid.column[i] - wanted).abs().max() <= 0.5001
+            log = 0.5 * t.OCTAVE * w[i].std(-1).log2()
+            assert ((grid.row[i] - grid.row[i].float().mean()) - (log - log.mean())).abs().max() < 1.01
+
+
+def measured(h: t.Hyperparameters, model: t.GPT, factors: dict, world: t.World = WORLD) -> dict:
+    """`step_damage` on a made-up shard."""
+    return t.step_damage(model, world, t.Loader(h, world, [stream(3000).astype(np.uint16)]), factors)
+
+
+def test_damage_is_the_divergence_of_one_rounded_layer():
+    """One role-layer by hand: its bank replaced by codes of 1.5 times the steps, KL of all
+    predictions; the model comes back to the bit."""
+    h = settings(logit_softcap=3.0)
+    model = model_of(h)
+    factors, before = factors_of(model), {n: p.detach().clone() for n, p in model.bank.items()}
+    damage = measured(h, model, factors)
+    assert all(torch.equal(model.bank[n], w) for n, w in before.items())
+    assert all((kl > 0).all() and len(kl) == (1 if n == "embed" else h.num_layers)
+               for n, kl in damage.items())
+    ids = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)]).next().ids
+
+    def predictions() -> torch.Tensor:
+        """Log-probabilities of every token."""
+        with torch.no_grad():
+            x = model.hidden(ids, t.depth_plan(h, True))
+            return (3 * torch.tanh(x @ model.bank["embed"].T / 3)).log_softmax(-1)
+
+    exact = predictions()
+    for name, layer in (("embed", 0), ("wv", 2), ("w_down", 1)):
+        grid = t.searched_grid(model, name, factors)
+        rough = t.gptq(t.bank_of(model, name), factors[t.roles(h)[name].tap],
+                       grid._replace(scale=1.5 * grid.scale)).decode()
+        with torch.no_grad():
+            t.bank_of(model, name)[layer] = rough[layer]
+        kl = (exact.exp() * (exact - predictions())).sum(-1).mean()
+        with torch.no_grad():
+            model.bank[name].copy_(before[name])
+        assert float(damage[name][layer]) == pytest.approx(float(kl), rel=1e-3, abs=1e-7)
+
+
+def test_damage_is_shared_by_the_ranks():
+    """Each of two ranks measures half of the role-layers; together they find what one rank finds."""
+    h = settings()
+    model = model_of(h)
+    factors = factors_of(model)
+    whole = measured(h, model, factors)
+    halves = [measured(h, model, factors, OneText(rank, 2)) for rank in (0, 1)]
+    for name, kl in whole.items():
+        assert torch.equal(halves[0][name] + halves[1][name], kl)
+        assert (halves[0][name] * halves[1][name] == 0).all()
+
+
+class OneText(Half):
+    """One of two ranks that both read rank 0's block."""
+    def share_tensors(self, tensors):
+        """Overwrites the ids with those that rank 0 reads first."""
+        for ids in tensors:
+            loader = t.Loader(settings(), t.World(0, 2), [stream(3000).astype(np.uint16)])
+            ids.copy_(loader.next().ids)
+
+
+@pytest.mark.parametrize("search", ["role", "layer"])
+def test_steps_grow_with_weights_and_shrink_with_damage(search):
+    """Octaves are half the log2 of weights over damage, weighted mean zero; `role` gives all layers
+    of a role the same."""
+    h, rng = settings(step_search=search), np.random.default_rng(0)
+    damage = {n: torch.tensor(np.exp(rng.normal(size=s[0]))) for n, s in t.coded_roles(h).items()
+              if t.roles(h)[n].tap}
+    found = t.ideal_stretch(h, damage)
+    size = {n: math.prod(t.roles(h)[n].shape[-2:]) for n in found}
+    assert abs(sum(size[n] * float(o.sum()) for n, o in found.items())) < 1e-2 * sum(size.values())
+    if search == "role":
+        assert all((o == o[0]).all() for o in found.values())
+        damage = {n: d.mean().expand_as(d) for n, d in damage.items()}
+    cost = torch.cat([damage[n] * 4**o / size[n] for n, o in found.items()])
+    assert cost.max() / cost.min() < 1.001
+
+
+@pytest.mark.parametrize("scale", [0.7, 2.0, 9.0])
+def test_expected_bits_are_those_of_the_coder(scale):
+    """Columns of Gaussian codes: the formula is within 4% of what rANS spends."""
+    w = torch.randn(1, 4000, 64, generator=torch.Generator().manual_seed(0))
+    w = w * torch.linspace(0.5, 1.5, 64) * scale
+    grid = t.Grid(torch.ones(1), torch.zeros(1, 4000, dtype=torch.int8),
+                  torch.zeros(1, 64, dtype=torch.int8))
+    expected = float(t.gaussian_bits(t.column_sizes(w, grid))) * w.numel()
+    assert expected == pytest.approx(t.code_bits([w.round().to(torch.int16).numpy()])[0], rel=0.04)
+
+
+def test_the_log_tells_the_bytes_before_the_run_ends():
+    """The line names every coded role; its sum is near the bytes of the codes at uniform steps."""
+    h = settings(model_dim=64, vocab_size=512, step_search="uniform")
+    model = model_of(h)
+    line = t.expected_bits(h, model.bank)
+    words = dict(word.split(":") for word in line.split()[1:] if ":" in word)
+    assert line.startswith("bits_per_weight ") and {n for n, r in t.roles(h).items() if r.tap
+                                                    } == set(words) - {"coded_bytes"}
+    codes = [v.codes.numpy() for n, v in t.quantise(model, factors_of(model)).items()
+             if t.roles(h)[n].tap]
+    spent = t.code_bits(codes, h.trellis_states).sum() / 8
+    assert float(words["coded_bytes"]) == pytest.approx(spent, rel=0.1)
