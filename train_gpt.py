@@ -52,6 +52,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -264,8 +265,16 @@ class Hyperparameters:
     trellis_states: int = knob(
         8, "states of the trellis down each column of codes; 0: each code to its nearest",
         lambda v: v in (0, 4, 8, 16, 32, 64))
+    step_search: str = knob(
+        "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
+        "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
+    row_step_power: float = knob(
+        0.5, "step of a row ~ its standard deviation to this power; 1 where uniform", natural)
+    column_step_power: float = knob(
+        0.5, "step of a column ~ its entry in GPTQ's factor to this power; 0 where uniform",
+        natural)
     compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
-                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib"))
+                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib", "lrzip"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
@@ -427,11 +436,14 @@ class Hyperparameters:
             if name not in RECIPES:
                 raise Refusal(f"RECIPE={recipe}: there is no recipe {name!r}" +
                               nearest(name, RECIPES) + f"; known: {', '.join(RECIPES)}")
-            # Sizes are not mechanisms: what a recipe has off, the demo leaves off.
+            # Sizes are not mechanisms: what a recipe has off, the demo leaves off; and it gives
+            # no smaller budget to what does not search steps to fill one.
             values.update({
                 n: v for n, v in RECIPES[name].items() if name != "demo"
                 or values.get(n, kinds[n].default) or n == "lr_warmup_steps"
             })
+            if values.get("step_search") == "uniform":
+                values.pop("budget_bytes", None)
         single = [n for n in kinds if n != "recipe" and n.upper() in env]
         for name in single:
             f = kinds[name]
@@ -480,6 +492,7 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               muon_momentum_warmup_steps=100,
               ema_decay=0.98,
               gptq_calibration_batches=8,
+              budget_bytes=1_000_000,
               scores="prequant,quantized,sliding,ttt",
               eval_seq_len=256,
               eval_batch_tokens=4096,
@@ -527,6 +540,7 @@ SP1024 = dict(vocab_size=1024,
               embed_bits=8,
               matrix_clip_sigmas=0.0,
               embed_clip_sigmas=0.0,
+              step_search="uniform",
               compressor="zstd",
               ttt_enabled=False)
 SP8192 = dict(head_gate_scale=0.0,
@@ -541,6 +555,7 @@ SP8192 = dict(head_gate_scale=0.0,
               embed_bits=8,
               embed_clip_sigmas=20.0,
               trellis_states=0,
+              step_search="uniform",
               compressor="brotli")
 PREQUANT = dict(prequant_ttt_epochs=6, prequant_ttt_data="val", prequant_ttt_freeze_blocks=2,
                 ttt_batch_seqs=256)
@@ -581,7 +596,7 @@ PR1539 = SP8192 | PREQUANT | dict(smear_gate=True,
                                   ttt_enabled=False,
                                   ttt_batch_seqs=32)
 PR1855 = dict(caseops_enabled=True, qk_gain_init=5.0, matrix_clip_sigmas=12.0, trellis_states=0,
-              compressor="brotli")
+              step_search="uniform", compressor="brotli")
 ON_TRAIN = dict(prequant_ttt_data="train")
 FLOOR = "row scales without the floor of 1/31 that ruins small models; every target scored once"
 BANKED = ("; whole layers freeze or slow down (published: scalars only), QAT rounds the matrices "
@@ -3078,6 +3093,8 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
+    if step > 3:
+        log(expected_bits(t.h, dict(zip(t.model.bank, t.ema.mean))))
 
 
 # ==================================================================================================
@@ -3127,15 +3144,41 @@ def sampled(model: GPT, number: int) -> Batch:
     return Batch(ids, ids, whole_rows(ids))
 
 
+# Exponents of steps count quarters of an octave: finer ones cost more bytes than they save.
+OCTAVE = 4
+
+
+def octaves(exponent: Tensor) -> Tensor:
+    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that every platform gets the same numbers.
+    """
+    return torch.exp2(exponent.double() / OCTAVE).float()
+
+
+class Grid(NamedTuple):
+    """The steps of a bank: scale * 2^((row + column) / OCTAVE)."""
+
+    scale: Tensor    # fp32 (L,)
+    row: Tensor    # int8 (L, rows)
+    column: Tensor    # int8 (L, cols)
+
+    def rows(self) -> Tensor:
+        """The share of rows and layers, (L, rows, 1) fp32."""
+        return (self.scale[:, None] * octaves(self.row))[..., None]
+
+    def columns(self) -> Tensor:
+        """The share of columns, (L, 1, cols) fp32."""
+        return octaves(self.column)[:, None]
+
+
 class Coded(NamedTuple):
-    """A quantised bank: weight = codes * step[..., None]."""
+    """A quantised bank: weight = codes * steps."""
 
     codes: Tensor    # int16 (L, rows, cols)
-    step: Tensor    # fp16 (L, rows)
+    grid: Grid
 
     def decode(self) -> Tensor:
         """The weights, fp32 (L, rows, cols)."""
-        return self.codes.float() * self.step.float()[..., None]
+        return self.codes.float() * self.grid.rows() * self.grid.columns()
 
 
 TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
@@ -3249,22 +3292,35 @@ def best_percentile(w: Tensor, top: int) -> Tensor:
     return reach.gather(-1, error.square().sum(-1).argmin(-1, keepdim=True))[..., 0]
 
 
-def row_steps(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Tensor:
-    """fp16 (L, rows): `sigmas` standard deviations of the row (0: its largest value) over the
-    largest code; with `search` the percentile of the row that leaves the least squared error."""
-    top = 2**(bits - 1) - 1
-    reach = (best_percentile(w, top) if search else
-             sigmas * w.std(-1) if sigmas else w.abs().amax(-1))
-    return (reach / top).clamp(2.0**-20, 60000.0).half()
+def searches(h: Hyperparameters, role: Role) -> bool:
+    """True where the clip of a row is searched."""
+    return h.clip_search and role.optim == "muon"
+
+
+def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
+                 search: bool = False) -> Grid:
+    """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
+    largest value; with `search` at the percentile of least squared error); `power` below 1 draws
+    the steps of rows (L, rows, cols) together."""
+    reach = (best_percentile(w, 2**(bits - 1) - 1) if search else
+             sigmas * w.std(-1) if sigmas else w.abs().amax(-1) * 2**(0.5 / OCTAVE))
+    reach = reach.clamp_min(2.0**-20)
+    typical = reach.square().mean(-1).sqrt()
+    row = power * OCTAVE * (reach / typical[:, None]).log2()
+    return Grid(typical / (2**(bits - 1) - 1), row.round().clamp(-128, 127).to(torch.int8),
+                torch.zeros_like(w[:, 0], dtype=torch.int8))
 
 
 def round_rows(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Coded:
     """Each weight (L, rows, cols) to its nearest code."""
-    step, top = row_steps(w, bits, sigmas, search), 2**(bits - 1) - 1
-    return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int16), step)
+    grid, top = uniform_grid(w, bits, sigmas, search=search), 2**(bits - 1) - 1
+    return Coded((w / grid.rows()).round().clamp(-top, top).to(torch.int16), grid)
 
 
-def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, n) in that order
+
+
+def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
     moment in that order.
 
@@ -3297,57 +3353,82 @@ def nearest_codes(x: Tensor, top: int, states: int) -> Tensor:
 
 
 def gptq(w: Tensor,
-         moment: Tensor,
-         bits: int,
-         sigmas: float,
-         damping: float,
+         factor: Factor,
+         grid: Grid,
+         top: int = 32_760,
          states: int = 0,
-         block: int = 128,
-         search: bool = False) -> Coded:
+         block: int = 128) -> Coded:
     """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
     rounded.
 
-    arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one
-    product. All rows of a column share one weight in the error, so a trellis search down the column
-    followed by the same feedback is exact.
+    arXiv 2210.17323. Within a block errors move at once, beyond it by one product. All rows of a
+    column share one weight in the error, so a trellis search down the column followed by the same
+    feedback is exact.
     """
-    step, top = row_steps(w, bits, sigmas, search), 2**(bits - 1) - 1
-    step = step / 2 if states else step
-    scale = step.float()
-    order, upper = inverse_factor(moment, damping)
+    order, upper = factor
+    wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
     columns = order[:, None, :].expand_as(w)
     work, codes = w.gather(2, columns), torch.empty_like(w)
     for lo in range(0, w.size(2), block):
         hi = min(lo + block, w.size(2))
         part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
         for j in range(hi - lo):
+            scale = high * wide[:, lo + j, None]
             q = nearest_codes(part[:, :, j] / scale, top, states)
             codes[:, :, lo + j] = q
             error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
             errors[:, :, j] = error
             part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
         work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
-    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), step)
+    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), grid)
+
+
+def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> dict[str, Factor]:
+    """The factor of each tap's second moments."""
+    return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
+
+
+def bank_of(model: GPT, name: str) -> Tensor:
+    """A coded bank as (L | 1, rows, cols), sharing its memory."""
+    w = model.bank[name].detach()
+    return w.view(-1, *w.shape[-2:])
+
+
+def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
+    """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
+    U, arXiv 2603.04956) to their powers, means unchanged."""
+    h, role = model.h, roles(model.h)[name]
+    rows, columns = ((1, 0) if h.step_search == "uniform" else
+                     (h.row_step_power, h.column_step_power))
+    order, upper = factors[role.tap]
+    column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
+    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
+    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows, searches(h, role))
+    return grid._replace(
+        column=torch.empty_like(column).scatter_(1, order, column).to(torch.int8))
 
 
 @torch.no_grad()
-def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Tensor]:
-    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16."""
-    stored: dict[str, Coded | Tensor] = {}
-    for name, role in roles(model.h).items():
-        w = model.bank[name].detach()
-        search = model.h.clip_search and role.optim == "muon"
+def quantise(model: GPT,
+             factors: Mapping[str, Factor],
+             stretch: Mapping[str, Tensor] = {}) -> dict[str, Coded | Tensor]:
+    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16. Steps
+    are 2^stretch (L,) times those of `searched_grid`."""
+    h, stored = model.h, {}
+    for name, role in roles(h).items():
         if role.bits == 16:
-            stored[name] = w.half()
-        if role.bits in (0, 16):
+            stored[name] = model.bank[name].detach().half()
+        elif not role.bits:
             continue
-        w = w.reshape(-1, *w.shape[-2:])
-        if role.tap:
-            moment, damping = moments[role.tap], model.h.gptq_damping
-            states = model.h.trellis_states
-            stored[name] = gptq(w, moment, role.bits, role.sigmas, damping, states, search=search)
+        elif role.tap:
+            grid = searched_grid(model, name, factors)
+            scale = grid.scale * 2.0**stretch.get(name, 0.0) / (2 if h.trellis_states else 1)
+            top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
+            stored[name] = gptq(bank_of(model, name), factors[role.tap],
+                                grid._replace(scale=scale), top, h.trellis_states)
         else:
-            stored[name] = round_rows(w, role.bits, role.sigmas, search)
+            stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas,
+                                      searches(h, role))
     return stored
 
 
@@ -3359,13 +3440,131 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
         model.bank[name].copy_(w.view(model.bank[name].shape))
 
 
+# Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
+# are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a).
+DAMAGE_TOKENS, DAMAGE_STRETCH = 8192, 1.5    # text and steps with which `a` is measured
+FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
+ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
+
+
+@torch.no_grad()
+def step_damage(model: GPT, world: World, loader: Loader,
+                factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+    """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
+    DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text."""
+    h, damage, turn = model.h, {}, 0
+    if h.step_search == "uniform":
+        return damage
+    plan, batch = depth_plan(h, looped=True), loader.next()
+    world.share_tensors([batch.ids])
+    rows = max(1, DAMAGE_TOKENS // h.train_seq_len)
+    ids = batch.ids.view(-1, h.train_seq_len)[:rows]
+    truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
+    for name in (n for n, role in roles(h).items() if role.tap):
+        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
+        exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
+        rough = gptq(bank, factors[roles(h)[name].tap],
+                     grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
+        for i in range(len(bank)):
+            turn += 1
+            if turn % world.size == world.rank:
+                bank[i] = rough[i]
+                damage[name][i] = divergence(model, truth, embed, model.hidden(ids, plan))
+                bank[i] = exact[i]
+    return {name: world.sum(kl).cpu() for name, kl in damage.items()}
+
+
+def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
+    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
+    of `truth` with `embed`."""
+    total, now = 0.0, model.bank["embed"].to(model.dtype)
+    for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
+        p, q = (model.head.logits(states, table).log_softmax(-1)
+                for states, table in zip(pair, (embed, now)))
+        total = total + F.kl_div(q, p, reduction="sum", log_target=True)
+    return total / truth[..., 0].numel()
+
+
+def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Octaves (L,) between the least costly steps and the uniform ones, zero on average over all
+    weights."""
+    kl = {n: d.mean().expand_as(d) if h.step_search == "role" else d for n, d in damage.items()}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in kl}
+    found = {n: 0.5 * (weights[n] / d.clamp_min(1e-12)).log2() for n, d in kl.items()}
+    mean = sum(weights[n] * o.sum() for n, o in found.items()) / sum(
+        weights[n] * len(o) for n, o in found.items())
+    return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
+
+
+def column_sizes(w: Tensor, grid: Grid) -> Tensor:
+    """Mean square (L, cols) of each column of a bank (L, rows, cols) in steps."""
+    return ((w / grid.rows()).square().mean(1) / grid.columns()[:, 0].square()).cpu()
+
+
+def gaussian_bits(size: Tensor) -> Tensor:
+    """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
+    1/2 log2(2 pi e (size + 1/12))."""
+    return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
+
+
+@torch.no_grad()
+def expected_bits(h: Hyperparameters, banks: Mapping[str, Tensor]) -> str:
+    """A line of the log: bits per weight of each bank at uniform steps, and the bytes of all."""
+    words, total = [], 0.0
+    for name, role in roles(h).items():
+        if role.tap:
+            w = banks[name].view(-1, *role.shape[-2:])
+            grid = uniform_grid(w, role.bits, role.sigmas)
+            bits = float(gaussian_bits(column_sizes(w, grid)).mean())
+            words, total = [*words, f"{name}:{bits:.3f}"], total + bits * w.numel() / 8
+    return f"bits_per_weight {' '.join(words)} coded_bytes:{total:.0f} (at uniform steps)"
+
+
+def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, Tensor], code: int,
+               log: Log) -> tuple[bytes, dict[str, int]]:
+    """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, after at most
+    three corrections. Without damages the steps are the uniform ones."""
+    h = model.h
+    if not damage:
+        return pack(h, quantise(model, factors))
+    base = ideal_stretch(h, damage)
+    sizes = {n: column_sizes(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
+    room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
+
+    def expected(shift: float) -> float:
+        """Bytes of the codes when all steps are 2^shift times those of `base`."""
+        return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
+                   for n, o in base.items())
+
+    while len(tried) < 4:
+        low, shift = FINEST, COARSEST
+        for _ in range(24):
+            middle = (low + shift) / 2
+            over = ratio * expected(middle) + fixed > room - (1 - ROOM_USED) * h.budget_bytes
+            low, shift = (middle, shift) if over else (low, middle)
+        if shift in tried:
+            break
+        stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
+        tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
+        if 0 <= room - len(blob) <= 2 * (1 - ROOM_USED) * h.budget_bytes:
+            break
+        fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
+        ratio = (len(blob) - fixed) / expected(shift)
+    free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
+    best = min(free, key=lambda shift: free[shift] if free[shift] >= 0 else 1e12 - free[shift])
+    log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
+        "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
+    return tried[best]
+
+
 # ==================================================================================================
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
 # lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
 # file can only fail. Then the code's bytes.
 # ==================================================================================================
-MAGIC = b"PGOLF\x01"
+MAGIC = b"PGOLF\x02"
 CHECKSUM_BYTES = 16
 HEADER_LIMIT = 1 << 16
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
@@ -3404,13 +3603,28 @@ def coders() -> dict[str, Coder]:
         found["brotli"] = Coder(
             b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
             lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
+    if shutil.which("lrzip"):
+        found["lrzip"] = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
     return found
+
+
+def lrzip(raw: bytes, option: str) -> bytes:
+    """What the program lrzip makes of the bytes; raises where it fails."""
+    return subprocess.run(["lrzip", option], input=raw, capture_output=True, check=True).stdout
+
+
+def expand_lrzip(coded: bytes, limit: int) -> bytes:
+    """The inverse, unless its header announces more than `limit` bytes (ValueError)."""
+    if (size := int.from_bytes(coded[6:14], "little")) > limit:
+        raise ValueError(f"it announces {size} bytes")
+    return lrzip(coded, "-dq")
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
     """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
     the shortest."""
     known = coders()
+    known.pop("lrzip" if compressor == "any" else "", None)    # a program for each small stream
     chosen = [known[compressor]] if compressor in known else known.values()
     return min((c.letter + c.encode(raw, quick) for c in chosen), key=len)
 
@@ -3822,6 +4036,28 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
     ]
 
 
+def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
+    tap feeds share their columns."""
+    shapes = coded_roles(h)
+    firsts = {roles(h)[n].tap: n for n in reversed(shapes)}.values()
+    return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
+            *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
+            *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
+
+
+def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
+    """The grid of each coded bank; raises `Refusal` for a damaged stream."""
+    parts, found = grid_parts(h), {}
+    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, _, kind, shape in parts]
+    raw = io.BytesIO(expand(stream, sum(sizes)))
+    for (name, part, kind, shape), size in zip(parts, sizes):
+        values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
+        found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
+    return {n: Grid(found["scale", n], found["row", n], found["column", roles(h)[n].tap])
+            for n in coded_roles(h)}
+
+
 def pack(h: Hyperparameters,
          stored: Mapping[str, Coded | Tensor],
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
@@ -3832,7 +4068,9 @@ def pack(h: Hyperparameters,
                          key=lambda choice: sum(map(len, choice[1])))
     halves = lambda tensors: squeeze(
         shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors])), "any", quick)
-    streams.append(halves(v.step for v in stored.values() if isinstance(v, Coded)))
+    streams.append(squeeze(b"".join(
+        getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
+        for n, part, kind, _ in grid_parts(h)), "any", quick))
     streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
     header = lzma.compress(
         json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
@@ -3867,18 +4105,16 @@ def unpack(blob: bytes,
     ends = np.cumsum([first, *lengths]).tolist()
     streams = [blob[a:b] for a, b in zip(ends, ends[1:])]
     codes = dict(zip(shapes, unpack_codes(h, streams[:-2], coder)))
-    steps = sum(math.prod(shape[:2]) for shape in shapes.values())
+    grids = unpack_grids(h, streams[-2])
     plain = sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16)
-    steps, plain = (torch.from_numpy(unshuffled(expand(s, 2 * n), np.float16))
-                    for s, n in ((streams[-2], steps), (streams[-1], plain)))
+    plain = torch.from_numpy(unshuffled(expand(streams[-1], 2 * plain), np.float16))
     banks: dict[str, Coded | Tensor] = {}
     for name, role in roles(h).items():
         if role.bits == 16:
             values, plain = plain.tensor_split([math.prod(role.shape)])
             banks[name] = values.view(role.shape)
         elif role.bits:
-            values, steps = steps.tensor_split([math.prod(shapes[name][:2])])
-            banks[name] = Coded(torch.from_numpy(codes[name]), values.view(shapes[name][:2]))
+            banks[name] = Coded(torch.from_numpy(codes[name]), grids[name])
     return h, banks
 
 
@@ -4053,27 +4289,59 @@ def without_unused(tree: ast.Module) -> ast.Module:
         tree.body = kept
 
 
+# Decorators of Python and torch, which do not look at a function as Triton and torch.library do.
+BLIND = {"property", "classmethod", "staticmethod", "torch.no_grad()"}
+
+
 class Undocumented(ast.NodeTransformer):
-    """Removes docstrings, and the annotations of undecorated functions.
+    """Removes docstrings and annotations, and makes parameters positional-only, so that they may be
+    renamed, where no call names them.
 
-    A decorator may read annotations (Triton looks for constexpr, torch.library infers a schema),
-    and the fields of dataclasses and NamedTuples are annotations: those stay."""
+    Functions under other decorators than BLIND keep their signatures; so do the fields of
+    dataclasses, while those of NamedTuples only need some annotation."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """The function without docstring, and without annotations that no decorator can see."""
-        if not node.decorator_list:
-            a, node.returns = node.args, None
-            stars = filter(None, (a.vararg, a.kwarg))
-            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs, *stars):
+    def __init__(self, tree: ast.AST):
+        """Finds which names calls give to parameters: of a function that is only ever called by its
+        own name just those of such calls, of others any keyword or text in `tree`."""
+        nodes = [*ast.walk(tree)]
+        calls = [n for n in nodes if isinstance(n, ast.Call)]
+        heads, self.own = {id(c.func) for c in calls}, {}
+        self.shared = {n.value for n in nodes if isinstance(n, ast.Constant)}
+        self.aliased = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in heads}
+        for call in calls:
+            words, name = {k.arg for k in call.keywords}, getattr(call.func, "id", "")
+            self.shared |= words
+            self.own.setdefault(name, set()).update(words)
+            self.aliased |= {name} if None in words else set()
+        for n in nodes:
+            if getattr(n, "name", "") in KEPT:
+                self.shared |= {a.arg for a in ast.walk(n) if isinstance(a, ast.arg)}
+                self.aliased.add(n.name)
+            if isinstance(n, ast.ClassDef):
+                self.aliased |= {getattr(f, "name", "") for f in n.body}
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        """The function or lambda without what only readers need."""
+        if {ast.unparse(d) for d in getattr(node, "decorator_list", ())} <= BLIND:
+            a, name, node.returns = node.args, getattr(node, "name", ""), None
+            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs,
+                              *filter(None, (a.vararg, a.kwarg))):
                 parameter.annotation = None
+            named = self.own.get(name, ()) if name and name not in self.aliased else self.shared
+            while a.args and a.args[0].arg not in named:
+                a.posonlyargs.append(a.args.pop(0))
         return self.undocument(node)
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
     def undocument(self, node: ast.AST) -> ast.AST:
-        """The function or class without its docstring, children included."""
-        if ast.get_docstring(node, clean=False) is not None:
+        """The node without its docstring, children included."""
+        if not isinstance(node, ast.Lambda) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign):
+                    line.annotation = ast.Constant(0)
         return self.generic_visit(node)
 
     visit_ClassDef = undocument
@@ -4083,11 +4351,12 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
     """The text that the packed script runs: no comments, docstrings or long names of ours, and no
     code that the values of the knobs `fixed` leave dead.
 
-    Attributes, keyword arguments, parameters, classes, imports and KEPT keep their names. Literals
-    and builtins are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or
-    `A=range` would break a Triton kernel. The module's docstring stays where `__doc__` is read.
-    Warns, and returns longer text, where python_minifier is not installed."""
-    tree = without_unused(Undocumented().visit(Specialised(fixed).visit(ast.parse(source))))
+    Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
+    are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
+    break a Triton kernel. The module's docstring stays where `__doc__` is read. Warns, and returns
+    longer text, where python_minifier is not installed."""
+    tree = without_unused(Specialised(fixed).visit(ast.parse(source)))
+    tree = Undocumented(tree).visit(tree)
     nodes = [*ast.walk(tree)]
     if ast.get_docstring(tree) and "__doc__" not in {getattr(node, "id", "") for node in nodes}:
         tree.body = tree.body[1:]
@@ -4097,18 +4366,21 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
         return text
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
     classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
-    parameters = {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self", "cls"}
-    return python_minifier.minify(text,
+    watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
+        ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
+        if isinstance(a, ast.arg)]
+    text = python_minifier.minify(text,
                                   rename_globals=True,
                                   hoist_literals=False,
                                   convert_posargs_to_args=False,
                                   preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
-                                  preserve_locals=sorted(parameters),
+                                  preserve_locals=watched_names,
                                   remove_annotations=python_minifier.RemoveAnnotationsOptions(
                                       remove_variable_annotations=True,
                                       remove_return_annotations=False,
                                       remove_argument_annotations=False,
                                       remove_class_attribute_annotations=False))
+    return re.sub(r",/(?=[,:)])", "", text)    # the marks have served
 
 
 def literal(data: bytes) -> bytes:
@@ -4542,8 +4814,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(
-            f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
+        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} (pip install "
+                     f"{package}; lrzip is a program of its own)")
     if h.run_id:
         check(refuse_used, folder)
         found = check(read_checkpoint, folder)
@@ -4591,15 +4863,16 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
             for number in range(h.rehearsal_steps):
                 t.step(number, progress, looped)
     adaptation_s = rehearse_adaptation(t, data, held) if h.prequant_ttt_epochs else 0.0
-    second_moments(t.model, t.world, t.loader, t.world.size)
-    calibration = Stopwatch(t.world)
-    moments = second_moments(t.model, t.world, t.loader, t.world.size)
-    rounds = -(-h.gptq_calibration_batches // t.world.size)
-    off_clock = h.calibration == "self"
-    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * (not off_clock) * rounds *
-                                t.world.share(calibration.read_s()))
-    stored = quantise(t.model, moments)
-    _, again = unpack(pack(h, stored, quick=True)[0])
+    for _ in range(2):    # the first time compiles
+        calibration = Stopwatch(t.world)
+        moments = second_moments(t.model, t.world, t.loader, t.world.size)
+        rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
+        moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
+        factors = inverse_factors(h, moments)
+        step_damage(t.model, t.world, t.loader, factors)
+        calibration_s = moments_s + calibration.read_s()
+    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
+    _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
     tokens = np.concatenate(
         [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
@@ -4676,6 +4949,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
     moments = calibrate(trainer, held, clock)
+    factors = inverse_factors(h, moments)
+    damage = step_damage(model, world, trainer.loader, factors)
     clock_s = clock.read_s()
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)"
@@ -4688,10 +4963,9 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     }
 
     watch = Stopwatch(world)
-    stored = quantise(model, moments) if world.main else {}
+    blob, ledger = fit_budget(model, factors, damage, len(code), log) if world.main else (b"", {})
     stage("quantise", watch)
     watch = Stopwatch(world)
-    blob, ledger = pack(h, stored) if world.main else (b"", {})
     if world.main:
         write_atomically(log.folder / "model.bin", blob)
         write_atomically(log.folder / "train_gpt.py", code)
@@ -4802,7 +5076,9 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     if sizes["total"] > h.budget_bytes:
         raise Refusal(
             f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
-            f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
+            f"{log.folder}, but it cannot be submitted: " +
+            ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
+             "this is the smallest possible size of this model"))
     return result
 
 
