@@ -263,11 +263,11 @@ class Hyperparameters:
                                  positive)
     ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
     ttt_lora_lr: float = knob(0.01, "Adam rate of the fastest learner's adapters", natural)
-    ttt_lr_decay: float = knob(4.0, "chunks n after which that rate falls as 1 / sqrt(n)", positive)
+    ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over the chunks n",
+                               natural)
     ttt_learners: int = knob(2, "learners per document, mixed by their past losses", positive)
     ttt_lr_spread: float = knob(3.0, "ratio of the rates of neighbouring learners", positive)
-    ttt_share: float = knob(0.05, "weight that learners share out after each token", fraction)
-    ttt_beta1: float = knob(0.9, "decay of the adapters' mean gradient", lambda v: 0 <= v < 1)
+    ttt_mix_decay: float = knob(0.9, "decay per token of the losses that weigh them", fraction)
     ttt_beta2: float = knob(0.95, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
     ttt_targets: str = knob("q,v,o,mlp,head", "adapted maps, of q k v o mlp head",
                             lambda v: set(v.split(",")) <= set("q k v o mlp head".split()))
@@ -2003,6 +2003,11 @@ class GPT(nn.Module):
             self.run_merge = torch.compile(merge_skip, dynamic=False)
             self.run_embedded = torch.compile(self.embedded, dynamic=False)
 
+    def retune(self, **knobs: Any) -> Hyperparameters:
+        """Changes knobs of scoring, which no weight depends on; returns all of them."""
+        self.h = replace(self.h, **knobs)
+        return self.h
+
     @torch.no_grad()
     def initialise(self) -> None:
         """Fills every bank as its role says; matrices that write to the residual stream start at
@@ -2152,8 +2157,8 @@ def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
 # every row of the batch.
 # ==================================================================================================
 class AdapterBank:
-    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its Adam state; a fresh
-    bank changes nothing.
+    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state; a
+    fresh bank changes nothing.
 
     All of a row lies in one line of `flat` (B, P), so that an update is a handful of operations.
     """
@@ -2176,26 +2181,25 @@ class AdapterBank:
                 start.append(factor.flatten())
         self.start = torch.cat(start).to(device)    # (P,)
         self.flat = self.start.repeat(rows, 1).requires_grad_()
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.square = torch.zeros_like(self.flat)
         self.updates = torch.zeros(rows, 1, device=device)
 
     @torch.no_grad()
     def reset(self, rows: Tensor) -> None:
         """Back to the start, for these rows (n,)."""
         self.flat[rows] = self.start
-        for state in (self.mean, self.square, self.updates):
-            state[rows] = 0
+        self.square[rows] = self.updates[rows] = 0
 
     @torch.no_grad()
     def step(self, loss: Tensor, rate: Tensor) -> None:
-        """One Adam step (arXiv 1412.6980) down `loss`, a sum over rows, at rates (B, 1)."""
+        """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) down `loss`, a sum over
+        rows, at rates (B, 1)."""
         grad, = torch.autograd.grad(loss, self.flat)
-        b1, b2 = self.h.ttt_beta1, self.h.ttt_beta2
+        beta = self.h.ttt_beta2
         self.updates += 1
-        self.mean.lerp_(grad, 1 - b1)
-        self.square.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        spread = (self.square / (1 - b2**self.updates)).sqrt_().add_(1e-8)
-        self.flat.addcdiv_(self.mean * (rate / (b1**self.updates - 1)), spread)
+        self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
+        spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
+        self.flat.addcdiv_(grad * -rate, spread)
 
     def adapters(self, dtype: torch.dtype = torch.float32) -> list[dict[str, LoRA]]:
         """The adapters of each step in order; the last entry is the output head's."""
@@ -3743,7 +3747,7 @@ class Learners:
             place = np.arange(w.width)
             inside = (place >= w.lo[:, None]) & (place < w.hi[:, None])
             self.inside = torch.from_numpy(inside).to(self.device)
-            self.rate = (self.rates * (1 + age / self.model.h.ttt_lr_decay)**-0.5)[:, None]
+            self.rate = (self.rates * (1 + age / 4)**-self.model.h.ttt_lr_decay)[:, None]
             if self.bank:
                 self.bank.reset(torch.from_numpy(np.flatnonzero(w.age.repeat(self.N) == 0)))
             self.belief = self.belief * (age > 0).view(self.rows, self.N)
@@ -3764,13 +3768,12 @@ class Learners:
             self.first = self.forward(ids, targets)
         self.fresh = self.cache.fresh if self.cache else []
         logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
-        mixed = []
-        for t in logs.unbind(-1):
-            joint = self.belief.log_softmax(1) + t
-            mixed.append(-joint.logsumexp(1))
-            share = self.model.h.ttt_share
-            self.belief = torch.log((1 - share) * joint.softmax(1) + share / self.N)
-        return torch.stack(mixed, 1)
+        n = torch.arange(logs.size(-1) + 1, device=self.device)
+        ago = n - n[:-1, None]    # tokens from place s to place t, which may know s if it is above 0
+        decay = self.model.h.ttt_mix_decay
+        known = self.belief[..., None] * decay**n + logs @ torch.where(ago > 0, decay**ago, 0.0)
+        self.belief = known[..., -1]
+        return -(known[..., :-1].log_softmax(1) + logs).logsumexp(1)
 
     def learn(self, ids: Tensor, targets: Tensor) -> None:
         """TTT_STEPS updates of every row on its chunk, then the chunk moves into the cache."""
@@ -3784,19 +3787,24 @@ class Learners:
             self.cache.write(ids.repeat_interleave(self.N, 0), self.fresh)
 
 
-def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str, steps: int,
-                    name: str, log: Log) -> None:
-    """Scores documents by rows of `Learners`; of EVAL_BATCH_TOKENS / EVAL_SEQ_LEN rows, fewer where
-    documents are too few to fill them."""
-    h, world = model.h, ledger.world
+def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -> tuple[int, int]:
+    """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
+    has, divided by the learners; fewer where documents are too few to fill them."""
     C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
     rows = max(1, h.eval_batch_tokens // h.eval_seq_len // (h.ttt_learners if steps else 1))
-    if world.device.type != "cuda":    # where every shape is a graph, rows stay as they are
+    if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
         ticks = -(-np.diff(documents) // C)
         rows = min(rows, -(-int(ticks.sum()) // int(ticks.max()) // world.size))
-    batches = document_plan(documents, C, rows, world)
+    return rows, C
+
+
+def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str, steps: int,
+                    name: str, log: Log) -> None:
+    """Scores the documents between these edges by `Learners`."""
+    rows, C = tiles(model.h, documents, steps, ledger.world)
+    batches = document_plan(documents, C, rows, ledger.world)
     if form == "recompute":
-        batches = [widened(w, h.eval_seq_len) for w in batches]
+        batches = [widened(w, model.h.eval_seq_len) for w in batches]
     learners = Learners(model, rows, C, form, steps)
     score(ledger, learners.follow(watched(batches, name, log)), learners.nats_of, learners.learn)
 
@@ -3880,6 +3888,36 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             for p, share in zip(weights, shares):
                 p.grad.mul_(share)
             sgd.step()
+
+
+def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
+    """The steps per chunk, TTT_STEPS at most, with which `targets` targets are scored within
+    EVAL_BUDGET_S, by the seconds that training text takes here."""
+    h = model.h
+    if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
+        return h.ttt_steps
+    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, True))[0]["seconds"])
+    rows, C = tiles(h, text.documents, h.ttt_steps, world)
+    cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
+    # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
+    need_s = [1.1 * targets / cells * took_s * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
+              for n in range(h.ttt_steps + 1)]
+    steps = max(n for n, s in enumerate(need_s) if s <= h.eval_budget_s or not n)
+    log(f"ttt_steps:{steps} of {h.ttt_steps}, about {need_s[steps]:.0f}s of "
+        f"EVAL_BUDGET_S={h.eval_budget_s:g}")
+    return steps
+
+
+def legality(h: Hyperparameters) -> list[str]:
+    """What enforces the conditions C1 to C4 (#1017) in these scores, a line each."""
+    return [
+        "C1 causal: attention looks back; ids past a chunk's end are pads",
+        "C2 normalised: softmax over all of V; mixtures are sum of w_i p_i, w from past losses",
+        "C3 score first: the ledger is sealed while learners run on what it has booked",
+        "C4 one pass: no target is booked twice or never; " +
+        ("documents share no state" if h.ttt in ("stream", "recompute") else
+         "weights learn in stream order")
+    ]
 
 
 SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
@@ -3993,6 +4031,14 @@ def preflight(h: Hyperparameters, world: World) -> None:
         raise Refusal("; ".join(wrong))
 
 
+def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
+    """The beginning of the training shards in the place of a validation set."""
+    tokens = np.concatenate(
+        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
+    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
+    return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
+
+
 def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
     for calibration.
@@ -4012,10 +4058,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
     stored = quantise(t.model, moments)
     _, again = unpack(pack(h, stored, quick=True)[0])
     load_stored(t.model, again)
-    tokens = np.concatenate(
-        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
-    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
-    fake = Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
+    fake = rehearsal_text(h, data)
     quiet = Log(t.world, quiet=True)
     for name in wanted_scores(h):
         score_by_name(name, t.model, fake, t.world, quiet)
@@ -4060,6 +4103,9 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     trainer = Trainer.of(h, world, model, data)
     watch = Stopwatch(world)
     reserve_s = rehearse(trainer, data, log) if h.rehearsal_steps else h.gptq_reserve_seconds
+    if h.rehearsal_steps:
+        h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
+            h, data), len(data.val.bytes), world, log))
     stage("rehearsal", watch)
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
@@ -4116,6 +4162,8 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     log(f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks x "
         f"{h.micro_batch_tokens}"
         )
+    for line in legality(h):
+        log(line)
 
 
 def device_name(device: torch.device) -> str:
