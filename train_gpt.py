@@ -284,12 +284,36 @@ class Hyperparameters:
                                   positive)
     scores: str = knob(
         "quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
-        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "ttt", ""})
+        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "stream", "ttt", ""})
+    ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
+                    among("stream", "phased", "recompute", "chunk"))
+    ttt_stream_chunk: int = knob(48, "tokens of a document scored before its adapters learn",
+                                 positive)
+    ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
+    ttt_lora_lr: float = knob(0.01, "Adam rate of the fastest learner's adapters", natural)
+    ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over the chunks n",
+                               natural)
+    ttt_learners: int = knob(2, "learners per document, mixed by their past losses", positive)
+    ttt_lr_spread: float = knob(3.0, "ratio of the rates of neighbouring learners", positive)
+    ttt_mix_decay: float = knob(0.9, "decay per token of the losses that weigh them", fraction)
+    ttt_beta2: float = knob(0.95, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
+    ttt_targets: str = knob("q,v,o,mlp,head", "adapted maps, of q k v o mlp head",
+                            lambda v: set(v.split(",")) <= set("q k v o mlp head".split()))
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
     ttt_chunk_tokens: int = knob(32768, "tokens that are scored before they are learned from",
                                  positive)
     ttt_lr: float = knob(
         0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
+    ttt_phases: int = knob(3, "parts of the stream between which phased training learns", positive)
+    ttt_max_chunks: int = knob(0, "parts that SGD learns from, its cosine's length; 0: all", natural)
+    ttt_ema_decay: float = knob(0.0, "scores use an average of SGD's weights with this decay",
+                                lambda v: 0 <= v < 1)
+    ttt_freeze_blocks: int = knob(0, "first layers, and the embedding, that SGD leaves", natural)
+    ttt_lr_ramp: float = knob(1.0, "share of TTT_LR in the first layer, rising to all of it",
+                              fraction)
+    eval_budget_s: float = knob(
+        480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
+        natural)
     ttt_momentum: float = knob(0.9, "SGD momentum of test-time training", lambda v: 0 <= v < 1)
     ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
     ttt_batch_seqs: int = knob(
@@ -2087,7 +2111,7 @@ class LoRA(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, T, in) -> scale * b (a x), (B, T, out)."""
-        return (x @ self.a.mT) @ self.b.mT * self.scale
+        return (x @ self.a.mT * self.scale) @ self.b.mT
 
 
 def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | None = None) -> Tensor:
@@ -2097,12 +2121,19 @@ def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | Non
     return y if lora is None else y + lora(x if lora_in is None else lora_in)
 
 
-def rope_table(h: Hyperparameters, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rope_table(h: Hyperparameters,
+               T: int,
+               like: Tensor,
+               behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv
-    2104.09864), rounded last."""
-    pairs = torch.arange(0, h.rope_dims, 2, device=like.device, dtype=torch.float32)
-    angle = torch.outer(torch.arange(T, device=like.device, dtype=torch.float32),
-                        h.rope_base**(-pairs / h.rope_dims))[:, None]
+    2104.09864), rounded last; (B, T, 1, ROPE_DIMS / 2) where rows begin `behind` (B,) tokens."""
+    # fp64 where places count from a document's start: at place 100,000 fp32 is 0.004 rad off
+    dtype = torch.float32 if behind is None else torch.float64
+    pairs = torch.arange(0, h.rope_dims, 2, device=like.device, dtype=dtype)
+    place = torch.arange(T, device=like.device, dtype=dtype)
+    if behind is not None:
+        place = place + behind[:, None]
+    angle = (place[..., None] * h.rope_base**(-pairs / h.rope_dims))[..., None, :]
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
@@ -2217,6 +2248,35 @@ class BlockAttention(torch.autograd.Function):
         return ungroup(torch.cat(dq, 3)), dk, dv, None
 
 
+class Past(NamedTuple):
+    """What one step of depth remembers of the tokens before a chunk, and where it leaves its own.
+    """
+
+    keys: Tensor    # (B, K, M, E), as they were when scored
+    values: Tensor    # (B, K, M, E)
+    seen: Tensor    # (B, 1, C, M + C) 0 where a query may read it, -inf elsewhere; last the chunk
+    fresh: list[Tensor]    # the step adds keys and values (B, K, C, E) of the chunk
+
+
+def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") -> Tensor:
+    """Attention of a chunk to itself and to what is cached: (B, C, H | K, E) -> (B, C, H, E).
+
+    No gradient reaches the cache, and none is computed for it.
+    """
+    (B, C, H, E), K, M = q.shape, k.size(2), past.keys.size(2)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    past.fresh.extend((k.detach(), v.detach()))
+    if kernel != "blocks":
+        k, v = (torch.cat(pair, 2).repeat_interleave(H // K, 1)
+                for pair in ((past.keys, k), (past.values, v)))
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, past.seen).transpose(1, 2)
+    Q = group(q * E**-0.5, K).reshape(B, K, -1, E)    # (B, K, G * C, E)
+    logits = torch.cat((Q @ past.keys.mT, Q @ k.mT), -1).view(B, H, C, -1)
+    p = (logits + past.seen).softmax(-1).view(B, K, -1, M + C)
+    y = p[..., :M] @ past.values + p[..., M:] @ v
+    return ungroup(y.view(B, K, H // K, C, E))
+
+
 class Layer(NamedTuple):
     """One layer's slice of every bank; None where the model has no such role. Gains and scales stay
     fp32."""
@@ -2258,7 +2318,8 @@ class Block(nn.Module):
                   xsa: bool,
                   lora: Mapping[str, LoRA],
                   probe: Callable[[str, Tensor], None] | None,
-                  value: Tensor | None = None) -> Tensor:
+                  value: Tensor | None = None,
+                  past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
         if probe:
@@ -2271,7 +2332,8 @@ class Block(nn.Module):
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = linear(n, w.wv, lora.get("v"))
         v = heads(v if value is None else v + value)
-        y = attend(q, k, v, docs, self.kernel)
+        y = attend(q, k, v, docs, self.kernel) if past is None else recall(
+            q, k, v, past, self.kernel)
         if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
             # (B, T, K, 1, E)
             own = F.normalize(v, dim=-1)[..., None, :]
@@ -2314,13 +2376,14 @@ class Block(nn.Module):
                 xsa: bool,
                 lora: Mapping[str, LoRA] = {},
                 probe: Callable[[str, Tensor], None] | None = None,
-                value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                value: Tensor | None = None,
+                past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
         `a` and hands `m` through. `value` (B, T, K E) is added to the values."""
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w,
                                              norm(read) * w.depth_scale, rope, docs, xsa, lora,
-                                             probe, value)
+                                             probe, value, past)
         if not parallel:
             a = (read + attn).type_as(a)
             a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
@@ -2422,6 +2485,11 @@ class GPT(nn.Module):
             self.run_join = torch.compile(join_lanes, dynamic=False)
             self.run_embedded = torch.compile(self.embedded, dynamic=False)
 
+    def retune(self, **knobs: Any) -> Hyperparameters:
+        """Changes knobs of scoring, which no weight depends on; returns all of them."""
+        self.h = replace(self.h, **knobs)
+        return self.h
+
     @torch.no_grad()
     def initialise(self) -> None:
         """Fills every bank as its role says; matrices that write to the residual stream start at
@@ -2455,37 +2523,44 @@ class GPT(nn.Module):
         absent = (None, ) * self.h.num_layers
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
-    def embedded(self, ids: Tensor) -> Tensor:
+    def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
         """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
-        across a document start."""
-        x = F.embedding(ids, self.bank["embed"].to(self.dtype))
+        across a document start. `last` (B, 2): the tokens before the chunk, negative for none."""
+        ids = ids if last is None else torch.cat((last, ids), 1)
+        x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
         if self.h.bigram_vocab_size:
-            V = self.h.bigram_vocab_size
-            pair = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % (V - 1)
-            x = x + looked_up(self, "bigram", F.pad(pair, (1, 0), value=V - 1))
+            V, before = self.h.bigram_vocab_size, F.pad(ids[:, :-1], (1, 0), value=-1)
+            pair = (36313 * ids ^ 27191 * before) % (V - 1)
+            x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
+        if last is not None:
+            x = x * (ids >= 0)[..., None]
         if self.h.smear_mix and self.h.smear_gate:
             x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
-            return x + share * (F.pad(x, (0, 0, 1, 0))[:, :-1] - x)
-        if self.h.smear_gate:
-            drive = F.linear(x[:, 1:, :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
+            x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        elif self.h.smear_gate:
+            # (B, T, D)
+            drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
-            gate = gate * (ids[:, 1:] != BOS)[..., None]
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), 1)
-        return norm(x)
+            x = norm(x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0)))
+        else:
+            x = norm(x)
+        return x if last is None else x[:, last.size(1):]
 
     def hidden(self,
                ids: Tensor,
                plan: tuple[Step, ...],
                docs: Docs | None = None,
                lora: Sequence[Mapping[str, LoRA]] | None = None,
-               probe: Probe | None = None) -> Tensor:
+               probe: Probe | None = None,
+               cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
-        step, then the head's."""
-        x0 = a = m = self.run_embedded(ids)
+        step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
+        x0 = a = m = self.run_embedded(ids, *([cache.last] if cache else []))
         docs = docs or whole_rows(ids)
         run = self.block if probe or lora else self.run_block
-        h, layers = self.h, self.layers(plan[0].rounded)
-        rope = rope_table(h, ids.size(1), x0)
+        h = self.h
+        layers = cache.layers if cache else self.layers(plan[0].rounded)
+        rope = rope_table(h, ids.size(1), x0, cache.behind if cache else None)
         weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
         gates = self.bank["skip_gate"].unbind(0) if h.skip_gates else (None, ) * len(weights)
         if h.ve_dim:
@@ -2499,8 +2574,11 @@ class GPT(nn.Module):
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
-            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam,
-                       **(dict(lora=lora[slot]) if lora else {}))
+            if lora:
+                seam["lora"] = lora[slot]
+            if cache:
+                seam["past"] = cache.past(slot)
+            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
@@ -2515,11 +2593,12 @@ class GPT(nn.Module):
              plan: tuple[Step, ...],
              docs: Docs | None = None,
              lora: Sequence[Mapping[str, LoRA]] | None = None,
+             cache: Cache | None = None,
              ahead: int = 0) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
         read this; training alone adds a fifth of the mean loss of `ahead` heads for later targets.
         """
-        x = self.hidden(ids, plan, docs, lora)
+        x = self.hidden(ids, plan, docs, lora, cache=cache)
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
         nats = self.run_head(x, self.bank["embed"].to(self.dtype), targets,
                              *([lora[-1].get("head")] if lora else []), **caps)
@@ -2548,6 +2627,50 @@ def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
     return w + (coded.decode() - w).detach()
 
 
+class Cache:
+    """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and each
+    row's last two tokens: preallocated rings that all rows write at one place."""
+
+    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...]):
+        """Empty rings for chunks of C tokens in the model's compute dtype."""
+        h, embed = model.h, model.bank["embed"]
+        self.C, self.T, self.at = C, h.eval_seq_len, 0
+        with torch.no_grad():
+            self.layers = model.layers()    # cast once: the weights stay as they are
+        slots = -(-(self.T - 1) // C) * C
+        # (S, 2, B, K, M, E)
+        self.ring = torch.zeros(len(plan), 2, B, h.num_kv_heads, slots, h.head_dim,
+                                dtype=model.dtype, device=embed.device)
+        self.ids = torch.zeros(B, 2, dtype=torch.int64, device=embed.device)
+
+    def open(self, behind: Tensor) -> None:
+        """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
+        place = torch.arange(self.C, device=behind.device)
+        slots = torch.arange(self.ring.size(4), device=behind.device)
+        # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
+        ago = (self.at - 1 - slots) % len(slots) + 1
+        seen = (ago <= behind[:, None, None]) & (ago + place[:, None] < self.T)
+        own = (place[:, None] >= place).expand(len(behind), -1, -1)
+        self.behind = behind
+        self.seen = torch.where(torch.cat((seen, own), 2)[:, None], 0.0, -math.inf).to(
+            self.ring.dtype)
+        self.last = torch.where(behind[:, None] > torch.tensor([1, 0], device=behind.device),
+                                self.ids, -1)
+
+    def past(self, slot: int) -> Past:
+        """What step number `slot` remembers; each forward pass begins a new `fresh`."""
+        self.fresh = [] if slot == 0 else self.fresh
+        self.fresh.append([])
+        return Past(*self.ring[slot].unbind(0), self.seen, self.fresh[-1])
+
+    def write(self, ids: Tensor, fresh: Sequence[Sequence[Tensor]]) -> None:
+        """Books a chunk (B, C) with the keys and values that each step found for it."""
+        self.ids = torch.cat((self.ids, ids), 1)[:, -2:]
+        self.ring[..., self.at:self.at + self.C, :] = torch.stack(
+            [t for pair in fresh for t in pair]).view_as(self.ring[..., :self.C, :])
+        self.at = (self.at + self.C) % self.ring.size(4)
+
+
 def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
     """Hands an activation of one layer to the probe."""
     probe(tap, layer, x)
@@ -2558,43 +2681,64 @@ def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
 # LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and
 # every row of the batch.
 # ==================================================================================================
-class AdapterBank(nn.Module):
-    """One LoRA per batch row, executed step and adapted map; b starts at zero, so a fresh bank
-    changes nothing."""
+class AdapterBank:
+    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state; a
+    fresh bank changes nothing.
 
-    def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...]):
-        """`o` and `mlp` adapt a map from the block's normalised input to the residual stream."""
-        super().__init__()
-        self.h, table, D, R = h, roles(h), h.model_dim, h.ttt_lora_rank
-        out = dict(q=table["wq"].shape[1],
-                   k=table["wk"].shape[1],
-                   v=table["wv"].shape[1],
-                   o=D,
-                   mlp=D,
-                   head=h.vocab_size)
-        steps = {name: 1 if name == "head" else len(plan) for name in out}
-        self.a = nn.ParameterDict({n: nn.Parameter(torch.empty(steps[n], rows, R, D)) for n in out})
-        self.b = nn.ParameterDict(
-            {n: nn.Parameter(torch.zeros(steps[n], rows, out[n], R))
-             for n in out})
-        self.reset()
+    All of a row lies in one line of `flat` (B, P), so that an update is a handful of operations.
+    """
+
+    def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...],
+                 device: torch.device = torch.device("cpu")):
+        """Every row starts from the same values: a uniform in +-1/sqrt(D), b zero. `o` and `mlp`
+        adapt a map from the block's normalised input to the residual stream."""
+        table, D, R = roles(h), h.model_dim, h.ttt_lora_rank
+        out = dict(q=table["wq"].shape[1], k=table["wk"].shape[1], v=table["wv"].shape[1],
+                   o=D, mlp=D, head=h.vocab_size)
+        self.h, self.S, self.names = h, len(plan), h.ttt_targets.split(",")
+        self.shapes, start, rates = [], [], []
+        seeded = torch.Generator().manual_seed(h.seed)
+        for name in self.names:
+            S = 1 if name == "head" else self.S
+            a = (torch.rand(S, R, D, generator=seeded) * 2 - 1) * D**-0.5
+            for factor in (a, torch.zeros(S, out[name], R)):
+                self.shapes.append(factor.shape)
+                start.append(factor.flatten())
+        self.start = torch.cat(start).to(device)    # (P,)
+        self.flat = self.start.repeat(rows, 1).requires_grad_()
+        self.square = torch.zeros_like(self.flat)
+        self.updates = torch.zeros(rows, 1, device=device)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the identity: a uniform in +-1/sqrt(D), b zero."""
-        for name in self.a:
-            self.a[name].uniform_(-1, 1).mul_(self.h.model_dim**-0.5)
-            self.b[name].zero_()
+    def reset(self, rows: Tensor) -> None:
+        """Back to the start, for these rows (n,)."""
+        self.flat[rows] = self.start
+        self.square[rows] = self.updates[rows] = 0
 
-    def adapters(self) -> list[dict[str, LoRA]]:
+    @torch.no_grad()
+    def step(self, loss: Tensor, rate: Tensor) -> None:
+        """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) down `loss`, a sum over
+        rows, at rates (B, 1)."""
+        grad, = torch.autograd.grad(loss, self.flat)
+        beta = self.h.ttt_beta2
+        self.updates += 1
+        self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
+        spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
+        self.flat.addcdiv_(grad * -rate, spread)
+
+    def adapters(self, dtype: torch.dtype = torch.float32) -> list[dict[str, LoRA]]:
         """The adapters of each step in order; the last entry is the output head's."""
-        scale = self.h.ttt_lora_alpha / self.h.ttt_lora_rank
+        B, scale = len(self.flat), self.h.ttt_lora_alpha / self.h.ttt_lora_rank
+        factors = [
+            part.view(B, *shape).unbind(1) for part, shape in zip(
+                self.flat.to(dtype).split([s.numel() for s in self.shapes], 1), self.shapes)
+        ]
         banks = {
-            n: [LoRA(a, b, scale) for a, b in zip(self.a[n].unbind(0), self.b[n].unbind(0))]
-            for n in self.a
+            name: [LoRA(a, b, scale) for a, b in zip(*pair)]
+            for name, pair in zip(self.names, zip(factors[::2], factors[1::2]))
         }
-        head = banks.pop("head")
-        return [dict(zip(banks, row)) for row in zip(*banks.values())] + [dict(head=head[0])]
+        head = {n: banks.pop(n)[0] for n in ["head"] if n in banks}
+        return [{n: banks[n][i] for n in banks} for i in range(self.S)] + [head]
 
 
 # ==================================================================================================
@@ -4455,6 +4599,8 @@ class Windows(NamedTuple):
     lo: np.ndarray
     hi: np.ndarray
     width: int    # T of the batch: rows are padded to it
+    # (B,) chunks of its document that a row has behind it, where rows walk through documents
+    age: np.ndarray | None = None
 
 
 Span = tuple[int, int, int, int]
@@ -4504,6 +4650,39 @@ def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
     ]
 
 
+def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> list[Windows]:
+    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick.
+
+    The longest document goes first, each to the row of any rank that is free first; documents do
+    not know of each other, so their order cannot matter to a score.
+    """
+    begin, size = documents[:-1], np.diff(documents)
+    ticks = -(-size // C)
+    free = [(0, row) for row in range(rows * world.size)]
+    mine: list[list[int]] = [[] for _ in range(rows)]
+    for d in np.argsort(-ticks, kind="stable").tolist():
+        busy, row = free[0]
+        heapq.heapreplace(free, (busy + int(ticks[d]), row))
+        if row % world.size == world.rank:
+            mine[row // world.size].append(d)
+    start, hi, age = np.zeros((3, max(int(ticks[m].sum()) for m in mine), rows), np.int64)
+    for row, ds in enumerate(mine):
+        document = np.repeat(np.array(ds, np.int64), ticks[ds])
+        n = np.arange(len(document))
+        n = n - np.maximum.accumulate(np.where(np.diff(document, prepend=-1) != 0, n, 0))
+        start[:len(n), row], age[:len(n), row] = begin[document] + n * C, n
+        hi[:len(n), row] = np.minimum(C, size[document] - n * C)
+    return [Windows(b, e, np.zeros_like(e), e, C, n) for b, e, n in zip(start, hi, age)]
+
+
+def widened(w: Windows, T: int) -> Windows:
+    """The same targets with up to T tokens of their documents in view, padded to a power of two."""
+    end = w.start + w.hi
+    start = np.maximum(w.start - w.age * w.width, end - T)
+    width = min(T, 1 << max(6, int((end - start).max() - 1).bit_length()))
+    return Windows(start, end - start, w.start - start, end - start, width, w.age)
+
+
 class Ledger:
     """Owner of the validation tokens: scores go in, training data comes out, and only in that
     order.
@@ -4519,14 +4698,33 @@ class Ledger:
         self._scored = np.zeros(len(val.bytes), bool)
         self._nats = torch.zeros(len(val.bytes), dtype=torch.float32, device=world.device)
 
+    @contextlib.contextmanager
+    def sealed(self) -> Iterator[None]:
+        """While scorers and learners run, nobody can read a token here, scored or not."""
+        tokens, self._tokens = self._tokens, None
+        try:
+            yield
+        finally:
+            self._tokens = tokens
+
+    def __len__(self) -> int:
+        """Number of targets."""
+        return len(self._scored)
+
     def inputs(self, w: Windows) -> tuple[Tensor, Tensor]:
         """Token ids and targets (B, T); what lies beyond a window's end is the pad token 0,
         whatever the stream holds."""
+        self.refuse_sealed()
         place = np.arange(w.width)
         inside = torch.from_numpy(place < w.hi[:, None]).to(self._tokens.device)
         index = torch.from_numpy(np.minimum(w.start[:, None] + place,
                                             len(self._scored) - 1)).to(self._tokens.device)
         return self._tokens[index] * inside, self._tokens[index + 1] * inside
+
+    def refuse_sealed(self) -> None:
+        """Raises RuntimeError while the tokens are sealed."""
+        if self._tokens is None:
+            raise RuntimeError("a scorer or learner tried to read tokens on its own")
 
     def record(self, w: Windows, nats: Tensor) -> None:
         """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be
@@ -4538,12 +4736,14 @@ class Ledger:
             raise RuntimeError(
                 f"a target between {targets.min()} and {targets.max()} would be scored twice")
         self._scored[targets] = True
-        self._nats[torch.from_numpy(targets).to(
-            nats.device)] = nats.detach().float()[torch.from_numpy(mask).to(nats.device)]
+        # numbers instead of a mask: counting a mask would make the host wait for the device
+        to, of = (torch.from_numpy(i).to(nats.device) for i in (targets, np.flatnonzero(mask)))
+        self._nats[to] = nats.detach().float().flatten()[of]
 
     def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError
         unless all are scored."""
+        self.refuse_sealed()
         done = self.world.sum(
             torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
         if int(done) != end - begin:
@@ -4575,21 +4775,22 @@ class Ledger:
 def score(ledger: Ledger,
           batches: Iterable[Windows],
           nats_of: Callable[[Tensor, Tensor], Tensor],
-          learn: Callable[[Windows], None] | None = None) -> None:
+          learn: Callable[[Tensor, Tensor], None] | None = None) -> None:
     """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger
-    has the score."""
+    has the score, and is handed the batch that was scored, nothing else."""
     for w in batches:
         ids, targets = ledger.inputs(w)
-        with torch.no_grad():
+        with torch.no_grad(), ledger.sealed():
             nats = nats_of(ids, targets)
         ledger.record(w, nats)
         if learn:
-            learn(w)
+            with ledger.sealed():
+                learn(ids, targets)
 
 
-def watched(batches: Sequence[Windows], name: str, log: Log) -> Iterator[Windows]:
-    """This rank's share of the batches, with a line of progress and the time left."""
-    mine, begin_s = batches[log.world.rank::log.world.size], time.perf_counter()
+def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
+    """This rank's batches (or other parts), with a line of progress and the time left."""
+    begin_s = time.perf_counter()
     quarters = {len(mine) * i // 4 for i in (1, 2, 3)}
     for i, w in enumerate(mine):
         if i and (i in quarters or sys.stdout.isatty() and i % 8 == 0):
@@ -4603,32 +4804,145 @@ def watched(batches: Sequence[Windows], name: str, log: Log) -> Iterator[Windows
 # Learns from validation text only after it was scored. Here: the leaderboard's chunk form (#549,
 # #1493).
 # ==================================================================================================
-def chunk_sgd(model: GPT, ledger: Ledger, targets: int, name: str, log: Log) -> None:
-    """Scores a chunk by sliding windows, then trains all weights on it by SGD with momentum; the
-    last chunk trains nobody.
+class Learners:
+    """Rows that walk through documents, N learners each: adapters of their own, AdamW rates a
+    factor apart, a prediction that mixes them. A chunk is scored, then learned from; nothing
+    crosses from one document to the next."""
 
-    The rate falls as a cosine over the chunks; ranks share every gradient. The weights are restored
-    afterwards.
+    def __init__(self, model: GPT, rows: int, C: int, form: str, steps: int):
+        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters."""
+        h, self.model, self.steps, self.rows = model.h, model, steps, rows
+        self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
+        self.N = N = h.ttt_learners if steps and form == "stream" else 1
+        self.rates = (h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)).repeat(rows).to(device)
+        self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
+        self.cache = Cache(model, rows * N, C, self.plan) if form == "stream" else None
+        self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
+        self.device, self.C = device, C
+
+    def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
+        """Each batch, once its rows are ready: a row that begins a document starts afresh."""
+        self.model.requires_grad_(False)
+        for w in batches:
+            age = torch.from_numpy(w.age.repeat(self.N)).to(self.device)
+            place = np.arange(w.width)
+            inside = (place >= w.lo[:, None]) & (place < w.hi[:, None])
+            self.inside = torch.from_numpy(inside).to(self.device)
+            self.rate = (self.rates * (1 + age / 4)**-self.model.h.ttt_lr_decay)[:, None]
+            if self.bank:
+                self.bank.reset(torch.from_numpy(np.flatnonzero(w.age.repeat(self.N) == 0)))
+            self.belief = self.belief * (age > 0).view(self.rows, self.N)
+            if self.cache:
+                self.cache.open(age * self.C)
+            yield w
+        self.model.requires_grad_(True)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats (rows * N, T) of every learner."""
+        ids, targets = (t.repeat_interleave(self.N, 0) for t in (ids, targets))
+        lora = self.bank.adapters(self.model.dtype) if self.bank else None
+        return self.model.run_nats(ids, targets, self.plan, lora=lora, cache=self.cache)
+
+    def nats_of(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only."""
+        with torch.set_grad_enabled(self.steps > 0):
+            self.first = self.forward(ids, targets)
+        self.fresh = self.cache.fresh if self.cache else []
+        logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
+        n = torch.arange(logs.size(-1) + 1, device=self.device)
+        ago = n - n[:-1, None]    # tokens from place s to place t, which may know s if it is above 0
+        decay = self.model.h.ttt_mix_decay
+        known = self.belief[..., None] * decay**n + logs @ torch.where(ago > 0, decay**ago, 0.0)
+        self.belief = known[..., -1]
+        return -(known[..., :-1].log_softmax(1) + logs).logsumexp(1)
+
+    def learn(self, ids: Tensor, targets: Tensor) -> None:
+        """TTT_STEPS updates of every row on its chunk, then the chunk moves into the cache."""
+        inside = self.inside.repeat_interleave(self.N, 0)
+        for step in range(self.steps):
+            with torch.enable_grad():
+                nats = self.forward(ids, targets) if step else self.first
+                loss = ((nats * inside).sum(1) / inside.sum(1).clamp(min=1)).sum()
+            self.bank.step(loss, self.rate)
+        if self.cache:
+            self.cache.write(ids.repeat_interleave(self.N, 0), self.fresh)
+
+
+def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -> tuple[int, int]:
+    """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
+    has, divided by the learners; fewer where documents are too few to fill them."""
+    C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
+    rows = max(1, h.eval_batch_tokens // h.eval_seq_len // (h.ttt_learners if steps else 1))
+    if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
+        ticks = -(-np.diff(documents) // C)
+        rows = min(rows, -(-int(ticks.sum()) // int(ticks.max()) // world.size))
+    return rows, C
+
+
+def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str, steps: int,
+                    name: str, log: Log) -> None:
+    """Scores the documents between these edges by `Learners`."""
+    rows, C = tiles(model.h, documents, steps, ledger.world)
+    batches = document_plan(documents, C, rows, ledger.world)
+    if form == "recompute":
+        batches = [widened(w, model.h.eval_seq_len) for w in batches]
+    learners = Learners(model, rows, C, form, steps)
+    score(ledger, learners.follow(watched(batches, name, log)), learners.nats_of, learners.learn)
+
+
+def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
+    """The score `ttt`, in the form that TTT names.
+
+    stream, recompute: adapters of each document's own. chunk, phased: parts of the stream are
+    scored (by sliding windows, or by stream), then all weights learn from them by SGD with momentum
+    at a rate that falls as a cosine; the last part trains nobody. The weights are restored.
     """
-    h, world, plan = model.h, ledger.world, depth_plan(model.h, looped=True)
-    weights = list(model.bank.values())
-    before = [p.detach().clone() for p in weights]
+    h, world, N = model.h, ledger.world, len(ledger)
+    if h.ttt in ("stream", "recompute"):
+        return score_documents(model, ledger, ledger.documents, h.ttt, h.ttt_steps, name, log)
+    starts = ledger.documents
+    edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else sorted(
+        set(starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))].tolist()))
+    parts = len(edges) - 1
+    last = min(parts, h.ttt_max_chunks or parts)
+    weights, ema = list(model.bank.values()), EMA(model)
+    before, raw = ([p.detach().clone() for p in weights] for _ in range(2))
     sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=h.ttt_momentum)
-    chunks = -(-targets // h.ttt_chunk_tokens)
-    for chunk in range(chunks):
-        begin, end = chunk * h.ttt_chunk_tokens, min(targets, (chunk + 1) * h.ttt_chunk_tokens)
-        batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride), h.eval_batch_tokens,
-                          h.eval_seq_len)
-        score(ledger, batches[world.rank::world.size], functools.partial(model.run_nats, plan=plan))
-        if chunk + 1 < chunks:
+    for part in watched(range(parts), name, log):
+        begin, end = edges[part:part + 2]
+        if h.ttt == "phased":
+            inside = starts[(starts >= begin) & (starts <= end)]
+            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, Log(world, quiet=True))
+        else:
+            batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride),
+                              h.eval_batch_tokens, h.eval_seq_len)
+            score(ledger, batches[world.rank::world.size],
+                  functools.partial(model.run_nats, plan=depth_plan(h, looped=True)))
+        if part + 1 < parts and part < last:
             sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (
-                1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
+                1 + math.cos(math.pi * part / max(1, last - 1)))
+            with torch.no_grad():
+                torch._foreach_copy_(weights, raw)
             learn_chunk(model, sgd, *ledger.lend(begin, end), world)
-        if chunk and chunk % max(1, chunks // 4) == 0:
-            log.progress(f"score:{name} chunk {chunk}/{chunks}")
+            torch._foreach_copy_(raw, [p.detach() for p in weights])
+            ema.update(h.ttt_ema_decay)
+            ema.export()
     with torch.no_grad():
         torch._foreach_copy_(weights, before)
     model.zero_grad(set_to_none=True)
+
+
+def sgd_shares(model: GPT) -> list[Tensor]:
+    """Share of TTT_LR that each bank gets: by depth from TTT_LR_RAMP to 1, none where frozen."""
+    h, device = model.h, model.bank["embed"].device
+    ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=device)
+    ramp[:h.ttt_freeze_blocks] = 0
+    whole = torch.ones(2, device=device)
+    whole[1] = float(h.ttt_freeze_blocks == 0)
+    return [
+        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else whole[int(name == "embed")]
+        for name, p in model.bank.items()
+    ]
 
 
 def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
@@ -4638,7 +4952,8 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
     h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
-    weights = [p for group in sgd.param_groups for p in group["params"]]
+    weights = list(model.bank.values())
+    shares = sgd_shares(model) if epochs is None else [1.0] * len(weights)
     for _ in range(h.ttt_epochs if epochs is None else epochs):
         for lo in range(0, rows, h.ttt_batch_seqs):
             count = min(h.ttt_batch_seqs, rows - lo)
@@ -4652,6 +4967,8 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             for p, g in zip(weights, flat.split([p.numel() for p in weights])):
                 p.grad = g.view_as(p)
             torch.nn.utils.clip_grad_norm_(weights, h.ttt_grad_clip)
+            for p, share in zip(weights, shares):
+                p.grad.mul_(share)
             sgd.step()
 
 
@@ -4713,7 +5030,37 @@ def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
     return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
 
 
-SCORES = ("prequant", "quantized", "sliding", "documents", "ttt")
+def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
+    """The steps per chunk, TTT_STEPS at most, with which `targets` targets are scored within
+    EVAL_BUDGET_S, by the seconds that training text takes here."""
+    h = model.h
+    if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
+        return h.ttt_steps
+    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, True))[0]["seconds"])
+    rows, C = tiles(h, text.documents, h.ttt_steps, world)
+    cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
+    # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
+    need_s = [1.1 * targets / cells * took_s * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
+              for n in range(h.ttt_steps + 1)]
+    steps = max(n for n, s in enumerate(need_s) if s <= h.eval_budget_s or not n)
+    log(f"ttt_steps:{steps} of {h.ttt_steps}, about {need_s[steps]:.0f}s of "
+        f"EVAL_BUDGET_S={h.eval_budget_s:g}")
+    return steps
+
+
+def legality(h: Hyperparameters) -> list[str]:
+    """What enforces the conditions C1 to C4 (#1017) in these scores, a line each."""
+    return [
+        "C1 causal: attention looks back; ids past a chunk's end are pads",
+        "C2 normalised: softmax over all of V; mixtures are sum of w_i p_i, w from past losses",
+        "C3 score first: the ledger is sealed while learners run on what it has booked",
+        "C4 one pass: no target is booked twice or never; " +
+        ("documents share no state" if h.ttt in ("stream", "recompute") else
+         "weights learn in stream order")
+    ]
+
+
+SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -4723,14 +5070,19 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
     h, watch, ledger = model.h, Stopwatch(world), Ledger(val, world)
     plan, T, N = depth_plan(h, looped=True), h.eval_seq_len, len(val.bytes)
     nats_of = functools.partial(model.run_nats, plan=plan)
+    share = slice(world.rank, None, world.size)
     if name == "ttt":
-        chunk_sgd(model, ledger, N, name, log)
+        adapt(model, ledger, name, log)
+    elif name == "stream":
+        score_documents(model, ledger, val.documents, "stream", 0, name, log)
     elif name == "documents":
         spans = document_spans(val.documents, T, h.eval_stride)
-        score(ledger, watched(bucketed(spans, h.eval_batch_tokens, T), name, log), nats_of)
+        score(ledger, watched(bucketed(spans, h.eval_batch_tokens, T)[share], name, log),
+              nats_of)
     else:
         spans = sliding(0, N, T, h.eval_stride if name == "sliding" else T)
-        score(ledger, watched(batched(spans, h.eval_batch_tokens, T), name, log), nats_of)
+        score(ledger, watched(batched(spans, h.eval_batch_tokens, T)[share], name, log),
+              nats_of)
     return ledger.result(watch.read_s()), ledger
 
 
@@ -4849,6 +5201,14 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     return data
 
 
+def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
+    """The beginning of the training shards in the place of a validation set."""
+    tokens = np.concatenate(
+        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
+    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
+    return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
+
+
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
     for calibration and for adapting to `held` tokens.
@@ -4874,10 +5234,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
-    tokens = np.concatenate(
-        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
-    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
-    fake = Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
+    fake = rehearsal_text(h, data)
     quiet = Log(t.world, quiet=True)
     for name in wanted_scores(h):
         score_by_name(name, t.model, fake, t.world, quiet)
@@ -4943,6 +5300,9 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     trainer = Trainer.of(h, world, model, data)
     watch = Stopwatch(world)
     reserve_s = rehearse(trainer, data, log, held) if h.rehearsal_steps else h.gptq_reserve_seconds
+    if h.rehearsal_steps:
+        h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
+            h, data), len(data.val.bytes), world, log))
     stage("rehearsal", watch)
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
@@ -5002,6 +5362,8 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     log(f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks x "
         f"{h.micro_batch_tokens}"
         )
+    for line in legality(h):
+        log(line)
 
 
 def device_name(device: torch.device) -> str:
