@@ -33,13 +33,21 @@ Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6
 # ==================================================================================================
 from __future__ import annotations
 
+import argparse
+import ast
+import base64
+import builtins
 import contextlib
-import ctypes
 import copy
+import ctypes
 import datetime
 import difflib
 import functools
 import hashlib
+import heapq
+import html
+import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -49,29 +57,18 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import threading
-import time
-import zlib
-# >>> not packed
-import argparse
-import ast
-import base64
-import builtins
-import heapq
-import html
-import importlib.metadata
-import importlib.util
-import shlex
-import subprocess
 import sysconfig
 import tempfile
+import threading
+import time
 import warnings
-# <<< not packed
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
@@ -144,6 +141,10 @@ def fraction(value: float) -> bool:
 def among(*names: str) -> Callable[[str], bool]:
     """A check that admits only these names."""
     return lambda value: value in names
+
+
+# in the order of the pipeline
+SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class Hyperparameters:
     trellis_states: int = knob(
         8, "states of the trellis down each column of codes; 0: each code to its nearest",
         lambda v: v in (0, 4, 8, 16, 32, 64))
-    step_search: str = knob(
+    step_search: str = mechanism(
         "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
         "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
     row_step_power: float = knob(
@@ -284,8 +285,8 @@ class Hyperparameters:
                                   positive)
     scores: str = knob(
         "quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
-        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "stream", "ttt", ""})
-    ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
+        lambda v: set(v.split(",")) <= {"", *SCORES})
+    ttt: str = mechanism("stream", "form of test-time training: stream, phased, recompute or chunk",
                     among("stream", "phased", "recompute", "chunk"))
     ttt_stream_chunk: int = knob(48, "tokens of a document scored before its adapters learn",
                                  positive)
@@ -304,12 +305,14 @@ class Hyperparameters:
                                  positive)
     ttt_lr: float = knob(
         0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
-    ttt_phases: int = knob(3, "parts of the stream between which phased training learns", positive)
-    ttt_max_chunks: int = knob(0, "parts that SGD learns from, its cosine's length; 0: all", natural)
-    ttt_ema_decay: float = knob(0.0, "scores use an average of SGD's weights with this decay",
+    ttt_phases: int = mechanism(3, "parts of the stream between which phased learns",
+                           positive)
+    ttt_max_chunks: int = mechanism(0, "parts SGD learns from, its cosine's length; 0: all",
+                               natural)
+    ttt_ema_decay: float = mechanism(0.0, "scores use an average of SGD's weights with this decay",
                                 lambda v: 0 <= v < 1)
-    ttt_freeze_blocks: int = knob(0, "first layers, and the embedding, that SGD leaves", natural)
-    ttt_lr_ramp: float = knob(1.0, "share of TTT_LR in the first layer, rising to all of it",
+    ttt_freeze_blocks: int = mechanism(0, "first layers, and embedding, that SGD leaves", natural)
+    ttt_lr_ramp: float = mechanism(1.0, "share of TTT_LR in the first layer, rising to all of it",
                               fraction)
     eval_budget_s: float = knob(
         480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
@@ -4369,11 +4372,15 @@ class Specialised(ast.NodeTransformer):
         return node
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        """A comparison of two constants is one."""
+        """A comparison of two constants, or of one with several, is one."""
         node = self.generic_visit(node)
-        if len(node.ops) == 1 and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and all(
-                isinstance(side, ast.Constant) for side in (node.left, *node.comparators)):
-            equal = node.left.value == node.comparators[0].value
+        right = node.comparators[0]
+        constant = isinstance(node.left, ast.Constant) and len(node.ops) == 1
+        if constant and isinstance(node.ops[0], ast.In) and isinstance(right, ast.Tuple):
+            return ast.Constant(node.left.value in ast.literal_eval(right))
+        if constant and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and isinstance(
+                right, ast.Constant):
+            equal = node.left.value == right.value
             return ast.Constant(equal == isinstance(node.ops[0], ast.Eq))
         return node
 
@@ -4401,6 +4408,13 @@ class Specialised(ast.NodeTransformer):
         node = self.generic_visit(node)
         if isinstance(node.test, ast.Constant):
             return (node.body if node.test.value else node.orelse) or ast.Pass()
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """A function up to the first statement that always leaves it."""
+        node = self.generic_visit(node)
+        ends = [i for i, n in enumerate(node.body, 1) if isinstance(n, (ast.Return, ast.Raise))]
+        node.body = node.body[:ends[0]] if ends else node.body
         return node
 
     def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
@@ -4853,7 +4867,8 @@ class Learners:
         self.fresh = self.cache.fresh if self.cache else []
         logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
         n = torch.arange(logs.size(-1) + 1, device=self.device)
-        ago = n - n[:-1, None]    # tokens from place s to place t, which may know s if it is above 0
+        # tokens from place s to place t, which may know s if it is above 0
+        ago = n - n[:-1, None]
         decay = self.model.h.ttt_mix_decay
         known = self.belief[..., None] * decay**n + logs @ torch.where(ago > 0, decay**ago, 0.0)
         self.belief = known[..., -1]
@@ -4915,7 +4930,8 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
         begin, end = edges[part:part + 2]
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, Log(world, quiet=True))
+            quiet = Log(world, quiet=True)
+            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, quiet)
         else:
             batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride),
                               h.eval_batch_tokens, h.eval_seq_len)
@@ -4943,7 +4959,8 @@ def sgd_shares(model: GPT) -> list[Tensor]:
     whole = torch.ones(2, device=device)
     whole[1] = float(h.ttt_freeze_blocks == 0)
     return [
-        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else whole[int(name == "embed")]
+        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else
+        whole[int(name == "embed")]
         for name, p in model.bank.items()
     ]
 
@@ -5039,7 +5056,8 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
-    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, quiet=True))[0]["seconds"])
+    took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
+    took_s = world.share(took["seconds"])
     rows, C = tiles(h, text.documents, h.ttt_steps, world)
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
@@ -5062,8 +5080,6 @@ def legality(h: Hyperparameters) -> list[str]:
          "weights learn in stream order")
     ]
 
-
-SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -5169,8 +5185,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} (pip install "
-                     f"{package}; lrzip is a program of its own)")
+        wrong.append(f"COMPRESSOR={h.compressor} needs " +
+                     ("the program lrzip" if h.compressor == "lrzip" else
+                      f"the package {package} (pip install {package})"))
     if h.run_id:
         check(refuse_used, folder)
         found = check(read_checkpoint, folder)
