@@ -302,12 +302,12 @@ class Hyperparameters:
     polar_express: bool = knob(True, "Polar Express; 0: Newton-Schulz")
     muon_backend_steps: int = knob(5, "iterations of Muon", lambda v: 0 < v < 6)
     muon_row_normalize: bool = knob(True, "rows of Muon's momentum at norm one (#1285)")
-    warmdown_iters: int = knob(0, "steps of the warmdown by step time; 0: WARMDOWN_FRAC", natural)
-    wd_taper: float = knob(1.0, "share of MUON_WD at the end, after 70% (#1729)", fraction)
-    swa_every: int = knob(0, "steps between snapshots whose mean is exported", natural)
-    late_qat_threshold: float = knob(0.0, "rate factor below which training rounds (#578)",
+    warmdown_iters: int = knob(0, "steps of the warmdown; 0: WARMDOWN_FRAC", natural)
+    wd_taper: float = knob(1.0, "share of MUON_WD at the end (#1729)", fraction)
+    swa_every: int = knob(0, "steps between averaged snapshots", natural)
+    late_qat_threshold: float = knob(0.0, "rate factor that starts rounding (#578)",
                                      fraction)
-    clip_search: bool = knob(False, "best of 5 percentiles clips each matrix row (#414)")
+    clip_search: bool = knob(False, "best of 5 percentiles clips a row (#414)")
     gptq_roles: str = knob("all", "what GPTQ rounds: all, matrices, none",
                            among("all", "matrices", "none"))
     calibration: str = knob("train", "calibration text: train, self (sampled, #1019)",
@@ -358,8 +358,8 @@ class Hyperparameters:
             (h.max_wallclock_seconds > 0 or h.iterations > 0,
              "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero"),
             (all(T <= h.train_seq_len and h.micro_batch_tokens % T == 0 for _, T in h.contexts),
-             "TRAIN_SEQ_SCHEDULE={train_seq_schedule}: contexts must divide MICRO_BATCH_TOKENS="
-             "{micro_batch_tokens} and be at most TRAIN_SEQ_LEN={train_seq_len}"),
+             "TRAIN_SEQ_SCHEDULE={train_seq_schedule} must hold divisors of MICRO_BATCH_TOKENS="
+             "{micro_batch_tokens} up to TRAIN_SEQ_LEN={train_seq_len}"),
             (bool(h.ve_dim) == bool(h.ve_layers) and all(i < h.num_layers for i in h.valued),
              "VE_LAYERS={ve_layers} must be below NUM_LAYERS={num_layers} and go with "
              "VE_DIM={ve_dim}"),
@@ -2811,11 +2811,10 @@ class Trainer:
             next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
         ramp = min(1.0, (since / self.accumulation + 1) / 32)
         plan = depth_plan(h, looped, rounded)
-        ahead = dict(ahead=h.mtp_num_heads) if h.mtp_num_heads else {}
         for _ in range(self.accumulation):
             batch = self.loader.next()
             nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs,
-                                       **ahead).mean() / self.accumulation
+                                       ahead=h.mtp_num_heads).mean() / self.accumulation
             nats.backward()
             loss = loss + nats.detach()
         taper = 1 - (1 - h.wd_taper) * max(0.0, progress - 0.7) / 0.3
@@ -4152,14 +4151,17 @@ def adapt(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
     layered = [model.bank[name] for name in Layer._fields if name in model.bank]
     before: list[Tensor] = []
 
+    def remember(*_: Any) -> None:
+        """Keeps the weights before a step."""
+        before[:] = [p.detach().clone() for p in layered]
+
     @torch.no_grad()
     def move_by_layer(*_: Any) -> None:
         """Takes back a share of the step just made."""
         for p, old in zip(layered, before):
             p.copy_(old.lerp(p, rates.view(-1, *[1] * (p.dim() - 1))))
 
-    optimiser.register_step_pre_hook(lambda *_: before.__setitem__(
-        slice(None), [p.detach().clone() for p in layered]))
+    optimiser.register_step_pre_hook(remember)
     optimiser.register_step_post_hook(move_by_layer)
     tokens = tokens.to(world.device)
     for epoch in range(epochs):
