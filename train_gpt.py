@@ -284,8 +284,7 @@ class Hyperparameters:
                            among("leaky_relu2", "swiglu"))
     matrix_init: str = knob("orthogonal", "matrices at first: orthogonal, uniform",
                             among("orthogonal", "uniform"))
-    bigram_vocab_size: int = knob(0, "rows of the bigram embedding (#162)",
-                                  lambda v: v != 1 and v >= 0)
+    bigram_vocab_size: int = knob(0, "rows of the bigram embedding (#162)", natural)
     bigram_dim: int = knob(128, "width of the bigram embedding", positive)
     ve_dim: int = knob(0, "width of the value embedding (#374)", natural)
     ve_layers: str = knob("", "layers with value embedding: 9,10",
@@ -2382,7 +2381,7 @@ class GPT(nn.Module):
         across a document start."""
         x = F.embedding(ids, self.bank["embed"].to(self.dtype))
         if V := self.h.bigram_vocab_size:
-            pair = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % (V - 1)
+            pair = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % max(1, V - 1)
             x = x + looked_up(self, "bigram", F.pad(pair, (1, 0), value=V - 1))
         if self.h.smear_mix and self.h.smear_gate:
             x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
@@ -2901,7 +2900,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     if step > 3 and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
     if h.late_qat_threshold or h.swa_every:
-        log(f"rounded_steps:{t.rounded_steps} averaged_snapshots:{t.ema.taken}")
+        log(f"rounded_steps:{t.rounded_steps} snapshots:{t.ema.taken}")
     t.ema.export()
     return Trained(step, seconds), clock
 
@@ -3181,7 +3180,7 @@ def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Ten
         search = model.h.clip_search and role.optim == "muon"
         if role.bits == 16:
             stored[name] = w.half()
-        if role.bits in (0, 16):
+        if not 0 < role.bits < 16:
             continue
         w = w.reshape(-1, *w.shape[-2:])
         if role.tap:
