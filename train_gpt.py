@@ -339,8 +339,7 @@ class Hyperparameters:
                            among("leaky_relu2", "swiglu"))
     matrix_init: str = mechanism("orthogonal", "matrices at first: orthogonal, uniform",
                             among("orthogonal", "uniform"))
-    bigram_vocab_size: int = mechanism(0, "rows of the bigram embedding (#162)",
-                                  lambda v: v != 1 and v >= 0)
+    bigram_vocab_size: int = mechanism(0, "rows of the bigram embedding (#162)", natural)
     bigram_dim: int = mechanism(128, "width of the bigram embedding", positive)
     ve_dim: int = mechanism(0, "width of the value embedding (#374)", natural)
     ve_layers: str = mechanism("", "layers with value embedding: 9,10",
@@ -413,8 +412,8 @@ class Hyperparameters:
             (h.max_wallclock_seconds > 0 or h.iterations > 0,
              "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero"),
             (all(T <= h.train_seq_len and h.micro_batch_tokens % T == 0 for _, T in h.contexts),
-             "TRAIN_SEQ_SCHEDULE={train_seq_schedule}: contexts must divide MICRO_BATCH_TOKENS="
-             "{micro_batch_tokens} and be at most TRAIN_SEQ_LEN={train_seq_len}"),
+             "TRAIN_SEQ_SCHEDULE={train_seq_schedule} must hold divisors of MICRO_BATCH_TOKENS="
+             "{micro_batch_tokens} up to TRAIN_SEQ_LEN={train_seq_len}"),
             (bool(h.ve_dim) == bool(h.ve_layers) and all(i < h.num_layers for i in h.valued),
              "VE_LAYERS={ve_layers} must be below NUM_LAYERS={num_layers} and go with "
              "VE_DIM={ve_dim}"),
@@ -2535,7 +2534,7 @@ class GPT(nn.Module):
         x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
         if self.h.bigram_vocab_size:
             V, before = self.h.bigram_vocab_size, F.pad(ids[:, :-1], (1, 0), value=-1)
-            pair = (36313 * ids ^ 27191 * before) % (V - 1)
+            pair = (36313 * ids ^ 27191 * before) % max(1, V - 1)
             x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
         if last is not None:
             x = x * (ids >= 0)[..., None]
@@ -3041,11 +3040,10 @@ class Trainer:
             next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
         ramp = min(1.0, (since / self.accumulation + 1) / 32)
         plan = depth_plan(h, looped, rounded)
-        ahead = dict(ahead=h.mtp_num_heads) if h.mtp_num_heads else {}
         for _ in range(self.accumulation):
             batch = self.loader.next()
             nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs,
-                                       **ahead).mean() / self.accumulation
+                                       ahead=h.mtp_num_heads).mean() / self.accumulation
             nats.backward()
             loss = loss + nats.detach()
         taper = 1 - (1 - h.wd_taper) * max(0.0, progress - 0.7) / 0.3
@@ -3226,7 +3224,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
     if h.late_qat_threshold or h.swa_every:
-        log(f"rounded_steps:{t.rounded_steps} averaged_snapshots:{t.ema.taken}")
+        log(f"rounded_steps:{t.rounded_steps} snapshots:{t.ema.taken}")
     saves.close(step)
     t.ema.export()
     return Trained(step, seconds, resumed), clock
@@ -5020,14 +5018,17 @@ def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
     layered = [model.bank[name] for name in Layer._fields if name in model.bank]
     before: list[Tensor] = []
 
+    def remember(*_: Any) -> None:
+        """Keeps the weights before a step."""
+        before[:] = [p.detach().clone() for p in layered]
+
     @torch.no_grad()
     def move_by_layer(*_: Any) -> None:
         """Takes back a share of the step just made."""
         for p, old in zip(layered, before):
             p.copy_(old.lerp(p, rates.view(-1, *[1] * (p.dim() - 1))))
 
-    optimiser.register_step_pre_hook(lambda *_: before.__setitem__(
-        slice(None), [p.detach().clone() for p in layered]))
+    optimiser.register_step_pre_hook(remember)
     optimiser.register_step_post_hook(move_by_layer)
     tokens = tokens.to(world.device)
     for epoch in range(epochs):
