@@ -2515,10 +2515,10 @@ class Checkpoints:
             parts.append(tensor.cpu().view(-1).view(torch.uint8).numpy().data)
             return dict(dtype=str(tensor.dtype)[6:], shape=tensor.shape)
 
-        self.saved_s = self.clock.read_s()
-        head = json.dumps([step, self.saved_s, t.world.size, t.h.changed(), t.snapshot()],
-                          default=freeze)
+        self.saved_s, state = self.clock.read_s(), t.snapshot()
         if t.world.main:
+            head = json.dumps([step, self.saved_s, t.world.size, t.h.changed(), state],
+                              default=freeze)
             body = b"".join([head.encode(), b"\n", *parts])
             write_atomically(self.folder / f"checkpoint{step:09}.bin", body,
                              hashlib.sha256(body).digest())
