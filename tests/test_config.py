@@ -66,7 +66,7 @@ OUT_OF_RANGE += [(name, 1.0) for name in ("muon_momentum", "muon_momentum_warmup
 OUT_OF_RANGE += [(name, 0) for name in (
     "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base", "qk_gain_init",
     "gate_window", "logit_softcap", "tied_embed_init_std", "train_batch_tokens", "micro_batch_tokens", "adam_eps",
-    "train_log_every", "gptq_calibration_batches", "gptq_damping", "matrix_clip_sigmas", "embed_clip_sigmas",
+    "train_log_every", "gptq_calibration_batches", "gptq_damping", "bigram_dim", "muon_backend_steps", "prequant_ttt_tokens",
     "budget_bytes", "eval_stride", "eval_batch_tokens", "ttt_chunk_tokens", "ttt_batch_seqs", "ttt_grad_clip",
     "ttt_lora_rank")]
 OUT_OF_RANGE += [("vocab_size", 3), ("vocab_size", 65537), ("train_seq_len", 1), ("eval_seq_len", 1), ("matrix_bits", 1),

@@ -178,8 +178,9 @@ def on_track(folder: Path) -> None:
 def forbidden(folder: Path) -> None:
     """A source that loads a pickle, packed and counted as it is."""
     path = folder / "train_gpt_readable.py"
-    edit(path, r"def natural\(", "import pickle\n\n\ndef natural(", 1)
-    code = t.running_source(path)[1]
+    edit(path, r'    """True from zero on."""\n', "    import pickle\n", 1)
+    knobs = json.loads((folder / "train_seed1.log").read_text().split("RESULT ")[1])["knobs"]
+    code = t.running_source(path, t.Hyperparameters(**knobs))[1]
     (folder / "train_gpt.py").write_bytes(code)
     for seed in (1, 2, 3):
         total = (folder / f"model_seed{seed}.bin").stat().st_size + len(code)

@@ -284,7 +284,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         trained, _ = trainer(settings(micro_batch_tokens=micro))
         trained.loader.arrange(0)
         trained.loader.order = np.arange(trained.loader.blocks)
-        trained.optimiser.step = lambda factor, momentum: None
+        trained.optimiser.step = lambda *_: None
         trained.step(0, 0.0, True)
         grads.append([p.grad for p in trained.model.bank.values()])
     for a, b in zip(*grads, strict=True):
