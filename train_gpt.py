@@ -52,6 +52,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -264,8 +265,16 @@ class Hyperparameters:
     trellis_states: int = knob(
         8, "states of the trellis down each column of codes; 0: each code to its nearest",
         lambda v: v in (0, 4, 8, 16, 32, 64))
+    step_search: str = knob(
+        "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
+        "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
+    row_step_power: float = knob(
+        0.5, "step of a row ~ its standard deviation to this power; 1 where uniform", natural)
+    column_step_power: float = knob(
+        0.5, "step of a column ~ its entry in GPTQ's factor to this power; 0 where uniform",
+        natural)
     compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
-                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib"))
+                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib", "lrzip"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
@@ -275,12 +284,36 @@ class Hyperparameters:
                                   positive)
     scores: str = knob(
         "quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
-        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "ttt", ""})
+        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "stream", "ttt", ""})
+    ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
+                    among("stream", "phased", "recompute", "chunk"))
+    ttt_stream_chunk: int = knob(48, "tokens of a document scored before its adapters learn",
+                                 positive)
+    ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
+    ttt_lora_lr: float = knob(0.01, "Adam rate of the fastest learner's adapters", natural)
+    ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over the chunks n",
+                               natural)
+    ttt_learners: int = knob(2, "learners per document, mixed by their past losses", positive)
+    ttt_lr_spread: float = knob(3.0, "ratio of the rates of neighbouring learners", positive)
+    ttt_mix_decay: float = knob(0.9, "decay per token of the losses that weigh them", fraction)
+    ttt_beta2: float = knob(0.95, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
+    ttt_targets: str = knob("q,v,o,mlp,head", "adapted maps, of q k v o mlp head",
+                            lambda v: set(v.split(",")) <= set("q k v o mlp head".split()))
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
     ttt_chunk_tokens: int = knob(32768, "tokens that are scored before they are learned from",
                                  positive)
     ttt_lr: float = knob(
         0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
+    ttt_phases: int = knob(3, "parts of the stream between which phased training learns", positive)
+    ttt_max_chunks: int = knob(0, "parts that SGD learns from, its cosine's length; 0: all", natural)
+    ttt_ema_decay: float = knob(0.0, "scores use an average of SGD's weights with this decay",
+                                lambda v: 0 <= v < 1)
+    ttt_freeze_blocks: int = knob(0, "first layers, and the embedding, that SGD leaves", natural)
+    ttt_lr_ramp: float = knob(1.0, "share of TTT_LR in the first layer, rising to all of it",
+                              fraction)
+    eval_budget_s: float = knob(
+        480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
+        natural)
     ttt_momentum: float = knob(0.9, "SGD momentum of test-time training", lambda v: 0 <= v < 1)
     ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
     ttt_batch_seqs: int = knob(
@@ -427,11 +460,14 @@ class Hyperparameters:
             if name not in RECIPES:
                 raise Refusal(f"RECIPE={recipe}: there is no recipe {name!r}" +
                               nearest(name, RECIPES) + f"; known: {', '.join(RECIPES)}")
-            # Sizes are not mechanisms: what a recipe has off, the demo leaves off.
+            # Sizes are not mechanisms: what a recipe has off, the demo leaves off; and it gives
+            # no smaller budget to what does not search steps to fill one.
             values.update({
                 n: v for n, v in RECIPES[name].items() if name != "demo"
                 or values.get(n, kinds[n].default) or n == "lr_warmup_steps"
             })
+            if values.get("step_search") == "uniform":
+                values.pop("budget_bytes", None)
         single = [n for n in kinds if n != "recipe" and n.upper() in env]
         for name in single:
             f = kinds[name]
@@ -480,6 +516,7 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               muon_momentum_warmup_steps=100,
               ema_decay=0.98,
               gptq_calibration_batches=8,
+              budget_bytes=1_000_000,
               scores="prequant,quantized,sliding,ttt",
               eval_seq_len=256,
               eval_batch_tokens=4096,
@@ -527,6 +564,7 @@ SP1024 = dict(vocab_size=1024,
               embed_bits=8,
               matrix_clip_sigmas=0.0,
               embed_clip_sigmas=0.0,
+              step_search="uniform",
               compressor="zstd",
               ttt_enabled=False)
 SP8192 = dict(head_gate_scale=0.0,
@@ -541,6 +579,7 @@ SP8192 = dict(head_gate_scale=0.0,
               embed_bits=8,
               embed_clip_sigmas=20.0,
               trellis_states=0,
+              step_search="uniform",
               compressor="brotli")
 PREQUANT = dict(prequant_ttt_epochs=6, prequant_ttt_data="val", prequant_ttt_freeze_blocks=2,
                 ttt_batch_seqs=256)
@@ -581,7 +620,7 @@ PR1539 = SP8192 | PREQUANT | dict(smear_gate=True,
                                   ttt_enabled=False,
                                   ttt_batch_seqs=32)
 PR1855 = dict(caseops_enabled=True, qk_gain_init=5.0, matrix_clip_sigmas=12.0, trellis_states=0,
-              compressor="brotli")
+              step_search="uniform", compressor="brotli")
 ON_TRAIN = dict(prequant_ttt_data="train")
 FLOOR = "row scales without the floor of 1/31 that ruins small models; every target scored once"
 BANKED = ("; whole layers freeze or slow down (published: scalars only), QAT rounds the matrices "
@@ -2072,7 +2111,7 @@ class LoRA(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, T, in) -> scale * b (a x), (B, T, out)."""
-        return (x @ self.a.mT) @ self.b.mT * self.scale
+        return (x @ self.a.mT * self.scale) @ self.b.mT
 
 
 def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | None = None) -> Tensor:
@@ -2082,12 +2121,19 @@ def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | Non
     return y if lora is None else y + lora(x if lora_in is None else lora_in)
 
 
-def rope_table(h: Hyperparameters, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rope_table(h: Hyperparameters,
+               T: int,
+               like: Tensor,
+               behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv
-    2104.09864), rounded last."""
-    pairs = torch.arange(0, h.rope_dims, 2, device=like.device, dtype=torch.float32)
-    angle = torch.outer(torch.arange(T, device=like.device, dtype=torch.float32),
-                        h.rope_base**(-pairs / h.rope_dims))[:, None]
+    2104.09864), rounded last; (B, T, 1, ROPE_DIMS / 2) where rows begin `behind` (B,) tokens."""
+    # fp64 where places count from a document's start: at place 100,000 fp32 is 0.004 rad off
+    dtype = torch.float32 if behind is None else torch.float64
+    pairs = torch.arange(0, h.rope_dims, 2, device=like.device, dtype=dtype)
+    place = torch.arange(T, device=like.device, dtype=dtype)
+    if behind is not None:
+        place = place + behind[:, None]
+    angle = (place[..., None] * h.rope_base**(-pairs / h.rope_dims))[..., None, :]
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
@@ -2202,6 +2248,35 @@ class BlockAttention(torch.autograd.Function):
         return ungroup(torch.cat(dq, 3)), dk, dv, None
 
 
+class Past(NamedTuple):
+    """What one step of depth remembers of the tokens before a chunk, and where it leaves its own.
+    """
+
+    keys: Tensor    # (B, K, M, E), as they were when scored
+    values: Tensor    # (B, K, M, E)
+    seen: Tensor    # (B, 1, C, M + C) 0 where a query may read it, -inf elsewhere; last the chunk
+    fresh: list[Tensor]    # the step adds keys and values (B, K, C, E) of the chunk
+
+
+def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") -> Tensor:
+    """Attention of a chunk to itself and to what is cached: (B, C, H | K, E) -> (B, C, H, E).
+
+    No gradient reaches the cache, and none is computed for it.
+    """
+    (B, C, H, E), K, M = q.shape, k.size(2), past.keys.size(2)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    past.fresh.extend((k.detach(), v.detach()))
+    if kernel != "blocks":
+        k, v = (torch.cat(pair, 2).repeat_interleave(H // K, 1)
+                for pair in ((past.keys, k), (past.values, v)))
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, past.seen).transpose(1, 2)
+    Q = group(q * E**-0.5, K).reshape(B, K, -1, E)    # (B, K, G * C, E)
+    logits = torch.cat((Q @ past.keys.mT, Q @ k.mT), -1).view(B, H, C, -1)
+    p = (logits + past.seen).softmax(-1).view(B, K, -1, M + C)
+    y = p[..., :M] @ past.values + p[..., M:] @ v
+    return ungroup(y.view(B, K, H // K, C, E))
+
+
 class Layer(NamedTuple):
     """One layer's slice of every bank; None where the model has no such role. Gains and scales stay
     fp32."""
@@ -2243,7 +2318,8 @@ class Block(nn.Module):
                   xsa: bool,
                   lora: Mapping[str, LoRA],
                   probe: Callable[[str, Tensor], None] | None,
-                  value: Tensor | None = None) -> Tensor:
+                  value: Tensor | None = None,
+                  past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
         if probe:
@@ -2256,7 +2332,8 @@ class Block(nn.Module):
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = linear(n, w.wv, lora.get("v"))
         v = heads(v if value is None else v + value)
-        y = attend(q, k, v, docs, self.kernel)
+        y = attend(q, k, v, docs, self.kernel) if past is None else recall(
+            q, k, v, past, self.kernel)
         if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
             # (B, T, K, 1, E)
             own = F.normalize(v, dim=-1)[..., None, :]
@@ -2299,13 +2376,14 @@ class Block(nn.Module):
                 xsa: bool,
                 lora: Mapping[str, LoRA] = {},
                 probe: Callable[[str, Tensor], None] | None = None,
-                value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                value: Tensor | None = None,
+                past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
         `a` and hands `m` through. `value` (B, T, K E) is added to the values."""
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w,
                                              norm(read) * w.depth_scale, rope, docs, xsa, lora,
-                                             probe, value)
+                                             probe, value, past)
         if not parallel:
             a = (read + attn).type_as(a)
             a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
@@ -2407,6 +2485,11 @@ class GPT(nn.Module):
             self.run_join = torch.compile(join_lanes, dynamic=False)
             self.run_embedded = torch.compile(self.embedded, dynamic=False)
 
+    def retune(self, **knobs: Any) -> Hyperparameters:
+        """Changes knobs of scoring, which no weight depends on; returns all of them."""
+        self.h = replace(self.h, **knobs)
+        return self.h
+
     @torch.no_grad()
     def initialise(self) -> None:
         """Fills every bank as its role says; matrices that write to the residual stream start at
@@ -2440,37 +2523,44 @@ class GPT(nn.Module):
         absent = (None, ) * self.h.num_layers
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
-    def embedded(self, ids: Tensor) -> Tensor:
+    def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
         """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
-        across a document start."""
-        x = F.embedding(ids, self.bank["embed"].to(self.dtype))
+        across a document start. `last` (B, 2): the tokens before the chunk, negative for none."""
+        ids = ids if last is None else torch.cat((last, ids), 1)
+        x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
         if self.h.bigram_vocab_size:
-            V = self.h.bigram_vocab_size
-            pair = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % (V - 1)
-            x = x + looked_up(self, "bigram", F.pad(pair, (1, 0), value=V - 1))
+            V, before = self.h.bigram_vocab_size, F.pad(ids[:, :-1], (1, 0), value=-1)
+            pair = (36313 * ids ^ 27191 * before) % (V - 1)
+            x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
+        if last is not None:
+            x = x * (ids >= 0)[..., None]
         if self.h.smear_mix and self.h.smear_gate:
             x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
-            return x + share * (F.pad(x, (0, 0, 1, 0))[:, :-1] - x)
-        if self.h.smear_gate:
-            drive = F.linear(x[:, 1:, :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
+            x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        elif self.h.smear_gate:
+            # (B, T, D)
+            drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
-            gate = gate * (ids[:, 1:] != BOS)[..., None]
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), 1)
-        return norm(x)
+            x = norm(x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0)))
+        else:
+            x = norm(x)
+        return x if last is None else x[:, last.size(1):]
 
     def hidden(self,
                ids: Tensor,
                plan: tuple[Step, ...],
                docs: Docs | None = None,
                lora: Sequence[Mapping[str, LoRA]] | None = None,
-               probe: Probe | None = None) -> Tensor:
+               probe: Probe | None = None,
+               cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
-        step, then the head's."""
-        x0 = a = m = self.run_embedded(ids)
+        step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
+        x0 = a = m = self.run_embedded(ids, *([cache.last] if cache else []))
         docs = docs or whole_rows(ids)
         run = self.block if probe or lora else self.run_block
-        h, layers = self.h, self.layers(plan[0].rounded)
-        rope = rope_table(h, ids.size(1), x0)
+        h = self.h
+        layers = cache.layers if cache else self.layers(plan[0].rounded)
+        rope = rope_table(h, ids.size(1), x0, cache.behind if cache else None)
         weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
         gates = self.bank["skip_gate"].unbind(0) if h.skip_gates else (None, ) * len(weights)
         if h.ve_dim:
@@ -2484,8 +2574,11 @@ class GPT(nn.Module):
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
-            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam,
-                       **(dict(lora=lora[slot]) if lora else {}))
+            if lora:
+                seam["lora"] = lora[slot]
+            if cache:
+                seam["past"] = cache.past(slot)
+            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
@@ -2500,11 +2593,12 @@ class GPT(nn.Module):
              plan: tuple[Step, ...],
              docs: Docs | None = None,
              lora: Sequence[Mapping[str, LoRA]] | None = None,
+             cache: Cache | None = None,
              ahead: int = 0) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
         read this; training alone adds a fifth of the mean loss of `ahead` heads for later targets.
         """
-        x = self.hidden(ids, plan, docs, lora)
+        x = self.hidden(ids, plan, docs, lora, cache=cache)
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
         nats = self.run_head(x, self.bank["embed"].to(self.dtype), targets,
                              *([lora[-1].get("head")] if lora else []), **caps)
@@ -2533,6 +2627,50 @@ def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
     return w + (coded.decode() - w).detach()
 
 
+class Cache:
+    """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and each
+    row's last two tokens: preallocated rings that all rows write at one place."""
+
+    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...]):
+        """Empty rings for chunks of C tokens in the model's compute dtype."""
+        h, embed = model.h, model.bank["embed"]
+        self.C, self.T, self.at = C, h.eval_seq_len, 0
+        with torch.no_grad():
+            self.layers = model.layers()    # cast once: the weights stay as they are
+        slots = -(-(self.T - 1) // C) * C
+        # (S, 2, B, K, M, E)
+        self.ring = torch.zeros(len(plan), 2, B, h.num_kv_heads, slots, h.head_dim,
+                                dtype=model.dtype, device=embed.device)
+        self.ids = torch.zeros(B, 2, dtype=torch.int64, device=embed.device)
+
+    def open(self, behind: Tensor) -> None:
+        """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
+        place = torch.arange(self.C, device=behind.device)
+        slots = torch.arange(self.ring.size(4), device=behind.device)
+        # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
+        ago = (self.at - 1 - slots) % len(slots) + 1
+        seen = (ago <= behind[:, None, None]) & (ago + place[:, None] < self.T)
+        own = (place[:, None] >= place).expand(len(behind), -1, -1)
+        self.behind = behind
+        self.seen = torch.where(torch.cat((seen, own), 2)[:, None], 0.0, -math.inf).to(
+            self.ring.dtype)
+        self.last = torch.where(behind[:, None] > torch.tensor([1, 0], device=behind.device),
+                                self.ids, -1)
+
+    def past(self, slot: int) -> Past:
+        """What step number `slot` remembers; each forward pass begins a new `fresh`."""
+        self.fresh = [] if slot == 0 else self.fresh
+        self.fresh.append([])
+        return Past(*self.ring[slot].unbind(0), self.seen, self.fresh[-1])
+
+    def write(self, ids: Tensor, fresh: Sequence[Sequence[Tensor]]) -> None:
+        """Books a chunk (B, C) with the keys and values that each step found for it."""
+        self.ids = torch.cat((self.ids, ids), 1)[:, -2:]
+        self.ring[..., self.at:self.at + self.C, :] = torch.stack(
+            [t for pair in fresh for t in pair]).view_as(self.ring[..., :self.C, :])
+        self.at = (self.at + self.C) % self.ring.size(4)
+
+
 def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
     """Hands an activation of one layer to the probe."""
     probe(tap, layer, x)
@@ -2543,43 +2681,64 @@ def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
 # LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and
 # every row of the batch.
 # ==================================================================================================
-class AdapterBank(nn.Module):
-    """One LoRA per batch row, executed step and adapted map; b starts at zero, so a fresh bank
-    changes nothing."""
+class AdapterBank:
+    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state; a
+    fresh bank changes nothing.
 
-    def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...]):
-        """`o` and `mlp` adapt a map from the block's normalised input to the residual stream."""
-        super().__init__()
-        self.h, table, D, R = h, roles(h), h.model_dim, h.ttt_lora_rank
-        out = dict(q=table["wq"].shape[1],
-                   k=table["wk"].shape[1],
-                   v=table["wv"].shape[1],
-                   o=D,
-                   mlp=D,
-                   head=h.vocab_size)
-        steps = {name: 1 if name == "head" else len(plan) for name in out}
-        self.a = nn.ParameterDict({n: nn.Parameter(torch.empty(steps[n], rows, R, D)) for n in out})
-        self.b = nn.ParameterDict(
-            {n: nn.Parameter(torch.zeros(steps[n], rows, out[n], R))
-             for n in out})
-        self.reset()
+    All of a row lies in one line of `flat` (B, P), so that an update is a handful of operations.
+    """
+
+    def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...],
+                 device: torch.device = torch.device("cpu")):
+        """Every row starts from the same values: a uniform in +-1/sqrt(D), b zero. `o` and `mlp`
+        adapt a map from the block's normalised input to the residual stream."""
+        table, D, R = roles(h), h.model_dim, h.ttt_lora_rank
+        out = dict(q=table["wq"].shape[1], k=table["wk"].shape[1], v=table["wv"].shape[1],
+                   o=D, mlp=D, head=h.vocab_size)
+        self.h, self.S, self.names = h, len(plan), h.ttt_targets.split(",")
+        self.shapes, start, rates = [], [], []
+        seeded = torch.Generator().manual_seed(h.seed)
+        for name in self.names:
+            S = 1 if name == "head" else self.S
+            a = (torch.rand(S, R, D, generator=seeded) * 2 - 1) * D**-0.5
+            for factor in (a, torch.zeros(S, out[name], R)):
+                self.shapes.append(factor.shape)
+                start.append(factor.flatten())
+        self.start = torch.cat(start).to(device)    # (P,)
+        self.flat = self.start.repeat(rows, 1).requires_grad_()
+        self.square = torch.zeros_like(self.flat)
+        self.updates = torch.zeros(rows, 1, device=device)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the identity: a uniform in +-1/sqrt(D), b zero."""
-        for name in self.a:
-            self.a[name].uniform_(-1, 1).mul_(self.h.model_dim**-0.5)
-            self.b[name].zero_()
+    def reset(self, rows: Tensor) -> None:
+        """Back to the start, for these rows (n,)."""
+        self.flat[rows] = self.start
+        self.square[rows] = self.updates[rows] = 0
 
-    def adapters(self) -> list[dict[str, LoRA]]:
+    @torch.no_grad()
+    def step(self, loss: Tensor, rate: Tensor) -> None:
+        """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) down `loss`, a sum over
+        rows, at rates (B, 1)."""
+        grad, = torch.autograd.grad(loss, self.flat)
+        beta = self.h.ttt_beta2
+        self.updates += 1
+        self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
+        spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
+        self.flat.addcdiv_(grad * -rate, spread)
+
+    def adapters(self, dtype: torch.dtype = torch.float32) -> list[dict[str, LoRA]]:
         """The adapters of each step in order; the last entry is the output head's."""
-        scale = self.h.ttt_lora_alpha / self.h.ttt_lora_rank
+        B, scale = len(self.flat), self.h.ttt_lora_alpha / self.h.ttt_lora_rank
+        factors = [
+            part.view(B, *shape).unbind(1) for part, shape in zip(
+                self.flat.to(dtype).split([s.numel() for s in self.shapes], 1), self.shapes)
+        ]
         banks = {
-            n: [LoRA(a, b, scale) for a, b in zip(self.a[n].unbind(0), self.b[n].unbind(0))]
-            for n in self.a
+            name: [LoRA(a, b, scale) for a, b in zip(*pair)]
+            for name, pair in zip(self.names, zip(factors[::2], factors[1::2]))
         }
-        head = banks.pop("head")
-        return [dict(zip(banks, row)) for row in zip(*banks.values())] + [dict(head=head[0])]
+        head = {n: banks.pop(n)[0] for n in ["head"] if n in banks}
+        return [{n: banks[n][i] for n in banks} for i in range(self.S)] + [head]
 
 
 # ==================================================================================================
@@ -3078,6 +3237,8 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
+    if step > 3:
+        log(expected_bits(t.h, dict(zip(t.model.bank, t.ema.mean))))
 
 
 # ==================================================================================================
@@ -3127,15 +3288,41 @@ def sampled(model: GPT, number: int) -> Batch:
     return Batch(ids, ids, whole_rows(ids))
 
 
+# Exponents of steps count quarters of an octave: finer ones cost more bytes than they save.
+OCTAVE = 4
+
+
+def octaves(exponent: Tensor) -> Tensor:
+    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that every platform gets the same numbers.
+    """
+    return torch.exp2(exponent.double() / OCTAVE).float()
+
+
+class Grid(NamedTuple):
+    """The steps of a bank: scale * 2^((row + column) / OCTAVE)."""
+
+    scale: Tensor    # fp32 (L,)
+    row: Tensor    # int8 (L, rows)
+    column: Tensor    # int8 (L, cols)
+
+    def rows(self) -> Tensor:
+        """The share of rows and layers, (L, rows, 1) fp32."""
+        return (self.scale[:, None] * octaves(self.row))[..., None]
+
+    def columns(self) -> Tensor:
+        """The share of columns, (L, 1, cols) fp32."""
+        return octaves(self.column)[:, None]
+
+
 class Coded(NamedTuple):
-    """A quantised bank: weight = codes * step[..., None]."""
+    """A quantised bank: weight = codes * steps."""
 
     codes: Tensor    # int16 (L, rows, cols)
-    step: Tensor    # fp16 (L, rows)
+    grid: Grid
 
     def decode(self) -> Tensor:
         """The weights, fp32 (L, rows, cols)."""
-        return self.codes.float() * self.step.float()[..., None]
+        return self.codes.float() * self.grid.rows() * self.grid.columns()
 
 
 TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
@@ -3249,22 +3436,35 @@ def best_percentile(w: Tensor, top: int) -> Tensor:
     return reach.gather(-1, error.square().sum(-1).argmin(-1, keepdim=True))[..., 0]
 
 
-def row_steps(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Tensor:
-    """fp16 (L, rows): `sigmas` standard deviations of the row (0: its largest value) over the
-    largest code; with `search` the percentile of the row that leaves the least squared error."""
-    top = 2**(bits - 1) - 1
-    reach = (best_percentile(w, top) if search else
-             sigmas * w.std(-1) if sigmas else w.abs().amax(-1))
-    return (reach / top).clamp(2.0**-20, 60000.0).half()
+def searches(h: Hyperparameters, role: Role) -> bool:
+    """True where the clip of a row is searched."""
+    return h.clip_search and role.optim == "muon"
+
+
+def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
+                 search: bool = False) -> Grid:
+    """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
+    largest value; with `search` at the percentile of least squared error); `power` below 1 draws
+    the steps of rows (L, rows, cols) together."""
+    reach = (best_percentile(w, 2**(bits - 1) - 1) if search else
+             sigmas * w.std(-1) if sigmas else w.abs().amax(-1) * 2**(0.5 / OCTAVE))
+    reach = reach.clamp_min(2.0**-20)
+    typical = reach.square().mean(-1).sqrt()
+    row = power * OCTAVE * (reach / typical[:, None]).log2()
+    return Grid(typical / (2**(bits - 1) - 1), row.round().clamp(-128, 127).to(torch.int8),
+                torch.zeros_like(w[:, 0], dtype=torch.int8))
 
 
 def round_rows(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Coded:
     """Each weight (L, rows, cols) to its nearest code."""
-    step, top = row_steps(w, bits, sigmas, search), 2**(bits - 1) - 1
-    return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int16), step)
+    grid, top = uniform_grid(w, bits, sigmas, search=search), 2**(bits - 1) - 1
+    return Coded((w / grid.rows()).round().clamp(-top, top).to(torch.int16), grid)
 
 
-def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, n) in that order
+
+
+def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
     moment in that order.
 
@@ -3297,57 +3497,82 @@ def nearest_codes(x: Tensor, top: int, states: int) -> Tensor:
 
 
 def gptq(w: Tensor,
-         moment: Tensor,
-         bits: int,
-         sigmas: float,
-         damping: float,
+         factor: Factor,
+         grid: Grid,
+         top: int = 32_760,
          states: int = 0,
-         block: int = 128,
-         search: bool = False) -> Coded:
+         block: int = 128) -> Coded:
     """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
     rounded.
 
-    arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one
-    product. All rows of a column share one weight in the error, so a trellis search down the column
-    followed by the same feedback is exact.
+    arXiv 2210.17323. Within a block errors move at once, beyond it by one product. All rows of a
+    column share one weight in the error, so a trellis search down the column followed by the same
+    feedback is exact.
     """
-    step, top = row_steps(w, bits, sigmas, search), 2**(bits - 1) - 1
-    step = step / 2 if states else step
-    scale = step.float()
-    order, upper = inverse_factor(moment, damping)
+    order, upper = factor
+    wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
     columns = order[:, None, :].expand_as(w)
     work, codes = w.gather(2, columns), torch.empty_like(w)
     for lo in range(0, w.size(2), block):
         hi = min(lo + block, w.size(2))
         part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
         for j in range(hi - lo):
+            scale = high * wide[:, lo + j, None]
             q = nearest_codes(part[:, :, j] / scale, top, states)
             codes[:, :, lo + j] = q
             error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
             errors[:, :, j] = error
             part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
         work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
-    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), step)
+    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), grid)
+
+
+def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> dict[str, Factor]:
+    """The factor of each tap's second moments."""
+    return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
+
+
+def bank_of(model: GPT, name: str) -> Tensor:
+    """A coded bank as (L | 1, rows, cols), sharing its memory."""
+    w = model.bank[name].detach()
+    return w.view(-1, *w.shape[-2:])
+
+
+def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
+    """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
+    U, arXiv 2603.04956) to their powers, means unchanged."""
+    h, role = model.h, roles(model.h)[name]
+    rows, columns = ((1, 0) if h.step_search == "uniform" else
+                     (h.row_step_power, h.column_step_power))
+    order, upper = factors[role.tap]
+    column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
+    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
+    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows, searches(h, role))
+    return grid._replace(
+        column=torch.empty_like(column).scatter_(1, order, column).to(torch.int8))
 
 
 @torch.no_grad()
-def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Tensor]:
-    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16."""
-    stored: dict[str, Coded | Tensor] = {}
-    for name, role in roles(model.h).items():
-        w = model.bank[name].detach()
-        search = model.h.clip_search and role.optim == "muon"
+def quantise(model: GPT,
+             factors: Mapping[str, Factor],
+             stretch: Mapping[str, Tensor] = {}) -> dict[str, Coded | Tensor]:
+    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16. Steps
+    are 2^stretch (L,) times those of `searched_grid`."""
+    h, stored = model.h, {}
+    for name, role in roles(h).items():
         if role.bits == 16:
-            stored[name] = w.half()
-        if role.bits in (0, 16):
+            stored[name] = model.bank[name].detach().half()
+        elif not role.bits:
             continue
-        w = w.reshape(-1, *w.shape[-2:])
-        if role.tap:
-            moment, damping = moments[role.tap], model.h.gptq_damping
-            states = model.h.trellis_states
-            stored[name] = gptq(w, moment, role.bits, role.sigmas, damping, states, search=search)
+        elif role.tap:
+            grid = searched_grid(model, name, factors)
+            scale = grid.scale * 2.0**stretch.get(name, 0.0) / (2 if h.trellis_states else 1)
+            top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
+            stored[name] = gptq(bank_of(model, name), factors[role.tap],
+                                grid._replace(scale=scale), top, h.trellis_states)
         else:
-            stored[name] = round_rows(w, role.bits, role.sigmas, search)
+            stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas,
+                                      searches(h, role))
     return stored
 
 
@@ -3359,13 +3584,131 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
         model.bank[name].copy_(w.view(model.bank[name].shape))
 
 
+# Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
+# are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a).
+DAMAGE_TOKENS, DAMAGE_STRETCH = 8192, 1.5    # text and steps with which `a` is measured
+FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
+ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
+
+
+@torch.no_grad()
+def step_damage(model: GPT, world: World, loader: Loader,
+                factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+    """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
+    DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text."""
+    h, damage, turn = model.h, {}, 0
+    if h.step_search == "uniform":
+        return damage
+    plan, batch = depth_plan(h, looped=True), loader.next()
+    world.share_tensors([batch.ids])
+    rows = max(1, DAMAGE_TOKENS // h.train_seq_len)
+    ids = batch.ids.view(-1, h.train_seq_len)[:rows]
+    truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
+    for name in (n for n, role in roles(h).items() if role.tap):
+        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
+        exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
+        rough = gptq(bank, factors[roles(h)[name].tap],
+                     grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
+        for i in range(len(bank)):
+            turn += 1
+            if turn % world.size == world.rank:
+                bank[i] = rough[i]
+                damage[name][i] = divergence(model, truth, embed, model.hidden(ids, plan))
+                bank[i] = exact[i]
+    return {name: world.sum(kl).cpu() for name, kl in damage.items()}
+
+
+def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
+    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
+    of `truth` with `embed`."""
+    total, now = 0.0, model.bank["embed"].to(model.dtype)
+    for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
+        p, q = (model.head.logits(states, table).log_softmax(-1)
+                for states, table in zip(pair, (embed, now)))
+        total = total + F.kl_div(q, p, reduction="sum", log_target=True)
+    return total / truth[..., 0].numel()
+
+
+def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Octaves (L,) between the least costly steps and the uniform ones, zero on average over all
+    weights."""
+    kl = {n: d.mean().expand_as(d) if h.step_search == "role" else d for n, d in damage.items()}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in kl}
+    found = {n: 0.5 * (weights[n] / d.clamp_min(1e-12)).log2() for n, d in kl.items()}
+    mean = sum(weights[n] * o.sum() for n, o in found.items()) / sum(
+        weights[n] * len(o) for n, o in found.items())
+    return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
+
+
+def column_sizes(w: Tensor, grid: Grid) -> Tensor:
+    """Mean square (L, cols) of each column of a bank (L, rows, cols) in steps."""
+    return ((w / grid.rows()).square().mean(1) / grid.columns()[:, 0].square()).cpu()
+
+
+def gaussian_bits(size: Tensor) -> Tensor:
+    """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
+    1/2 log2(2 pi e (size + 1/12))."""
+    return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
+
+
+@torch.no_grad()
+def expected_bits(h: Hyperparameters, banks: Mapping[str, Tensor]) -> str:
+    """A line of the log: bits per weight of each bank at uniform steps, and the bytes of all."""
+    words, total = [], 0.0
+    for name, role in roles(h).items():
+        if role.tap:
+            w = banks[name].view(-1, *role.shape[-2:])
+            grid = uniform_grid(w, role.bits, role.sigmas)
+            bits = float(gaussian_bits(column_sizes(w, grid)).mean())
+            words, total = [*words, f"{name}:{bits:.3f}"], total + bits * w.numel() / 8
+    return f"bits_per_weight {' '.join(words)} coded_bytes:{total:.0f} (at uniform steps)"
+
+
+def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, Tensor], code: int,
+               log: Log) -> tuple[bytes, dict[str, int]]:
+    """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, after at most
+    three corrections. Without damages the steps are the uniform ones."""
+    h = model.h
+    if not damage:
+        return pack(h, quantise(model, factors))
+    base = ideal_stretch(h, damage)
+    sizes = {n: column_sizes(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
+    room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
+
+    def expected(shift: float) -> float:
+        """Bytes of the codes when all steps are 2^shift times those of `base`."""
+        return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
+                   for n, o in base.items())
+
+    while len(tried) < 4:
+        low, shift = FINEST, COARSEST
+        for _ in range(24):
+            middle = (low + shift) / 2
+            over = ratio * expected(middle) + fixed > room - (1 - ROOM_USED) * h.budget_bytes
+            low, shift = (middle, shift) if over else (low, middle)
+        if shift in tried:
+            break
+        stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
+        tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
+        if 0 <= room - len(blob) <= 2 * (1 - ROOM_USED) * h.budget_bytes:
+            break
+        fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
+        ratio = (len(blob) - fixed) / expected(shift)
+    free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
+    best = min(free, key=lambda shift: free[shift] if free[shift] >= 0 else 1e12 - free[shift])
+    log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
+        "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
+    return tried[best]
+
+
 # ==================================================================================================
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
 # lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
 # file can only fail. Then the code's bytes.
 # ==================================================================================================
-MAGIC = b"PGOLF\x01"
+MAGIC = b"PGOLF\x02"
 CHECKSUM_BYTES = 16
 HEADER_LIMIT = 1 << 16
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
@@ -3404,13 +3747,28 @@ def coders() -> dict[str, Coder]:
         found["brotli"] = Coder(
             b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
             lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
+    if shutil.which("lrzip"):
+        found["lrzip"] = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
     return found
+
+
+def lrzip(raw: bytes, option: str) -> bytes:
+    """What the program lrzip makes of the bytes; raises where it fails."""
+    return subprocess.run(["lrzip", option], input=raw, capture_output=True, check=True).stdout
+
+
+def expand_lrzip(coded: bytes, limit: int) -> bytes:
+    """The inverse, unless its header announces more than `limit` bytes (ValueError)."""
+    if (size := int.from_bytes(coded[6:14], "little")) > limit:
+        raise ValueError(f"it announces {size} bytes")
+    return lrzip(coded, "-dq")
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
     """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
     the shortest."""
     known = coders()
+    known.pop("lrzip" if compressor == "any" else "", None)    # a program for each small stream
     chosen = [known[compressor]] if compressor in known else known.values()
     return min((c.letter + c.encode(raw, quick) for c in chosen), key=len)
 
@@ -3822,6 +4180,28 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
     ]
 
 
+def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
+    tap feeds share their columns."""
+    shapes = coded_roles(h)
+    firsts = {roles(h)[n].tap: n for n in reversed(shapes)}.values()
+    return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
+            *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
+            *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
+
+
+def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
+    """The grid of each coded bank; raises `Refusal` for a damaged stream."""
+    parts, found = grid_parts(h), {}
+    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, _, kind, shape in parts]
+    raw = io.BytesIO(expand(stream, sum(sizes)))
+    for (name, part, kind, shape), size in zip(parts, sizes):
+        values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
+        found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
+    return {n: Grid(found["scale", n], found["row", n], found["column", roles(h)[n].tap])
+            for n in coded_roles(h)}
+
+
 def pack(h: Hyperparameters,
          stored: Mapping[str, Coded | Tensor],
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
@@ -3832,7 +4212,9 @@ def pack(h: Hyperparameters,
                          key=lambda choice: sum(map(len, choice[1])))
     halves = lambda tensors: squeeze(
         shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors])), "any", quick)
-    streams.append(halves(v.step for v in stored.values() if isinstance(v, Coded)))
+    streams.append(squeeze(b"".join(
+        getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
+        for n, part, kind, _ in grid_parts(h)), "any", quick))
     streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
     header = lzma.compress(
         json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
@@ -3867,18 +4249,16 @@ def unpack(blob: bytes,
     ends = np.cumsum([first, *lengths]).tolist()
     streams = [blob[a:b] for a, b in zip(ends, ends[1:])]
     codes = dict(zip(shapes, unpack_codes(h, streams[:-2], coder)))
-    steps = sum(math.prod(shape[:2]) for shape in shapes.values())
+    grids = unpack_grids(h, streams[-2])
     plain = sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16)
-    steps, plain = (torch.from_numpy(unshuffled(expand(s, 2 * n), np.float16))
-                    for s, n in ((streams[-2], steps), (streams[-1], plain)))
+    plain = torch.from_numpy(unshuffled(expand(streams[-1], 2 * plain), np.float16))
     banks: dict[str, Coded | Tensor] = {}
     for name, role in roles(h).items():
         if role.bits == 16:
             values, plain = plain.tensor_split([math.prod(role.shape)])
             banks[name] = values.view(role.shape)
         elif role.bits:
-            values, steps = steps.tensor_split([math.prod(shapes[name][:2])])
-            banks[name] = Coded(torch.from_numpy(codes[name]), values.view(shapes[name][:2]))
+            banks[name] = Coded(torch.from_numpy(codes[name]), grids[name])
     return h, banks
 
 
@@ -4053,27 +4433,59 @@ def without_unused(tree: ast.Module) -> ast.Module:
         tree.body = kept
 
 
+# Decorators of Python and torch, which do not look at a function as Triton and torch.library do.
+BLIND = {"property", "classmethod", "staticmethod", "torch.no_grad()"}
+
+
 class Undocumented(ast.NodeTransformer):
-    """Removes docstrings, and the annotations of undecorated functions.
+    """Removes docstrings and annotations, and makes parameters positional-only, so that they may be
+    renamed, where no call names them.
 
-    A decorator may read annotations (Triton looks for constexpr, torch.library infers a schema),
-    and the fields of dataclasses and NamedTuples are annotations: those stay."""
+    Functions under other decorators than BLIND keep their signatures; so do the fields of
+    dataclasses, while those of NamedTuples only need some annotation."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """The function without docstring, and without annotations that no decorator can see."""
-        if not node.decorator_list:
-            a, node.returns = node.args, None
-            stars = filter(None, (a.vararg, a.kwarg))
-            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs, *stars):
+    def __init__(self, tree: ast.AST):
+        """Finds which names calls give to parameters: of a function that is only ever called by its
+        own name just those of such calls, of others any keyword or text in `tree`."""
+        nodes = [*ast.walk(tree)]
+        calls = [n for n in nodes if isinstance(n, ast.Call)]
+        heads, self.own = {id(c.func) for c in calls}, {}
+        self.shared = {n.value for n in nodes if isinstance(n, ast.Constant)}
+        self.aliased = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in heads}
+        for call in calls:
+            words, name = {k.arg for k in call.keywords}, getattr(call.func, "id", "")
+            self.shared |= words
+            self.own.setdefault(name, set()).update(words)
+            self.aliased |= {name} if None in words else set()
+        for n in nodes:
+            if getattr(n, "name", "") in KEPT:
+                self.shared |= {a.arg for a in ast.walk(n) if isinstance(a, ast.arg)}
+                self.aliased.add(n.name)
+            if isinstance(n, ast.ClassDef):
+                self.aliased |= {getattr(f, "name", "") for f in n.body}
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        """The function or lambda without what only readers need."""
+        if {ast.unparse(d) for d in getattr(node, "decorator_list", ())} <= BLIND:
+            a, name, node.returns = node.args, getattr(node, "name", ""), None
+            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs,
+                              *filter(None, (a.vararg, a.kwarg))):
                 parameter.annotation = None
+            named = self.own.get(name, ()) if name and name not in self.aliased else self.shared
+            while a.args and a.args[0].arg not in named:
+                a.posonlyargs.append(a.args.pop(0))
         return self.undocument(node)
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
     def undocument(self, node: ast.AST) -> ast.AST:
-        """The function or class without its docstring, children included."""
-        if ast.get_docstring(node, clean=False) is not None:
+        """The node without its docstring, children included."""
+        if not isinstance(node, ast.Lambda) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign):
+                    line.annotation = ast.Constant(0)
         return self.generic_visit(node)
 
     visit_ClassDef = undocument
@@ -4083,11 +4495,12 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
     """The text that the packed script runs: no comments, docstrings or long names of ours, and no
     code that the values of the knobs `fixed` leave dead.
 
-    Attributes, keyword arguments, parameters, classes, imports and KEPT keep their names. Literals
-    and builtins are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or
-    `A=range` would break a Triton kernel. The module's docstring stays where `__doc__` is read.
-    Warns, and returns longer text, where python_minifier is not installed."""
-    tree = without_unused(Undocumented().visit(Specialised(fixed).visit(ast.parse(source))))
+    Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
+    are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
+    break a Triton kernel. The module's docstring stays where `__doc__` is read. Warns, and returns
+    longer text, where python_minifier is not installed."""
+    tree = without_unused(Specialised(fixed).visit(ast.parse(source)))
+    tree = Undocumented(tree).visit(tree)
     nodes = [*ast.walk(tree)]
     if ast.get_docstring(tree) and "__doc__" not in {getattr(node, "id", "") for node in nodes}:
         tree.body = tree.body[1:]
@@ -4097,18 +4510,21 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
         return text
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
     classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
-    parameters = {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self", "cls"}
-    return python_minifier.minify(text,
+    watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
+        ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
+        if isinstance(a, ast.arg)]
+    text = python_minifier.minify(text,
                                   rename_globals=True,
                                   hoist_literals=False,
                                   convert_posargs_to_args=False,
                                   preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
-                                  preserve_locals=sorted(parameters),
+                                  preserve_locals=watched_names,
                                   remove_annotations=python_minifier.RemoveAnnotationsOptions(
                                       remove_variable_annotations=True,
                                       remove_return_annotations=False,
                                       remove_argument_annotations=False,
                                       remove_class_attribute_annotations=False))
+    return re.sub(r",/(?=[,:)])", "", text)    # the marks have served
 
 
 def literal(data: bytes) -> bytes:
@@ -4183,6 +4599,8 @@ class Windows(NamedTuple):
     lo: np.ndarray
     hi: np.ndarray
     width: int    # T of the batch: rows are padded to it
+    # (B,) chunks of its document that a row has behind it, where rows walk through documents
+    age: np.ndarray | None = None
 
 
 Span = tuple[int, int, int, int]
@@ -4232,6 +4650,39 @@ def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
     ]
 
 
+def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> list[Windows]:
+    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick.
+
+    The longest document goes first, each to the row of any rank that is free first; documents do
+    not know of each other, so their order cannot matter to a score.
+    """
+    begin, size = documents[:-1], np.diff(documents)
+    ticks = -(-size // C)
+    free = [(0, row) for row in range(rows * world.size)]
+    mine: list[list[int]] = [[] for _ in range(rows)]
+    for d in np.argsort(-ticks, kind="stable").tolist():
+        busy, row = free[0]
+        heapq.heapreplace(free, (busy + int(ticks[d]), row))
+        if row % world.size == world.rank:
+            mine[row // world.size].append(d)
+    start, hi, age = np.zeros((3, max(int(ticks[m].sum()) for m in mine), rows), np.int64)
+    for row, ds in enumerate(mine):
+        document = np.repeat(np.array(ds, np.int64), ticks[ds])
+        n = np.arange(len(document))
+        n = n - np.maximum.accumulate(np.where(np.diff(document, prepend=-1) != 0, n, 0))
+        start[:len(n), row], age[:len(n), row] = begin[document] + n * C, n
+        hi[:len(n), row] = np.minimum(C, size[document] - n * C)
+    return [Windows(b, e, np.zeros_like(e), e, C, n) for b, e, n in zip(start, hi, age)]
+
+
+def widened(w: Windows, T: int) -> Windows:
+    """The same targets with up to T tokens of their documents in view, padded to a power of two."""
+    end = w.start + w.hi
+    start = np.maximum(w.start - w.age * w.width, end - T)
+    width = min(T, 1 << max(6, int((end - start).max() - 1).bit_length()))
+    return Windows(start, end - start, w.start - start, end - start, width, w.age)
+
+
 class Ledger:
     """Owner of the validation tokens: scores go in, training data comes out, and only in that
     order.
@@ -4247,14 +4698,33 @@ class Ledger:
         self._scored = np.zeros(len(val.bytes), bool)
         self._nats = torch.zeros(len(val.bytes), dtype=torch.float32, device=world.device)
 
+    @contextlib.contextmanager
+    def sealed(self) -> Iterator[None]:
+        """While scorers and learners run, nobody can read a token here, scored or not."""
+        tokens, self._tokens = self._tokens, None
+        try:
+            yield
+        finally:
+            self._tokens = tokens
+
+    def __len__(self) -> int:
+        """Number of targets."""
+        return len(self._scored)
+
     def inputs(self, w: Windows) -> tuple[Tensor, Tensor]:
         """Token ids and targets (B, T); what lies beyond a window's end is the pad token 0,
         whatever the stream holds."""
+        self.refuse_sealed()
         place = np.arange(w.width)
         inside = torch.from_numpy(place < w.hi[:, None]).to(self._tokens.device)
         index = torch.from_numpy(np.minimum(w.start[:, None] + place,
                                             len(self._scored) - 1)).to(self._tokens.device)
         return self._tokens[index] * inside, self._tokens[index + 1] * inside
+
+    def refuse_sealed(self) -> None:
+        """Raises RuntimeError while the tokens are sealed."""
+        if self._tokens is None:
+            raise RuntimeError("a scorer or learner tried to read tokens on its own")
 
     def record(self, w: Windows, nats: Tensor) -> None:
         """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be
@@ -4266,12 +4736,14 @@ class Ledger:
             raise RuntimeError(
                 f"a target between {targets.min()} and {targets.max()} would be scored twice")
         self._scored[targets] = True
-        self._nats[torch.from_numpy(targets).to(
-            nats.device)] = nats.detach().float()[torch.from_numpy(mask).to(nats.device)]
+        # numbers instead of a mask: counting a mask would make the host wait for the device
+        to, of = (torch.from_numpy(i).to(nats.device) for i in (targets, np.flatnonzero(mask)))
+        self._nats[to] = nats.detach().float().flatten()[of]
 
     def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError
         unless all are scored."""
+        self.refuse_sealed()
         done = self.world.sum(
             torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
         if int(done) != end - begin:
@@ -4303,21 +4775,22 @@ class Ledger:
 def score(ledger: Ledger,
           batches: Iterable[Windows],
           nats_of: Callable[[Tensor, Tensor], Tensor],
-          learn: Callable[[Windows], None] | None = None) -> None:
+          learn: Callable[[Tensor, Tensor], None] | None = None) -> None:
     """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger
-    has the score."""
+    has the score, and is handed the batch that was scored, nothing else."""
     for w in batches:
         ids, targets = ledger.inputs(w)
-        with torch.no_grad():
+        with torch.no_grad(), ledger.sealed():
             nats = nats_of(ids, targets)
         ledger.record(w, nats)
         if learn:
-            learn(w)
+            with ledger.sealed():
+                learn(ids, targets)
 
 
-def watched(batches: Sequence[Windows], name: str, log: Log) -> Iterator[Windows]:
-    """This rank's share of the batches, with a line of progress and the time left."""
-    mine, begin_s = batches[log.world.rank::log.world.size], time.perf_counter()
+def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
+    """This rank's batches (or other parts), with a line of progress and the time left."""
+    begin_s = time.perf_counter()
     quarters = {len(mine) * i // 4 for i in (1, 2, 3)}
     for i, w in enumerate(mine):
         if i and (i in quarters or sys.stdout.isatty() and i % 8 == 0):
@@ -4331,32 +4804,145 @@ def watched(batches: Sequence[Windows], name: str, log: Log) -> Iterator[Windows
 # Learns from validation text only after it was scored. Here: the leaderboard's chunk form (#549,
 # #1493).
 # ==================================================================================================
-def chunk_sgd(model: GPT, ledger: Ledger, targets: int, name: str, log: Log) -> None:
-    """Scores a chunk by sliding windows, then trains all weights on it by SGD with momentum; the
-    last chunk trains nobody.
+class Learners:
+    """Rows that walk through documents, N learners each: adapters of their own, AdamW rates a
+    factor apart, a prediction that mixes them. A chunk is scored, then learned from; nothing
+    crosses from one document to the next."""
 
-    The rate falls as a cosine over the chunks; ranks share every gradient. The weights are restored
-    afterwards.
+    def __init__(self, model: GPT, rows: int, C: int, form: str, steps: int):
+        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters."""
+        h, self.model, self.steps, self.rows = model.h, model, steps, rows
+        self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
+        self.N = N = h.ttt_learners if steps and form == "stream" else 1
+        self.rates = (h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)).repeat(rows).to(device)
+        self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
+        self.cache = Cache(model, rows * N, C, self.plan) if form == "stream" else None
+        self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
+        self.device, self.C = device, C
+
+    def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
+        """Each batch, once its rows are ready: a row that begins a document starts afresh."""
+        self.model.requires_grad_(False)
+        for w in batches:
+            age = torch.from_numpy(w.age.repeat(self.N)).to(self.device)
+            place = np.arange(w.width)
+            inside = (place >= w.lo[:, None]) & (place < w.hi[:, None])
+            self.inside = torch.from_numpy(inside).to(self.device)
+            self.rate = (self.rates * (1 + age / 4)**-self.model.h.ttt_lr_decay)[:, None]
+            if self.bank:
+                self.bank.reset(torch.from_numpy(np.flatnonzero(w.age.repeat(self.N) == 0)))
+            self.belief = self.belief * (age > 0).view(self.rows, self.N)
+            if self.cache:
+                self.cache.open(age * self.C)
+            yield w
+        self.model.requires_grad_(True)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats (rows * N, T) of every learner."""
+        ids, targets = (t.repeat_interleave(self.N, 0) for t in (ids, targets))
+        lora = self.bank.adapters(self.model.dtype) if self.bank else None
+        return self.model.run_nats(ids, targets, self.plan, lora=lora, cache=self.cache)
+
+    def nats_of(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only."""
+        with torch.set_grad_enabled(self.steps > 0):
+            self.first = self.forward(ids, targets)
+        self.fresh = self.cache.fresh if self.cache else []
+        logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
+        n = torch.arange(logs.size(-1) + 1, device=self.device)
+        ago = n - n[:-1, None]    # tokens from place s to place t, which may know s if it is above 0
+        decay = self.model.h.ttt_mix_decay
+        known = self.belief[..., None] * decay**n + logs @ torch.where(ago > 0, decay**ago, 0.0)
+        self.belief = known[..., -1]
+        return -(known[..., :-1].log_softmax(1) + logs).logsumexp(1)
+
+    def learn(self, ids: Tensor, targets: Tensor) -> None:
+        """TTT_STEPS updates of every row on its chunk, then the chunk moves into the cache."""
+        inside = self.inside.repeat_interleave(self.N, 0)
+        for step in range(self.steps):
+            with torch.enable_grad():
+                nats = self.forward(ids, targets) if step else self.first
+                loss = ((nats * inside).sum(1) / inside.sum(1).clamp(min=1)).sum()
+            self.bank.step(loss, self.rate)
+        if self.cache:
+            self.cache.write(ids.repeat_interleave(self.N, 0), self.fresh)
+
+
+def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -> tuple[int, int]:
+    """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
+    has, divided by the learners; fewer where documents are too few to fill them."""
+    C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
+    rows = max(1, h.eval_batch_tokens // h.eval_seq_len // (h.ttt_learners if steps else 1))
+    if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
+        ticks = -(-np.diff(documents) // C)
+        rows = min(rows, -(-int(ticks.sum()) // int(ticks.max()) // world.size))
+    return rows, C
+
+
+def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str, steps: int,
+                    name: str, log: Log) -> None:
+    """Scores the documents between these edges by `Learners`."""
+    rows, C = tiles(model.h, documents, steps, ledger.world)
+    batches = document_plan(documents, C, rows, ledger.world)
+    if form == "recompute":
+        batches = [widened(w, model.h.eval_seq_len) for w in batches]
+    learners = Learners(model, rows, C, form, steps)
+    score(ledger, learners.follow(watched(batches, name, log)), learners.nats_of, learners.learn)
+
+
+def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
+    """The score `ttt`, in the form that TTT names.
+
+    stream, recompute: adapters of each document's own. chunk, phased: parts of the stream are
+    scored (by sliding windows, or by stream), then all weights learn from them by SGD with momentum
+    at a rate that falls as a cosine; the last part trains nobody. The weights are restored.
     """
-    h, world, plan = model.h, ledger.world, depth_plan(model.h, looped=True)
-    weights = list(model.bank.values())
-    before = [p.detach().clone() for p in weights]
+    h, world, N = model.h, ledger.world, len(ledger)
+    if h.ttt in ("stream", "recompute"):
+        return score_documents(model, ledger, ledger.documents, h.ttt, h.ttt_steps, name, log)
+    starts = ledger.documents
+    edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else sorted(
+        set(starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))].tolist()))
+    parts = len(edges) - 1
+    last = min(parts, h.ttt_max_chunks or parts)
+    weights, ema = list(model.bank.values()), EMA(model)
+    before, raw = ([p.detach().clone() for p in weights] for _ in range(2))
     sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=h.ttt_momentum)
-    chunks = -(-targets // h.ttt_chunk_tokens)
-    for chunk in range(chunks):
-        begin, end = chunk * h.ttt_chunk_tokens, min(targets, (chunk + 1) * h.ttt_chunk_tokens)
-        batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride), h.eval_batch_tokens,
-                          h.eval_seq_len)
-        score(ledger, batches[world.rank::world.size], functools.partial(model.run_nats, plan=plan))
-        if chunk + 1 < chunks:
+    for part in watched(range(parts), name, log):
+        begin, end = edges[part:part + 2]
+        if h.ttt == "phased":
+            inside = starts[(starts >= begin) & (starts <= end)]
+            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, Log(world, quiet=True))
+        else:
+            batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride),
+                              h.eval_batch_tokens, h.eval_seq_len)
+            score(ledger, batches[world.rank::world.size],
+                  functools.partial(model.run_nats, plan=depth_plan(h, looped=True)))
+        if part + 1 < parts and part < last:
             sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (
-                1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
+                1 + math.cos(math.pi * part / max(1, last - 1)))
+            with torch.no_grad():
+                torch._foreach_copy_(weights, raw)
             learn_chunk(model, sgd, *ledger.lend(begin, end), world)
-        if chunk and chunk % max(1, chunks // 4) == 0:
-            log.progress(f"score:{name} chunk {chunk}/{chunks}")
+            torch._foreach_copy_(raw, [p.detach() for p in weights])
+            ema.update(h.ttt_ema_decay)
+            ema.export()
     with torch.no_grad():
         torch._foreach_copy_(weights, before)
     model.zero_grad(set_to_none=True)
+
+
+def sgd_shares(model: GPT) -> list[Tensor]:
+    """Share of TTT_LR that each bank gets: by depth from TTT_LR_RAMP to 1, none where frozen."""
+    h, device = model.h, model.bank["embed"].device
+    ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=device)
+    ramp[:h.ttt_freeze_blocks] = 0
+    whole = torch.ones(2, device=device)
+    whole[1] = float(h.ttt_freeze_blocks == 0)
+    return [
+        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else whole[int(name == "embed")]
+        for name, p in model.bank.items()
+    ]
 
 
 def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
@@ -4366,7 +4952,8 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
     h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
-    weights = [p for group in sgd.param_groups for p in group["params"]]
+    weights = list(model.bank.values())
+    shares = sgd_shares(model) if epochs is None else [1.0] * len(weights)
     for _ in range(h.ttt_epochs if epochs is None else epochs):
         for lo in range(0, rows, h.ttt_batch_seqs):
             count = min(h.ttt_batch_seqs, rows - lo)
@@ -4380,6 +4967,8 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             for p, g in zip(weights, flat.split([p.numel() for p in weights])):
                 p.grad = g.view_as(p)
             torch.nn.utils.clip_grad_norm_(weights, h.ttt_grad_clip)
+            for p, share in zip(weights, shares):
+                p.grad.mul_(share)
             sgd.step()
 
 
@@ -4441,7 +5030,37 @@ def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
     return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
 
 
-SCORES = ("prequant", "quantized", "sliding", "documents", "ttt")
+def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
+    """The steps per chunk, TTT_STEPS at most, with which `targets` targets are scored within
+    EVAL_BUDGET_S, by the seconds that training text takes here."""
+    h = model.h
+    if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
+        return h.ttt_steps
+    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, True))[0]["seconds"])
+    rows, C = tiles(h, text.documents, h.ttt_steps, world)
+    cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
+    # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
+    need_s = [1.1 * targets / cells * took_s * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
+              for n in range(h.ttt_steps + 1)]
+    steps = max(n for n, s in enumerate(need_s) if s <= h.eval_budget_s or not n)
+    log(f"ttt_steps:{steps} of {h.ttt_steps}, about {need_s[steps]:.0f}s of "
+        f"EVAL_BUDGET_S={h.eval_budget_s:g}")
+    return steps
+
+
+def legality(h: Hyperparameters) -> list[str]:
+    """What enforces the conditions C1 to C4 (#1017) in these scores, a line each."""
+    return [
+        "C1 causal: attention looks back; ids past a chunk's end are pads",
+        "C2 normalised: softmax over all of V; mixtures are sum of w_i p_i, w from past losses",
+        "C3 score first: the ledger is sealed while learners run on what it has booked",
+        "C4 one pass: no target is booked twice or never; " +
+        ("documents share no state" if h.ttt in ("stream", "recompute") else
+         "weights learn in stream order")
+    ]
+
+
+SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -4451,14 +5070,19 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
     h, watch, ledger = model.h, Stopwatch(world), Ledger(val, world)
     plan, T, N = depth_plan(h, looped=True), h.eval_seq_len, len(val.bytes)
     nats_of = functools.partial(model.run_nats, plan=plan)
+    share = slice(world.rank, None, world.size)
     if name == "ttt":
-        chunk_sgd(model, ledger, N, name, log)
+        adapt(model, ledger, name, log)
+    elif name == "stream":
+        score_documents(model, ledger, val.documents, "stream", 0, name, log)
     elif name == "documents":
         spans = document_spans(val.documents, T, h.eval_stride)
-        score(ledger, watched(bucketed(spans, h.eval_batch_tokens, T), name, log), nats_of)
+        score(ledger, watched(bucketed(spans, h.eval_batch_tokens, T)[share], name, log),
+              nats_of)
     else:
         spans = sliding(0, N, T, h.eval_stride if name == "sliding" else T)
-        score(ledger, watched(batched(spans, h.eval_batch_tokens, T), name, log), nats_of)
+        score(ledger, watched(batched(spans, h.eval_batch_tokens, T)[share], name, log),
+              nats_of)
     return ledger.result(watch.read_s()), ledger
 
 
@@ -4542,8 +5166,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(
-            f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
+        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} (pip install "
+                     f"{package}; lrzip is a program of its own)")
     if h.run_id:
         check(refuse_used, folder)
         found = check(read_checkpoint, folder)
@@ -4577,6 +5201,14 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     return data
 
 
+def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
+    """The beginning of the training shards in the place of a validation set."""
+    tokens = np.concatenate(
+        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
+    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
+    return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
+
+
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
     for calibration and for adapting to `held` tokens.
@@ -4591,20 +5223,18 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
             for number in range(h.rehearsal_steps):
                 t.step(number, progress, looped)
     adaptation_s = rehearse_adaptation(t, data, held) if h.prequant_ttt_epochs else 0.0
-    second_moments(t.model, t.world, t.loader, t.world.size)
-    calibration = Stopwatch(t.world)
-    moments = second_moments(t.model, t.world, t.loader, t.world.size)
-    rounds = -(-h.gptq_calibration_batches // t.world.size)
-    off_clock = h.calibration == "self"
-    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * (not off_clock) * rounds *
-                                t.world.share(calibration.read_s()))
-    stored = quantise(t.model, moments)
-    _, again = unpack(pack(h, stored, quick=True)[0])
+    for _ in range(2):    # the first time compiles
+        calibration = Stopwatch(t.world)
+        moments = second_moments(t.model, t.world, t.loader, t.world.size)
+        rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
+        moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
+        factors = inverse_factors(h, moments)
+        step_damage(t.model, t.world, t.loader, factors)
+        calibration_s = moments_s + calibration.read_s()
+    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
+    _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
-    tokens = np.concatenate(
-        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
-    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
-    fake = Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
+    fake = rehearsal_text(h, data)
     quiet = Log(t.world, quiet=True)
     for name in wanted_scores(h):
         score_by_name(name, t.model, fake, t.world, quiet)
@@ -4670,12 +5300,17 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     trainer = Trainer.of(h, world, model, data)
     watch = Stopwatch(world)
     reserve_s = rehearse(trainer, data, log, held) if h.rehearsal_steps else h.gptq_reserve_seconds
+    if h.rehearsal_steps:
+        h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
+            h, data), len(data.val.bytes), world, log))
     stage("rehearsal", watch)
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
     moments = calibrate(trainer, held, clock)
+    factors = inverse_factors(h, moments)
+    damage = step_damage(model, world, trainer.loader, factors)
     clock_s = clock.read_s()
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)"
@@ -4688,10 +5323,9 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     }
 
     watch = Stopwatch(world)
-    stored = quantise(model, moments) if world.main else {}
+    blob, ledger = fit_budget(model, factors, damage, len(code), log) if world.main else (b"", {})
     stage("quantise", watch)
     watch = Stopwatch(world)
-    blob, ledger = pack(h, stored) if world.main else (b"", {})
     if world.main:
         write_atomically(log.folder / "model.bin", blob)
         write_atomically(log.folder / "train_gpt.py", code)
@@ -4728,6 +5362,8 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     log(f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks x "
         f"{h.micro_batch_tokens}"
         )
+    for line in legality(h):
+        log(line)
 
 
 def device_name(device: torch.device) -> str:
@@ -4802,7 +5438,9 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     if sizes["total"] > h.budget_bytes:
         raise Refusal(
             f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
-            f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
+            f"{log.folder}, but it cannot be submitted: " +
+            ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
+             "this is the smallest possible size of this model"))
     return result
 
 

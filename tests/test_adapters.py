@@ -1,9 +1,20 @@
 """Section 7: adapters change nothing when fresh, one row each, and equal merged weights where they can be merged."""
 
+import dataclasses
+
+import pytest
 import torch
 
 import train_gpt as tg
 from conftest import alive
+
+MAPS = ("q", "k", "v", "o", "mlp", "head")
+
+
+@pytest.fixture
+def every(tiny) -> tg.Hyperparameters:
+    """The tiny model with every map adapted."""
+    return dataclasses.replace(tiny, ttt_targets=",".join(MAPS))
 
 
 def batch(h: tg.Hyperparameters, B: int = 3, T: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -12,44 +23,62 @@ def batch(h: tg.Hyperparameters, B: int = 3, T: int = 10) -> tuple[torch.Tensor,
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def stir(bank: tg.AdapterBank, names=("q", "k", "v", "o", "mlp", "head")) -> None:
-    """Gives the named output factors random values."""
+def factors(bank: tg.AdapterBank) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, a, b) of every adapter, as views of the bank."""
+    return [(name, lora.a, lora.b) for row in bank.adapters() for name, lora in row.items()]
+
+
+def stir(bank: tg.AdapterBank, names=MAPS, rows=slice(None)) -> None:
+    """Gives the named output factors of some rows random values."""
     with torch.no_grad():
-        for name in names:
-            bank.b[name].normal_(std=0.3)
+        for name, _, b in factors(bank):
+            if name in names:
+                b[rows] = torch.randn_like(b[rows]) * 0.3
 
 
-def test_fresh_bank_is_the_identity(tiny):
-    """Zero output factors leave every nat as it was, bit for bit, and `reset` comes back to that."""
-    model, plan = alive(tiny), tg.depth_plan(tiny, True)
-    ids, targets = batch(tiny)
-    bank = tg.AdapterBank(tiny, 3, plan)
+def test_fresh_bank_is_the_identity(every):
+    """Zero output factors leave every nat as it was, bit for bit, and `reset` comes back to that, row by row."""
+    model, plan = alive(every), tg.depth_plan(every, True)
+    ids, targets = batch(every)
+    bank = tg.AdapterBank(every, 3, plan)
+    nats = lambda: model.nats(ids, targets, plan, lora=bank.adapters())
     plain = model.nats(ids, targets, plan)
-    assert torch.equal(plain, model.nats(ids, targets, plan, lora=bank.adapters()))
+    assert torch.equal(plain, nats())
     stir(bank)
-    assert not torch.allclose(plain, model.nats(ids, targets, plan, lora=bank.adapters()), atol=1e-3)
-    bank.reset()
-    assert torch.equal(plain, model.nats(ids, targets, plan, lora=bank.adapters()))
-    assert all(a.abs().max() <= tiny.model_dim ** -0.5 and a.std() > 0 for a in bank.a.values())
+    assert not torch.allclose(plain, nats(), atol=1e-3)
+    bank.reset(torch.tensor([0, 2]))
+    assert torch.equal(plain[[0, 2]], nats()[[0, 2]]) and not torch.allclose(plain[1], nats()[1], atol=1e-3)
+    bank.reset(torch.tensor([1]))
+    assert torch.equal(plain, nats())
+    assert all(a.abs().max() <= every.model_dim ** -0.5 and a.std() > 0 for _, a, _ in factors(bank))
 
 
-def test_each_row_has_its_own(tiny):
+def test_every_row_starts_alike(every):
+    """A document's first adapters do not depend on the row, the batch or the random state."""
+    plan = tg.depth_plan(every, True)
+    torch.manual_seed(1)
+    first = tg.AdapterBank(every, 2, plan).flat
+    torch.manual_seed(2)
+    second = tg.AdapterBank(every, 5, plan).flat
+    assert torch.equal(first[:1].expand(5, -1), second)
+
+
+def test_each_row_has_its_own(every):
     """Changing one row's factors changes that row only, for every adapted map."""
-    model, plan = alive(tiny), tg.depth_plan(tiny, True)
-    ids, targets = batch(tiny)
+    model, plan = alive(every), tg.depth_plan(every, True)
+    ids, targets = batch(every)
     plain = model.nats(ids, targets, plan)
-    for name in ("q", "k", "v", "o", "mlp", "head"):
-        bank = tg.AdapterBank(tiny, 3, plan)
-        with torch.no_grad():
-            bank.b[name][:, 1] = 0.5
+    for name in MAPS:
+        bank = tg.AdapterBank(every, 3, plan)
+        stir(bank, [name], slice(1, 2))
         moved = (model.nats(ids, targets, plan, lora=bank.adapters()) - plain).abs().amax(1)
         assert moved[1] > 1e-3 and moved[0] == moved[2] == 0, name
 
 
-def test_each_step_has_its_own(tiny):
+def test_each_step_has_its_own(every):
     """A layer that runs twice has two adapters: one entry per step, then the head's."""
-    plan = tg.depth_plan(tiny, True)
-    adapters = tg.AdapterBank(tiny, 2, plan).adapters()
+    plan = tg.depth_plan(every, True)
+    adapters = tg.AdapterBank(every, 2, plan).adapters()
     assert len(adapters) == len(plan) + 1 and set(adapters[-1]) == {"head"}
     assert all(set(row) == {"q", "k", "v", "o", "mlp"} for row in adapters[:-1])
     assert len({row["q"].a.data_ptr() for row in adapters[:-1]}) == len(plan)
@@ -57,19 +86,33 @@ def test_each_step_has_its_own(tiny):
     assert adapters[-1]["head"].b.shape == (2, 64, 2)
 
 
-def test_adapters_equal_merged_weights(tiny):
+def test_targets_name_the_adapted_maps(tiny):
+    """Only what TTT_TARGETS names is adapted; without the head its entry is empty."""
+    h = dataclasses.replace(tiny, ttt_targets="o,mlp")
+    plan = tg.depth_plan(h, True)
+    adapters = tg.AdapterBank(h, 2, plan).adapters()
+    assert [set(row) for row in adapters] == [{"o", "mlp"}] * len(plan) + [set()]
+    ids, targets = batch(h, 2)
+    model = alive(h)
+    assert torch.equal(model.nats(ids, targets, plan), model.nats(ids, targets, plan, lora=adapters))
+    h = dataclasses.replace(tiny, ttt_targets="head")
+    assert [set(row) for row in tg.AdapterBank(h, 2, plan).adapters()] == [set()] * len(plan) + [{"head"}]
+
+
+def test_adapters_equal_merged_weights(every):
     """q, k, v and head: the adapted model is the model with weights w + alpha / R b a."""
-    plan = tg.depth_plan(tiny, False)
-    model, merged = alive(tiny), alive(tiny)
-    ids, targets = batch(tiny, B=1)
-    bank = tg.AdapterBank(tiny, 1, plan)
+    plan = tg.depth_plan(every, False)
+    model, merged = alive(every), alive(every)
+    ids, targets = batch(every, B=1)
+    bank = tg.AdapterBank(every, 1, plan)
     stir(bank, ("q", "k", "v"))
-    scale = tiny.ttt_lora_alpha / tiny.ttt_lora_rank
     with torch.no_grad():
-        for name, role in (("q", "wq"), ("k", "wk"), ("v", "wv")):
-            merged.bank[role] += scale * bank.b[name][:, 0] @ bank.a[name][:, 0]
+        for step, row in zip(plan, bank.adapters()):
+            for name, role in (("q", "wq"), ("k", "wk"), ("v", "wv")):
+                merged.bank[role][step.layer] += row[name].scale * row[name].b[0] @ row[name].a[0]
     torch.testing.assert_close(model.nats(ids, targets, plan, lora=bank.adapters()),
                                merged.nats(ids, targets, plan), atol=2e-5, rtol=1e-4)
+    assert bank.adapters()[0]["q"].scale == every.ttt_lora_alpha / every.ttt_lora_rank
     x = torch.randn(1, 4, 32)
     w = torch.randn(8, 32)
     lora = tg.LoRA(torch.randn(1, 2, 32), torch.randn(1, 8, 2), 3.0)
@@ -78,11 +121,36 @@ def test_adapters_equal_merged_weights(tiny):
     torch.testing.assert_close(tg.linear(x, w, lora, other), x @ w.T + lora(other), atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_reach_every_factor(tiny):
+def test_gradients_reach_every_factor(every):
     """Once the output factors are not zero, every factor of every step learns."""
-    model, plan = alive(tiny), tg.depth_plan(tiny, True)
-    bank = tg.AdapterBank(tiny, 3, plan)
+    model, plan = alive(every), tg.depth_plan(every, True)
+    bank = tg.AdapterBank(every, 3, plan)
     stir(bank)
-    model.nats(*batch(tiny), plan, lora=bank.adapters()).sum().backward()
-    for factors in (bank.a, bank.b):
-        assert all(p.grad.abs().amax(dim=(-2, -1)).min() > 0 for p in factors.values())
+    before = [(a.clone(), b.clone()) for _, a, b in factors(bank)]
+    bank.step(model.nats(*batch(every), plan, lora=bank.adapters()).sum(), torch.full((3, 1), 0.01))
+    for (a, b), (_, new_a, new_b) in zip(before, factors(bank)):
+        assert (new_a - a).abs().amax(dim=(-2, -1)).min() > 0 and (new_b - b).abs().amax(dim=(-2, -1)).min() > 0
+
+
+def test_updates_are_adam_with_a_rate_for_each_row(every):
+    """Three steps equal torch's Adam run on each row alone, at the row's rate; a reset row starts over."""
+    model, plan = alive(every), tg.depth_plan(every, True)
+    ids, targets = batch(every, 2)
+    rates = torch.tensor([[0.01], [0.001]])
+    bank = tg.AdapterBank(every, 2, plan)
+    nats = lambda bank, rows: model.nats(ids[rows], targets[rows], plan, lora=bank.adapters()).mean(1).sum()
+    for _ in range(3):
+        bank.step(nats(bank, slice(0, 2)), rates)
+    for row in (0, 1):
+        alone = tg.AdapterBank(every, 1, plan)
+        adam = torch.optim.Adam([alone.flat], lr=float(rates[row]), betas=(0.0, every.ttt_beta2))
+        for _ in range(3):
+            adam.zero_grad()
+            nats(alone, slice(row, row + 1)).backward()
+            adam.step()
+        torch.testing.assert_close(bank.flat[row], alone.flat[0].detach(), atol=2e-4, rtol=1e-3)
+    bank.reset(torch.tensor([0]))
+    bank.step(nats(bank, slice(0, 2)), rates)
+    fresh = tg.AdapterBank(every, 2, plan)
+    fresh.step(nats(fresh, slice(0, 2)), rates)
+    torch.testing.assert_close(bank.flat[0], fresh.flat[0])

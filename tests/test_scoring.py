@@ -154,7 +154,7 @@ def test_learning_comes_after_the_score():
     ledger.record = lambda w, nats: (order.append("record"), book(w, nats))
     t.score(ledger, t.batched(t.sliding(0, 32, 16, 16), 16, 16),
             lambda ids, targets: order.append("nats") or torch.ones(ids.shape),
-            lambda w: order.append("learn"))
+            lambda ids, targets: order.append("learn"))
     assert order == ["nats", "record", "learn"] * 2
 
 
@@ -172,7 +172,7 @@ def test_scores_need_no_gradient_and_equal_the_model():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["quantized", "sliding", "documents"])
+@pytest.mark.parametrize("name", ["quantized", "sliding", "documents", "stream"])
 def test_two_ranks_share_the_batches(name, monkeypatch):
     """The shares of two ranks are disjoint and together make the score of one."""
     h, tokens = settings(eval_batch_tokens=32), stream(120)
@@ -186,4 +186,107 @@ def test_two_ranks_share_the_batches(name, monkeypatch):
         ledger = t.score_by_name(name, model, val, world, Lines(world))[1]
         shares.append((ledger._scored, ledger._nats.numpy()))
     assert (shares[0][0] ^ shares[1][0]).all()
-    np.testing.assert_array_equal(shares[0][1] + shares[1][1], alone)
+    np.testing.assert_allclose(shares[0][1] + shares[1][1], alone, atol=1e-5 * (name == "stream"))
+
+
+@limits(max_examples=100, deadline=None)
+@given(N=st.integers(1, 300),
+       C=st.integers(1, 40),
+       rows=st.integers(1, 5),
+       size=st.integers(1, 3),
+       document=st.integers(2, 50),
+       seed=st.integers(0, 9))
+def test_rows_walk_through_every_document_once(N, C, rows, size, document, seed):
+    """Over all ranks every target is scored once; a row scores a document's chunks one after the
+    other."""
+    edges = validation(stream(N + 1, document=document, seed=seed)).documents
+    seen, loads = [], []
+    for rank in range(size):
+        batches = t.document_plan(edges, C, rows, t.World(rank, size))
+        seen += scored(batches)
+        for row in range(rows):
+            walk = [(w.start[row], w.hi[row], w.age[row]) for w in batches if w.hi[row]]
+            loads.append(len(walk))
+            for (s, hi, n), (next_s, _, next_n) in zip(walk, walk[1:]):
+                follows = next_n == n + 1 and next_s == s + C and hi == C
+                assert follows or next_n == 0 and next_s in edges and s + hi in edges
+            assert not walk or walk[0][2] == 0
+    assert sorted(seen) == list(range(N))
+    longest = int(-(-np.diff(edges).max() // C))
+    assert max(loads) <= sum(loads) / len(loads) + longest    # the bound of list scheduling
+
+
+def test_the_longest_document_goes_first():
+    """Rows begin with the longest documents, equal ones in the order of the stream."""
+    edges = np.array([0, 3, 23, 26, 56, 61])
+    first = t.document_plan(edges, 10, 3, WORLD)[0]
+    assert first.start.tolist() == [26, 3, 0] and first.hi.tolist() == [10, 10, 3]
+
+
+def test_widened_windows_score_the_same_targets():
+    """The recomputed form sees up to T tokens of the same document and scores the same chunk."""
+    edges = validation(stream(300, document=60, seed=4)).documents
+    for w in t.document_plan(edges, 7, 3, WORLD):
+        wide = t.widened(w, 100)
+        assert (wide.start + wide.lo == w.start).all() and (wide.hi - wide.lo == w.hi).all()
+        assert (wide.hi <= 100).all() and wide.width in (64, 100)
+        owner = np.searchsorted(edges, w.start, "right") - 1
+        assert ((wide.start == edges[owner]) | (wide.hi == 100) | (w.hi == 0)).all()
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 48])
+def test_the_cache_equals_the_full_forward(stride):
+    """Where the window covers the document, chunks of any length give the nats of one pass."""
+    tokens = stream(160, document=20)
+    h = settings(eval_seq_len=48, eval_batch_tokens=200, eval_stride=stride)
+    full = t.score_by_name("documents", model_of(h), validation(tokens), WORLD, Lines())[1]
+    cached = t.score_by_name("stream", model_of(h), validation(tokens), WORLD, Lines())[1]
+    assert np.diff(validation(tokens).documents).max() <= 48
+    np.testing.assert_allclose(cached.targets_nats(), full.targets_nats(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "fused"])
+def test_both_forms_of_cached_attention_agree(kernel):
+    """Attention to a cache by products, and by torch's fused kernel, equals attention to it all."""
+    torch.manual_seed(0)
+    B, C, M, H, K, E = 2, 5, 11, 4, 2, 8
+    q, k, v = (torch.randn(B, M + C, n, E, requires_grad=True) for n in (H, K, K))
+    whole = t.attend(q, k, v, t.whole_rows(torch.zeros(B, M + C)))[:, M:]
+    ring = [x[:, :M].transpose(1, 2).detach() for x in (k, v)]
+    seen = torch.cat((torch.ones(C, M), torch.ones(C, C).tril()), 1).log().expand(B, 1, -1, -1)
+    past = t.Past(*ring, seen, [])
+    y = t.recall(q[:, M:], k[:, M:], v[:, M:], past, kernel)
+    torch.testing.assert_close(y, whole)
+    torch.testing.assert_close(past.fresh[0], k[:, M:].transpose(1, 2))
+    for x, found, wanted in zip("qkv", *(torch.autograd.grad(z.square().sum(), (q, k, v)) for z in (y, whole))):
+        torch.testing.assert_close(found[:, M:], wanted[:, M:], msg=x)
+
+
+def test_the_window_moves_over_a_long_document():
+    """Each query reads exactly its last EVAL_SEQ_LEN tokens' keys, so the chunk length is nothing
+    but a matter of speed."""
+    tokens = np.concatenate([[t.BOS], np.random.default_rng(0).integers(2, 64, 150)])
+    found = []
+    for stride in (1, 4, 7, 16):
+        h = settings(eval_seq_len=16, eval_stride=stride)
+        ledger = t.score_by_name("stream", model_of(h), validation(tokens), WORLD, Lines())[1]
+        found.append(ledger.targets_nats())
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+    h = settings(eval_seq_len=256, eval_stride=16)
+    wide = t.score_by_name("stream", model_of(h), validation(tokens), WORLD, Lines())[1]
+    np.testing.assert_allclose(wide.targets_nats()[:16], found[0][:16], atol=1e-5)
+    assert np.abs(wide.targets_nats()[16:] - found[0][16:]).max() > 1e-3
+
+
+def test_sealed_tokens_cannot_be_read():
+    """While a scorer or a learner runs, the ledger hands out nothing, and holds nothing to
+    look at."""
+    ledger, (first, second) = ledger_of(), t.batched(t.sliding(0, 32, 16, 16), 16, 16)
+    ledger.record(first, torch.ones(1, 16))
+    with ledger.sealed():
+        assert ledger._tokens is None
+        for read in (lambda: ledger.inputs(second), lambda: ledger.lend(0, 16)):
+            with pytest.raises(RuntimeError, match="on its own"):
+                read()
+    assert len(ledger.lend(0, 16)[0]) == 16

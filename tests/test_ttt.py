@@ -13,7 +13,7 @@ from support import Half, Lines, WORLD, model_of, repetitive, settings, stream, 
 
 # Tokens from here on are replaced: in the third chunk of 32, inside a window and a document.
 CUT = 75
-H = settings(ttt_lr=0.05, ttt_epochs=2)
+H = settings(ttt="chunk", ttt_lr=0.05, ttt_epochs=2)
 
 
 def nats(name: str, tokens: np.ndarray, h: t.Hyperparameters = H) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_a_rate_of_zero_scores_as_sliding_does():
     """Without learning the chunk form is the sliding score, but for the rounding of other
     batches."""
     tokens = stream(140)
-    h = settings(ttt_lr=0.0)
+    h = settings(ttt="chunk", ttt_lr=0.0)
     np.testing.assert_allclose(nats("ttt", tokens, h), nats("sliding", tokens, h), atol=1e-5)
 
 

@@ -26,12 +26,14 @@ def rehearsed_run(world: tg.World, folder: Path) -> None:
     world.share_tensors(p.data for p in model.bank.values())
     loader = tg.Loader(h, world, data.train)
     moments = tg.second_moments(model, world, loader, h.gptq_calibration_batches)
-    blob, _ = tg.pack(h, tg.quantise(model, moments))
+    factors = tg.inverse_factors(h, moments)
+    damage = tg.step_damage(model, world, loader, factors)
+    blob, _ = tg.fit_budget(model, factors, damage, 0, silent)
     scores, nats = {}, {}
     for name in ("quantized", "sliding", "documents", "ttt"):
         result, ledger = tg.score_by_name(name, model, data.val, world, silent)
         scores[name], nats[name] = result, ledger.targets_nats()
-    torch.save(dict(losses=losses, initial=initial, trained=trained, blob=blob, scores=scores, nats=nats,
+    torch.save(dict(losses=losses, initial=initial, trained=trained, blob=blob, scores=scores, nats=nats, damage=damage,
                     momenta=[s.momentum.shape[0] for s in trainer.optimiser.stacks],
                     collectives=collectives(world)), folder / f"{world.size}-{world.rank}.pt")
 
