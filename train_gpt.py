@@ -566,6 +566,7 @@ SP1024 = dict(vocab_size=1024,
               embed_clip_sigmas=0.0,
               step_search="uniform",
               compressor="zstd",
+              ttt="chunk",
               ttt_enabled=False)
 SP8192 = dict(head_gate_scale=0.0,
               smear_gate=False,
@@ -580,7 +581,8 @@ SP8192 = dict(head_gate_scale=0.0,
               embed_clip_sigmas=20.0,
               trellis_states=0,
               step_search="uniform",
-              compressor="brotli")
+              compressor="brotli",
+              ttt="chunk")
 PREQUANT = dict(prequant_ttt_epochs=6, prequant_ttt_data="val", prequant_ttt_freeze_blocks=2,
                 ttt_batch_seqs=256)
 PR578 = SP1024 | dict(xsa_last_n=4,
@@ -620,7 +622,7 @@ PR1539 = SP8192 | PREQUANT | dict(smear_gate=True,
                                   ttt_enabled=False,
                                   ttt_batch_seqs=32)
 PR1855 = dict(caseops_enabled=True, qk_gain_init=5.0, matrix_clip_sigmas=12.0, trellis_states=0,
-              step_search="uniform", compressor="brotli")
+              step_search="uniform", compressor="brotli", ttt="phased")
 ON_TRAIN = dict(prequant_ttt_data="train")
 FLOOR = "row scales without the floor of 1/31 that ruins small models; every target scored once"
 BANKED = ("; whole layers freeze or slow down (published: scalars only), QAT rounds the matrices "
@@ -4182,9 +4184,9 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
 
 def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
-    tap feeds share their columns."""
+    tap feeds share their columns, without a tap all columns are alike."""
     shapes = coded_roles(h)
-    firsts = {roles(h)[n].tap: n for n in reversed(shapes)}.values()
+    firsts = {roles(h)[n].tap: n for n in reversed(shapes) if roles(h)[n].tap}.values()
     return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
             *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
             *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
@@ -4198,8 +4200,9 @@ def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
     for (name, part, kind, shape), size in zip(parts, sizes):
         values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
         found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
-    return {n: Grid(found["scale", n], found["row", n], found["column", roles(h)[n].tap])
-            for n in coded_roles(h)}
+    return {n: Grid(found["scale", n], found["row", n], found["column", tap] if
+                    (tap := roles(h)[n].tap) else torch.zeros(shape[::2], dtype=torch.int8))
+            for n, shape in coded_roles(h).items()}
 
 
 def pack(h: Hyperparameters,
@@ -4985,7 +4988,7 @@ def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tens
         last[kept:].astype(np.int64))
 
 
-def adapt(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
+def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
     """Trains all weights on `tokens` (n + 1,) before GPTQ (#1364), or by SGD after it (#398).
 
     Steps of TTT_BATCH_SEQS sequences clipped to TTT_GRAD_CLIP; the rate of layer l is that of the
@@ -5024,7 +5027,7 @@ def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
     few = torch.from_numpy(data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
     for _ in range(2):    # the first one compiles
         watch = Stopwatch(t.world)
-        adapt(t.model, few, t.world, 1)
+        adapt_early(t.model, few, t.world, 1)
     if h.prequant_ttt_data == "val":
         return 0.0
     return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
@@ -5036,7 +5039,7 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
-    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, True))[0]["seconds"])
+    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, quiet=True))[0]["seconds"])
     rows, C = tiles(h, text.documents, h.ttt_steps, world)
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
@@ -5274,7 +5277,7 @@ def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor
     second moments; what reads no training data is off the clock."""
     h, watch = t.h, Stopwatch(t.world)
     if h.prequant_ttt_epochs and h.prequant_ttt_optim == "adamw":
-        adapt(t.model, held, t.world, h.prequant_ttt_epochs)
+        adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
     clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))
     watch = Stopwatch(t.world)
     moments = second_moments(t.model, t.world, t.loader, h.gptq_calibration_batches)
@@ -5335,7 +5338,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     load_stored(model, unpack(blob)[1])
     stage("pack", watch)
     if h.prequant_ttt_epochs and h.prequant_ttt_optim == "sgd":
-        adapt(model, held, world, h.prequant_ttt_epochs)
+        adapt_early(model, held, world, h.prequant_ttt_epochs)
     for name in wanted_scores(h):
         if name != "prequant":
             scores[name] = measured_score(name, model, data, world, log)
@@ -5473,7 +5476,7 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
     model.compile(compile_mode(h, world.device, log))
     load_stored(model, stored)
     if h.prequant_ttt_epochs and h.prequant_ttt_optim == "sgd":
-        adapt(model, data.val.tokens, world, h.prequant_ttt_epochs)
+        adapt_early(model, data.val.tokens, world, h.prequant_ttt_epochs)
     scores = {
         name: measured_score(name, model, data, world, log)
         for name in wanted_scores(h) if name != "prequant"

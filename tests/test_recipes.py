@@ -134,15 +134,16 @@ def print_of_stored(h: t.Hyperparameters) -> list:
     """What is stored of a model with named weights, calibrated as the recipe says."""
     model = named_model(h)
     loader = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
-    stored = t.quantise(model, t.second_moments(model, WORLD, loader, h.gptq_calibration_batches))
-    return [x for v in stored.values() for x in (v if isinstance(v, t.Coded) else [v])]
+    moments = t.second_moments(model, WORLD, loader, h.gptq_calibration_batches)
+    stored = t.quantise(model, t.inverse_factors(h, moments))
+    return [x for v in stored.values() for x in ([v.codes, *v.grid] if isinstance(v, t.Coded) else [v])]
 
 
 def print_of_adapted(h: t.Hyperparameters) -> list:
     """Weights after the adaptation of the recipe."""
     model = named_model(h)
     data, held = t.hold_out(h, dataset(stream(3000)), Lines())
-    t.adapt(model, held, WORLD, h.prequant_ttt_epochs)
+    t.adapt_early(model, held, WORLD, h.prequant_ttt_epochs)
     return [torch.tensor(len(held)), *model.bank.values()]
 
 
@@ -172,10 +173,10 @@ STAGES = dict(
         train_batch_tokens"""),
     batch=(print_of_batch, "loader doc_mask train_seq_schedule micro_batch_tokens train_seq_len"),
     stored=(print_of_stored, """matrix_bits embed_bits matrix_clip_sigmas embed_clip_sigmas trellis_states clip_search
-        gptq_roles gptq_calibration_batches gptq_damping calibration"""),
+        step_search gptq_roles gptq_calibration_batches gptq_damping calibration"""),
     adapt=(print_of_adapted, """prequant_ttt_epochs prequant_ttt_data prequant_ttt_lr prequant_ttt_optim
         prequant_ttt_freeze_blocks prequant_ttt_block_lr_start ttt_batch_seqs"""),
-    score=(print_of_score, "scores ttt_enabled ttt_lr ttt_chunk_tokens eval_seq_len eval_stride iterations"),
+    score=(print_of_score, "scores ttt ttt_enabled ttt_lr ttt_chunk_tokens eval_seq_len eval_stride iterations"),
     pack=(print_of_pack, "compressor"))
 STAGE_OF = {knob: stage for stage, (_, knobs) in STAGES.items() for knob in knobs.split()}
 # Tested with the data and at the switch, further down.
@@ -364,7 +365,8 @@ def test_heads_for_later_tokens_train_and_are_not_stored():
     states = model.hidden(x, plan)
     later = [F.cross_entropy(30 * torch.tanh(states[0, :-k] @ w.T / 30), y[0, k:]) for k, w in enumerate(model.bank["mtp"], 1)]
     torch.testing.assert_close(both - plain, (0.1 * sum(later)).expand_as(plain), atol=1e-5, rtol=1e-5)
-    stored = t.quantise(model, t.second_moments(model, WORLD, t.Loader(h, WORLD, [stream(999).astype(np.uint16)]), 2))
+    moments = t.second_moments(model, WORLD, t.Loader(h, WORLD, [stream(999).astype(np.uint16)]), 2)
+    stored = t.quantise(model, t.inverse_factors(h, moments))
     assert "mtp" not in stored and list(t.unpack(t.pack(h, stored)[0])[1]) == list(stored)
     trainer = t.Trainer.of(h, WORLD, named_model(h), dataset(stream(3000)))
     before = trainer.model.bank["mtp"].detach().clone()
@@ -404,8 +406,9 @@ def test_the_best_percentile_has_the_least_error():
     w[0, 0, 7] = 12.0
     searched, largest = t.round_rows(w, 4, 0.0, True), t.round_rows(w, 4, 0.0)
     error = lambda coded: (coded.decode() - w).square().sum(-1)
-    assert (error(searched) <= error(largest) * 1.001).all() and (searched.step <= largest.step).all()
-    assert searched.step[0, 0] < 0.6 * largest.step[0, 0]
+    steps = [coded.grid.rows()[..., 0] for coded in (searched, largest)]
+    assert (error(searched) <= error(largest) * 1.001).all() and (steps[0] <= 1.1 * steps[1]).all()
+    assert steps[0][0, 0] < 0.6 * steps[1][0, 0]
     for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         step = (w.abs().quantile(q, -1, keepdim=True) / 7).half().float()
         other = ((w / step).round().clamp(-7, 7) * step - w).square().sum(-1)
@@ -491,7 +494,7 @@ def test_layers_adapt_at_their_own_rates(name, start, freeze):
         h = tiny_of(name, prequant_ttt_block_lr_start=s, prequant_ttt_freeze_blocks=f, prequant_ttt_epochs=1, ttt_batch_seqs=64)
         model = named_model(h)
         before = {n: p.detach().clone() for n, p in model.bank.items()}
-        t.adapt(model, torch.from_numpy(stream(65)), WORLD, 1)    # a single step
+        t.adapt_early(model, torch.from_numpy(stream(65)), WORLD, 1)    # a single step
         moved.append({n: p.detach() - before[n] for n, p in model.bank.items()})
     ours, plain = moved
     for layer in range(4):
@@ -507,7 +510,7 @@ def test_the_rate_of_the_adaptation_is_a_cosine(monkeypatch):
         seen = []
         monkeypatch.setattr(t, "learn_chunk", lambda model, o, *_: seen.append(o.param_groups[0]["lr"]))
         h = tiny_of(name, prequant_ttt_epochs=4)
-        t.adapt(t.GPT(h), torch.from_numpy(stream(65)), WORLD, 4)
+        t.adapt_early(t.GPT(h), torch.from_numpy(stream(65)), WORLD, 4)
         assert seen == pytest.approx(expected)
 
 
