@@ -3166,10 +3166,10 @@ class Checkpoints:
             parts.append(tensor.cpu().view(-1).view(torch.uint8).numpy().data)
             return dict(dtype=str(tensor.dtype)[6:], shape=tensor.shape)
 
-        self.saved_s = self.clock.read_s()
-        head = json.dumps([step, self.saved_s, t.world.size, t.h.changed(), t.snapshot()],
-                          default=freeze)
+        self.saved_s, state = self.clock.read_s(), t.snapshot()
         if t.world.main:
+            head = json.dumps([step, self.saved_s, t.world.size, t.h.changed(), state],
+                              default=freeze)
             body = b"".join([head.encode(), b"\n", *parts])
             write_atomically(self.folder / f"checkpoint{step:09}.bin", body,
                              hashlib.sha256(body).digest())
@@ -6289,6 +6289,7 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     """Everything of a review that runs the submitted code."""
     place = {n: env.get(n.upper(), e.result["knobs"][n]) for n in PLACES[2:5]}
     values = e.result["knobs"] | place | dict(compile="off")
+    heard.files, heard.others = [], []
     yield from check_build(load_script(e.code, "packed_script"), e)
     theirs = load_script(e.readable, "readable_script")
     h, world = theirs.Hyperparameters(**values), theirs.World(0, 1, World.claim_device(0))
@@ -6320,16 +6321,16 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("--documents", type=int, default=50, help="documents to score again")
     parser.add_argument("--text", nargs="+", type=Path, default=[],
                         help="raw validation documents (.jsonl, .jsonl.zst, .txt)")
-    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)    # the new process: a seed
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)    # new process
     options = parser.parse_args(arguments)
     target = options.target
     is_run = (target / "result.json").exists()
     runs = [read_run(target)] if is_run else read_record(target)
-    if options.alone is not None:
+    if options.alone:
         heard = Ears()
-        e = next(e for e in runs if e.result["seed"] == options.alone)
-        found = examine(e, env, options.documents, options.text, heard)
-        print("FINDINGS " + json.dumps([(f.group, bool(f.good), f.text) for f in found]))
+        for e in runs:
+            for f in examine(e, env, options.documents, options.text, heard):
+                print("FINDING " + json.dumps((f.group, bool(f.good), f"{e.name}: {f.text}")))
         return 0
     if not is_run:
         track = read_json(read_text(target / "submission.json"), "submission.json").get("track")
@@ -6341,9 +6342,7 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
                       check_time(e, "" if is_run else track))
             findings += [f._replace(text=f"{e.name}: {f.text}") for f in itertools.chain(*checks)]
     if not bad(findings):
-        for e in runs:
-            findings += [f._replace(text=f"{e.name}: {f.text}")
-                         for f in in_new_process(e, arguments, env)]
+        findings += in_new_process(arguments, env)
     for f in findings:
         print(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.text}")
     wrong = len(bad(findings))
@@ -6352,17 +6351,17 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
     return int(wrong > 0)
 
 
-def in_new_process(e: Evidence, arguments: list[str], env: Mapping[str, str]) -> list[Finding]:
+def in_new_process(arguments: list[str], env: Mapping[str, str]) -> list[Finding]:
     """What `examine` finds in a process of its own, which writes no byte code beside the code."""
     done = subprocess.run(
-        [sys.executable, "-B", __file__, "verify", *arguments, "--alone", str(e.result["seed"])],
+        [sys.executable, "-B", __file__, "verify", *arguments, "--alone"],
         env={n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")},
         text=True, capture_output=True)
-    lines = re.findall(r"^FINDINGS (.*)$", done.stdout, re.M)
-    if done.returncode or not lines:
+    found = [Finding(*json.loads(row)) for row in re.findall(r"^FINDING (.*)$", done.stdout, re.M)]
+    if done.returncode or not found:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        return [Finding("code", False, f"the code ended with status {done.returncode}: {last}")]
-    return [Finding(*row) for row in json.loads(lines[-1])]
+        found.append(Finding("code", False, f"it ended with status {done.returncode}: {last}"))
+    return found
 
 
 # -- report ----------------------------------------------------------------------------------------

@@ -43,14 +43,13 @@ class Site:
     """A folder with shards and logs, and processes forked to work there."""
 
     def __init__(self, root: Path):
-        """Makes the shards and packs the script once for all."""
+        """Makes the shards; equal knobs are packed once."""
         self.root, self.logs = root, root / "logs"
         h = t.Hyperparameters(**TINY)
         self.data = write_dataset(root / "shards", h)
         files = {p.name: t.file_sha256(p) for p in self.data.iterdir()}
         (self.data / "manifest.json").write_text(json.dumps(dict(files=files)))
         t.pack_source = remembering(t.pack_source)
-        self.code = t.running_source(t.__file__)[1]
 
     def start(self, name: str, size: int = 1, before=lambda: None, **knobs) -> list[int]:
         """Process ids of a run on `size` ranks; `before` is called in each new process."""
@@ -103,7 +102,7 @@ def finish(pids: list[int], limit_s: float = 120.0) -> list[int]:
     return [statuses[pid] for pid in pids]
 
 
-def broken_files(folder: Path, code: bytes) -> list[str]:
+def broken_files(folder: Path) -> list[str]:
     """The files in a run's folder that are not whole under their final name."""
     broken = []
 
@@ -119,7 +118,7 @@ def broken_files(folder: Path, code: bytes) -> list[str]:
     for path in t.checkpoints(folder):
         check(path, lambda p: hashlib.sha256(p.read_bytes()[:-32]).digest() == p.read_bytes()[-32:])
     for name, whole in (("model.bin", lambda p: t.unpack(p.read_bytes())),
-                        ("train_gpt.py", lambda p: p.read_bytes() == code),
+                        ("train_gpt.py", lambda p: t.unpacked(p.read_bytes(), p)),
                         ("result.json", lambda p: t.read_run(folder)), ("log.txt", lambda p: p.read_text() is not None)):
         if (folder / name).exists():
             check(folder / name, whole)
@@ -145,7 +144,7 @@ def kills(site: Site, count: int, size: int, rng: random.Random) -> dict[str, in
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             tally["kills"] += -9 in finish(pids)
-            tally["corrupt"] += len(broken_files(folder, site.code))
+            tally["corrupt"] += len(broken_files(folder))
             tally["later" if (folder / "model.bin").exists() else "training"] += 1
             if (folder / "result.json").exists():
                 break
@@ -170,7 +169,7 @@ def lost(site: Site, name: str, size: int, wanted: bytes, tally: dict[str, int])
     resumed = [int(s) for s in re.findall(r"^resumed:step (\d+) ", (folder / "log.txt").read_text(), re.M)][-1:]
     tally["resumed"] += bool(newest)
     good = (statuses == [0] * size and (not newest or resumed == newest) and
-            (folder / "model.bin").read_bytes() == wanted and not broken_files(folder, site.code))
+            (folder / "model.bin").read_bytes() == wanted and not broken_files(folder))
     if not good:
         print(f"\n{name}: status {statuses}, newest {newest}, resumed {resumed}, {site.said(name)[-500:]}")
     return int(not good)
@@ -243,9 +242,9 @@ def bad_disks(site: Site, step: int) -> tuple[int, int]:
                 break    # the run has fewer writes
             error = site.said(name)    # a file that is only locked can stand a full disk
             good = status == 0 or (status == 2 and len(error.splitlines()) == 1 and ("No space" in error or "Read-only" in error) and
-                    not broken_files(folder, site.code) and not [*folder.glob(".*.partial")])
+                    not broken_files(folder) and not [*folder.glob(".*.partial")])
             if not good:
-                print(f"\n{name}: status {status} {error[-800:]} {broken_files(folder, site.code)}")
+                print(f"\n{name}: status {status} {error[-800:]} {broken_files(folder)}")
             failed, wrong, number = failed + 1, wrong + (not good), number + step
             shutil.rmtree(folder, ignore_errors=True)
         print(f"{kind}: {number - 1} writes")
@@ -254,7 +253,7 @@ def bad_disks(site: Site, step: int) -> tuple[int, int]:
         (status, ) = finish(site.start(name, 1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
                                        ITERATIONS=6, CHECKPOINT_EVERY_S=0.001))
         good = status == 2 and "File too large" in site.said(name).splitlines()[-1] and not broken_files(
-            site.logs / name, site.code)
+            site.logs / name)
         if status:
             failed, wrong = failed + 1, wrong + (not good)
         if status and not good:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, TINY, clean_env, run_script, write_dataset
 
-from support import settings, t
+from support import remembering, settings, t
 
 SMALL = dict(VOCAB_SIZE=512,
              NUM_LAYERS=2,
@@ -377,9 +377,10 @@ def test_two_processes_with_one_run_id(tmp_path, capsys):
     log.lock.close()
 
 
-def test_after_kill_9_the_same_command_goes_on(tmp_path):
+def test_after_kill_9_the_same_command_goes_on(tmp_path, monkeypatch):
     """A process killed in mid-training leaves a good checkpoint; the next one makes the artifact
     that was to be made, and clears the checkpoints away."""
+    monkeypatch.setattr(t, "pack_source", remembering(t.pack_source))
     data = write_dataset(tmp_path / "shards", settings())
     env = clean_env(**upper(TINY) | dict(ITERATIONS=12, CHECKPOINT_EVERY_S="1e-9", LOGS_DIR=tmp_path / "logs",
                                          RECIPE="record", DATA_PATH=data, SCORES="quantized"))

@@ -268,19 +268,19 @@ def test_code_that_cheats_is_caught_when_it_runs(bench, cheat, tmp_path, heard):
     path = tmp_path / "train_gpt_readable.py"
     path.write_text(source.replace(old, new, 1) if cheat else source)
     e = dataclasses.replace(t.read_record(bench.root / "record")[0], readable=path)
-    heard.files, heard.others = [], []
     found = [*t.examine(e, clean_env(**bench.env), 12, [], heard)]
     failed = {f.group for f in found if not f.good}
     assert group in failed if cheat else not failed, [f for f in found if not f.good]
 
 
-def test_a_crash_of_the_code_is_a_failure(bench, tmp_path):
-    """What the new process died of stands in the checklist."""
-    broken = tmp_path / "train_gpt.py"
-    broken.write_text("raise ValueError('boom')\n")
-    e = t.read_run(bench.root / "logs/s1")
-    found = t.in_new_process(dataclasses.replace(e, code=broken), [str(tmp_path)], clean_env())
-    assert [f.good for f in found] == [False] and "status 2" in found[0].text
+def test_a_crash_of_the_code_is_a_failure(bench, capsys, monkeypatch):
+    """What the new process found before it died stands in the checklist, and what it died of."""
+    monkeypatch.setattr(t.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
+        command, 1, 'FINDING ["C1", true, "s1: as it must be"]\n', "Traceback\nValueError: boom\n"))
+    assert bench("verify", bench.root / "logs/s1") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[-3:-1]] == ["pass C1 s1: as it must be".split(),
+                                                      "FAIL code it ended with status 1: ValueError: boom".split()]
 
 
 def test_bytes_are_counted_again_from_raw_text(bench):
