@@ -3589,7 +3589,7 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
 
 # Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
 # are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a).
-DAMAGE_TOKENS, DAMAGE_STRETCH = 8192, 1.5    # text and steps with which `a` is measured
+DAMAGE_TOKENS, DAMAGE_STRETCH = 4096, 1.5    # text and steps with which `a` is measured
 FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
 
@@ -4158,7 +4158,7 @@ def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
     """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed.
     """
     if coder != "rans":
-        turned = (c.swapaxes(1, 2) for c in codes.values())
+        turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
         return [squeeze(shuffled(c), coder, quick) for c in turned]
     on = [codes[n] for n in codes if roles(h)[n].tap]
     off = [codes[n] for n in codes if not roles(h)[n].tap]
@@ -4178,7 +4178,7 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
             raise Refusal(f"artifact: {error}") from None
     return [
         unshuffled(expand(s, 2 * math.prod(shape)), np.int16).reshape(
-            shape[0], shape[2], shape[1]).swapaxes(1, 2).copy()
+            shape[0], shape[2], shape[1]).swapaxes(1, 2) - 128
         for s, shape in zip(streams, shapes.values())
     ]
 
