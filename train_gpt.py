@@ -3750,11 +3750,15 @@ def coders() -> dict[str, Coder]:
         found["brotli"] = Coder(
             b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
             lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
-    if shutil.which("lrzip"):
-        found["lrzip"] = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
+    if lrzip_coder and shutil.which("lrzip"):
+        found["lrzip"] = lrzip_coder
     return found
 
 
+lrzip_coder: Coder | None = None
+
+
+# >>> not packed (for comparisons: the script of a submission starts no other program)
 def lrzip(raw: bytes, option: str) -> bytes:
     """What the program lrzip makes of the bytes; raises where it fails."""
     return subprocess.run(["lrzip", option], input=raw, capture_output=True, check=True).stdout
@@ -3765,6 +3769,10 @@ def expand_lrzip(coded: bytes, limit: int) -> bytes:
     if (size := int.from_bytes(coded[6:14], "little")) > limit:
         raise ValueError(f"it announces {size} bytes")
     return lrzip(coded, "-dq")
+
+
+lrzip_coder = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
+# <<< not packed
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:

@@ -313,7 +313,7 @@ def test_probabilities_are_summed_in_three_ways(name, seconds, way, monkeypatch)
                                          ("ttt", 99)])
 def test_a_sample_is_scored_as_in_the_whole_stream(name, count):
     """Documents at the beginning get the nats of a full score; chunk-wise TTT needs all of it."""
-    h = settings()
+    h = settings(ttt="chunk")
     model, val = model_of(h), validation(stream(300))
     end = t.sample_end(name, h, val.documents, count)
     whole = t.stream_nats(t, model, name, val.tokens.numpy(), val.bytes)
