@@ -33,13 +33,21 @@ Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6
 # ==================================================================================================
 from __future__ import annotations
 
+import argparse
+import ast
+import base64
+import builtins
 import contextlib
-import ctypes
 import copy
+import ctypes
 import datetime
 import difflib
 import functools
 import hashlib
+import heapq
+import html
+import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -49,29 +57,18 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import threading
-import time
-import zlib
-# >>> not packed
-import argparse
-import ast
-import base64
-import builtins
-import heapq
-import html
-import importlib.metadata
-import importlib.util
-import shlex
-import subprocess
 import sysconfig
 import tempfile
+import threading
+import time
 import warnings
-# <<< not packed
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
@@ -144,6 +141,10 @@ def fraction(value: float) -> bool:
 def among(*names: str) -> Callable[[str], bool]:
     """A check that admits only these names."""
     return lambda value: value in names
+
+
+# in the order of the pipeline
+SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class Hyperparameters:
     trellis_states: int = knob(
         8, "states of the trellis down each column of codes; 0: each code to its nearest",
         lambda v: v in (0, 4, 8, 16, 32, 64))
-    step_search: str = knob(
+    step_search: str = mechanism(
         "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
         "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
     row_step_power: float = knob(
@@ -284,8 +285,8 @@ class Hyperparameters:
                                   positive)
     scores: str = knob(
         "quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
-        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "stream", "ttt", ""})
-    ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
+        lambda v: set(v.split(",")) <= {"", *SCORES})
+    ttt: str = mechanism("stream", "form of test-time training: stream, phased, recompute or chunk",
                     among("stream", "phased", "recompute", "chunk"))
     ttt_stream_chunk: int = knob(48, "tokens of a document scored before its adapters learn",
                                  positive)
@@ -304,12 +305,14 @@ class Hyperparameters:
                                  positive)
     ttt_lr: float = knob(
         0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
-    ttt_phases: int = knob(3, "parts of the stream between which phased training learns", positive)
-    ttt_max_chunks: int = knob(0, "parts that SGD learns from, its cosine's length; 0: all", natural)
-    ttt_ema_decay: float = knob(0.0, "scores use an average of SGD's weights with this decay",
+    ttt_phases: int = mechanism(3, "parts of the stream between which phased learns",
+                           positive)
+    ttt_max_chunks: int = mechanism(0, "parts SGD learns from, its cosine's length; 0: all",
+                               natural)
+    ttt_ema_decay: float = mechanism(0.0, "scores use an average of SGD's weights with this decay",
                                 lambda v: 0 <= v < 1)
-    ttt_freeze_blocks: int = knob(0, "first layers, and the embedding, that SGD leaves", natural)
-    ttt_lr_ramp: float = knob(1.0, "share of TTT_LR in the first layer, rising to all of it",
+    ttt_freeze_blocks: int = mechanism(0, "first layers, and embedding, that SGD leaves", natural)
+    ttt_lr_ramp: float = mechanism(1.0, "share of TTT_LR in the first layer, rising to all of it",
                               fraction)
     eval_budget_s: float = knob(
         480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
@@ -336,8 +339,7 @@ class Hyperparameters:
                            among("leaky_relu2", "swiglu"))
     matrix_init: str = mechanism("orthogonal", "matrices at first: orthogonal, uniform",
                             among("orthogonal", "uniform"))
-    bigram_vocab_size: int = mechanism(0, "rows of the bigram embedding (#162)",
-                                  lambda v: v != 1 and v >= 0)
+    bigram_vocab_size: int = mechanism(0, "rows of the bigram embedding (#162)", natural)
     bigram_dim: int = mechanism(128, "width of the bigram embedding", positive)
     ve_dim: int = mechanism(0, "width of the value embedding (#374)", natural)
     ve_layers: str = mechanism("", "layers with value embedding: 9,10",
@@ -410,8 +412,8 @@ class Hyperparameters:
             (h.max_wallclock_seconds > 0 or h.iterations > 0,
              "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero"),
             (all(T <= h.train_seq_len and h.micro_batch_tokens % T == 0 for _, T in h.contexts),
-             "TRAIN_SEQ_SCHEDULE={train_seq_schedule}: contexts must divide MICRO_BATCH_TOKENS="
-             "{micro_batch_tokens} and be at most TRAIN_SEQ_LEN={train_seq_len}"),
+             "TRAIN_SEQ_SCHEDULE={train_seq_schedule} must hold divisors of MICRO_BATCH_TOKENS="
+             "{micro_batch_tokens} up to TRAIN_SEQ_LEN={train_seq_len}"),
             (bool(h.ve_dim) == bool(h.ve_layers) and all(i < h.num_layers for i in h.valued),
              "VE_LAYERS={ve_layers} must be below NUM_LAYERS={num_layers} and go with "
              "VE_DIM={ve_dim}"),
@@ -2532,7 +2534,7 @@ class GPT(nn.Module):
         x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
         if self.h.bigram_vocab_size:
             V, before = self.h.bigram_vocab_size, F.pad(ids[:, :-1], (1, 0), value=-1)
-            pair = (36313 * ids ^ 27191 * before) % (V - 1)
+            pair = (36313 * ids ^ 27191 * before) % max(1, V - 1)
             x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
         if last is not None:
             x = x * (ids >= 0)[..., None]
@@ -3038,11 +3040,10 @@ class Trainer:
             next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
         ramp = min(1.0, (since / self.accumulation + 1) / 32)
         plan = depth_plan(h, looped, rounded)
-        ahead = dict(ahead=h.mtp_num_heads) if h.mtp_num_heads else {}
         for _ in range(self.accumulation):
             batch = self.loader.next()
             nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs,
-                                       **ahead).mean() / self.accumulation
+                                       ahead=h.mtp_num_heads).mean() / self.accumulation
             nats.backward()
             loss = loss + nats.detach()
         taper = 1 - (1 - h.wd_taper) * max(0.0, progress - 0.7) / 0.3
@@ -3223,7 +3224,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
     if h.late_qat_threshold or h.swa_every:
-        log(f"rounded_steps:{t.rounded_steps} averaged_snapshots:{t.ema.taken}")
+        log(f"rounded_steps:{t.rounded_steps} snapshots:{t.ema.taken}")
     saves.close(step)
     t.ema.export()
     return Trained(step, seconds, resumed), clock
@@ -3588,7 +3589,7 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
 
 # Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
 # are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a).
-DAMAGE_TOKENS, DAMAGE_STRETCH = 8192, 1.5    # text and steps with which `a` is measured
+DAMAGE_TOKENS, DAMAGE_STRETCH = 4096, 1.5    # text and steps with which `a` is measured
 FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
 
@@ -4157,7 +4158,7 @@ def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
     """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed.
     """
     if coder != "rans":
-        turned = (c.swapaxes(1, 2) for c in codes.values())
+        turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
         return [squeeze(shuffled(c), coder, quick) for c in turned]
     on = [codes[n] for n in codes if roles(h)[n].tap]
     off = [codes[n] for n in codes if not roles(h)[n].tap]
@@ -4177,7 +4178,7 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
             raise Refusal(f"artifact: {error}") from None
     return [
         unshuffled(expand(s, 2 * math.prod(shape)), np.int16).reshape(
-            shape[0], shape[2], shape[1]).swapaxes(1, 2).copy()
+            shape[0], shape[2], shape[1]).swapaxes(1, 2) - 128
         for s, shape in zip(streams, shapes.values())
     ]
 
@@ -4369,11 +4370,15 @@ class Specialised(ast.NodeTransformer):
         return node
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        """A comparison of two constants is one."""
+        """A comparison of two constants, or of one with several, is one."""
         node = self.generic_visit(node)
-        if len(node.ops) == 1 and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and all(
-                isinstance(side, ast.Constant) for side in (node.left, *node.comparators)):
-            equal = node.left.value == node.comparators[0].value
+        right = node.comparators[0]
+        constant = isinstance(node.left, ast.Constant) and len(node.ops) == 1
+        if constant and isinstance(node.ops[0], ast.In) and isinstance(right, ast.Tuple):
+            return ast.Constant(node.left.value in ast.literal_eval(right))
+        if constant and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and isinstance(
+                right, ast.Constant):
+            equal = node.left.value == right.value
             return ast.Constant(equal == isinstance(node.ops[0], ast.Eq))
         return node
 
@@ -4401,6 +4406,13 @@ class Specialised(ast.NodeTransformer):
         node = self.generic_visit(node)
         if isinstance(node.test, ast.Constant):
             return (node.body if node.test.value else node.orelse) or ast.Pass()
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """A function up to the first statement that always leaves it."""
+        node = self.generic_visit(node)
+        ends = [i for i, n in enumerate(node.body, 1) if isinstance(n, (ast.Return, ast.Raise))]
+        node.body = node.body[:ends[0]] if ends else node.body
         return node
 
     def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
@@ -4853,7 +4865,8 @@ class Learners:
         self.fresh = self.cache.fresh if self.cache else []
         logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
         n = torch.arange(logs.size(-1) + 1, device=self.device)
-        ago = n - n[:-1, None]    # tokens from place s to place t, which may know s if it is above 0
+        # tokens from place s to place t, which may know s if it is above 0
+        ago = n - n[:-1, None]
         decay = self.model.h.ttt_mix_decay
         known = self.belief[..., None] * decay**n + logs @ torch.where(ago > 0, decay**ago, 0.0)
         self.belief = known[..., -1]
@@ -4915,7 +4928,8 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
         begin, end = edges[part:part + 2]
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, Log(world, quiet=True))
+            quiet = Log(world, quiet=True)
+            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, quiet)
         else:
             batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride),
                               h.eval_batch_tokens, h.eval_seq_len)
@@ -4943,7 +4957,8 @@ def sgd_shares(model: GPT) -> list[Tensor]:
     whole = torch.ones(2, device=device)
     whole[1] = float(h.ttt_freeze_blocks == 0)
     return [
-        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else whole[int(name == "embed")]
+        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else
+        whole[int(name == "embed")]
         for name, p in model.bank.items()
     ]
 
@@ -5003,14 +5018,17 @@ def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
     layered = [model.bank[name] for name in Layer._fields if name in model.bank]
     before: list[Tensor] = []
 
+    def remember(*_: Any) -> None:
+        """Keeps the weights before a step."""
+        before[:] = [p.detach().clone() for p in layered]
+
     @torch.no_grad()
     def move_by_layer(*_: Any) -> None:
         """Takes back a share of the step just made."""
         for p, old in zip(layered, before):
             p.copy_(old.lerp(p, rates.view(-1, *[1] * (p.dim() - 1))))
 
-    optimiser.register_step_pre_hook(lambda *_: before.__setitem__(
-        slice(None), [p.detach().clone() for p in layered]))
+    optimiser.register_step_pre_hook(remember)
     optimiser.register_step_post_hook(move_by_layer)
     tokens = tokens.to(world.device)
     for epoch in range(epochs):
@@ -5039,7 +5057,8 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
-    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, quiet=True))[0]["seconds"])
+    took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
+    took_s = world.share(took["seconds"])
     rows, C = tiles(h, text.documents, h.ttt_steps, world)
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
@@ -5062,8 +5081,6 @@ def legality(h: Hyperparameters) -> list[str]:
          "weights learn in stream order")
     ]
 
-
-SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -5169,8 +5186,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} (pip install "
-                     f"{package}, lrzip is a program of its own)")
+        wrong.append(f"COMPRESSOR={h.compressor} needs " +
+                     ("the program lrzip" if h.compressor == "lrzip" else
+                      f"the package {package} (pip install {package})"))
     if h.run_id:
         check(refuse_used, folder)
         found = check(read_checkpoint, folder)

@@ -1,9 +1,9 @@
 """All recipes at one small size: equal width, depth, data, steps and seeds on this CPU; BPB by stage, bytes, seconds.
 
 Relative figures: a recipe keeps its mechanisms and rates, not its size, vocabulary or budget, so that they say nothing
-about its score on 8xH100. Data: docs_train.jsonl.zst and docs_val.jsonl.zst in BENCH_DATA (default ../shared/data) with the
-tokenizer of 4096 pieces beside them, CaseOps recipes with a tokenizer of 4096 pieces trained on the same documents; made once under the cache.
-Run: python tests/bench_recipes.py [steps, default 300] [seeds, default 2] [recipes, joined by commas]
+about its score on 8xH100. Data: docs_train.jsonl.zst and docs_val.jsonl.zst in BENCH_DATA (default ../shared/data), cut into
+1024 pieces by a tokenizer trained on them, one for each text form; made once and kept in the temporary folder.
+Run: python tests/bench_recipes.py [steps, default 200] [seeds, default 2] [recipes, joined by commas]
 Last line: BENCH {"recipes": {name: {"bpb": {stage: x}, "artifact_bytes", "seconds", "compliant"}}}
 """
 from __future__ import annotations
@@ -23,15 +23,15 @@ import train_gpt as tg
 
 SHARED = Path(os.environ.get("BENCH_DATA", Path(tg.__file__).parent.parent / "shared" / "data"))
 CACHE = Path(tempfile.gettempdir()) / "train_gpt_bench_recipes"
-V, TRAIN_MEGABYTES, VAL_MEGABYTES = 4096, 24, 0.25
-SIZE = dict(vocab_size=V, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, rope_dims=16, train_seq_len=128,
-            micro_batch_tokens=4096, train_batch_tokens=4096, max_wallclock_seconds=0.0, eval_seq_len=128, eval_stride=64,
-            eval_batch_tokens=8192, ttt_chunk_tokens=16384, ttt_epochs=1, ttt_batch_seqs=32, val_loss_every=0,
+V, TRAIN_MEGABYTES, VAL_MEGABYTES = 1024, 8, 0.08
+SIZE = dict(vocab_size=V, num_layers=4, model_dim=96, num_heads=4, num_kv_heads=2, rope_dims=16, train_seq_len=64,
+            micro_batch_tokens=1024, train_batch_tokens=1024, max_wallclock_seconds=0.0, eval_seq_len=64, eval_stride=32,
+            eval_batch_tokens=8192, ttt_chunk_tokens=8192, ttt_epochs=1, ttt_batch_seqs=32, val_loss_every=0,
             lr_warmup_steps=10, muon_momentum_warmup_steps=60, ema_decay=0.98, train_log_every=10_000,
-            gptq_calibration_batches=8, rehearsal_steps=0, scores="prequant,quantized,sliding,ttt", prequant_ttt_tokens=65536,
+            gptq_calibration_batches=8, rehearsal_steps=0, scores="prequant,quantized,sliding,ttt", prequant_ttt_tokens=24576,
             compile="off")
 # Sizes that a recipe has only where its mechanism is on.
-IF_ON = dict(train_seq_schedule="32@0.1,64@0.7,128@1", bigram_vocab_size=1024, bigram_dim=32)
+IF_ON = dict(train_seq_schedule="16@0.1,32@0.7,64@1", bigram_vocab_size=512, bigram_dim=32)
 
 
 def documents(name: str, megabytes: float) -> Path:
@@ -50,11 +50,10 @@ def documents(name: str, megabytes: float) -> Path:
 
 def shards(caseops: bool) -> Path:
     """The folder of shards in one of the two text forms, made where it is not there."""
-    out = CACHE / f"sp{V}{'_caseops' * caseops}_{TRAIN_MEGABYTES}"
+    out = CACHE / f"sp{V}{'_caseops' * caseops}_{TRAIN_MEGABYTES}_{VAL_MEGABYTES}"
     if not out.exists():
-        tokenizer = [] if caseops else ["--tokenizer", str(SHARED / "tokenizers" / f"fineweb_{V}_bpe.model")]
         tg.make_dataset([str(documents("docs_train", TRAIN_MEGABYTES)), "--val", str(documents("docs_val", VAL_MEGABYTES)), "--vocab",
-                         str(V), "--out", str(out), *tokenizer, *["--caseops"] * caseops], lambda line: None)
+                         str(V), "--out", str(out), *["--caseops"] * caseops], lambda line: None)
     return out
 
 
@@ -63,7 +62,7 @@ def knobs_of(name: str, steps: int, seed: int, folder: Path) -> tg.Hyperparamete
     h = tg.Hyperparameters.from_env(dict(RECIPE=f"{name},demo"))
     on = {n: v for n, v in IF_ON.items() if getattr(h, n)}
     on |= {n: max(1, round(share * steps)) for n, share in dict(warmdown_iters=0.5, recur_start_step=0.5).items() if getattr(h, n)}
-    size = dict(SIZE, rope_dims=min(h.rope_dims, 32), ema_decay=h.ema_decay and SIZE["ema_decay"])
+    size = dict(SIZE, rope_dims=min(h.rope_dims, 24), ema_decay=h.ema_decay and SIZE["ema_decay"])
     return tg.replace(h, **size | on, iterations=steps, seed=seed, run_id=f"{name}-{seed}-{time.time_ns()}",
                       data_path=str(shards(h.caseops_enabled)), logs_dir=str(folder), short_val_allowed=True)
 
@@ -92,7 +91,7 @@ def row(results: list[dict]) -> dict:
 def main() -> None:
     """Runs all, prints the table and the BENCH line."""
     asked = sys.argv[1:4]
-    steps, seeds = (int(a) for a in asked[:2] + ["300", "2"][len(asked):])
+    steps, seeds = (int(a) for a in asked[:2] + ["200", "2"][len(asked):])
     names = asked[2].split(",") if len(asked) > 2 else [n for n in tg.RECIPES if n != "demo"]
     tg.running_source = lambda path, h=None: (None, b"")    # the seconds of packing the script are not the recipe's
     begin_s, table = time.perf_counter(), {}
