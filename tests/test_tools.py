@@ -88,9 +88,9 @@ def test_every_number_follows_from_the_logs(bench):
         final[seed] = re.findall(r"final_ttt_exact val_loss:(\S+) val_bpb:(\S+) eval_time:(\d+)ms", text)[-1]
         mine = said["seed_results"][str(seed)]
         last = re.findall(r"step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms step_avg:(\S+)ms", text)[-1]
-        assert mine["steps"] == int(last[0]) == 20 and mine["step_avg_ms"] == pytest.approx(float(last[2]), abs=0.3)
-        assert mine["train_time_s"] == pytest.approx(int(last[1]) / 1e3, abs=2e-3)
-        assert mine["eval_time_s"] == pytest.approx(int(final[seed][2]) / 1e3, abs=2e-3)
+        assert mine["steps"] == int(last[0]) == 20 and mine["step_avg_ms"] == pytest.approx(float(last[2]), abs=2.5)
+        assert mine["train_time_s"] == pytest.approx(int(last[1]) / 1e3, abs=0.05)
+        assert mine["eval_time_s"] == pytest.approx(int(final[seed][2]) / 1e3, abs=5e-3)
         assert mine["artifact_bytes"] == sum((folder / n).stat().st_size
                                              for n in (f"model_seed{seed}.bin", "train_gpt.py"))
         assert mine["artifact_bytes"] == int(re.findall(r"Total submission size rans: (\d+)", text)[-1])
@@ -232,8 +232,8 @@ def test_forged_folders_fail_for_the_right_reason(bench, forgery, tmp_path, caps
     assert re.search(reason, "\n".join(failed)), failed
 
 
-BEFORE = "        score(ledger, batches[world.rank::world.size], functools.partial(model.run_nats, plan=plan))\n"
-PEEK = ("        learn_chunk(model, sgd, ledger._tokens[begin:end], ledger._tokens[begin + 1:end + 1], world)\n")
+BEFORE = "        with torch.no_grad(), ledger.sealed():\n            nats = nats_of(ids, targets)\n"
+PEEK = "        if learn:\n            nats_of(ids, targets)\n            learn(ids, targets)\n"
 CHEATS = {
     "trains before it scores": ("C3", BEFORE, PEEK + BEFORE),
     "shares that do not sum to 1": ("C2", "            nats = nats_of(ids, targets)\n",
@@ -309,19 +309,20 @@ def test_probabilities_are_summed_in_three_ways(name, seconds, way, monkeypatch)
         assert found.good == good and re.match(way, found.text), found
 
 
-@pytest.mark.parametrize("name, count", [("quantized", 3), ("sliding", 3), ("documents", 3), ("sliding", 99), ("ttt", 3),
-                                         ("ttt", 99)])
-def test_a_sample_is_scored_as_in_the_whole_stream(name, count):
+@pytest.mark.parametrize("form, name, count", [
+    ("stream", "quantized", 3), ("stream", "sliding", 3), ("stream", "documents", 3), ("stream", "stream", 3),
+    ("stream", "sliding", 99), ("stream", "ttt", 3), ("recompute", "ttt", 3), ("chunk", "ttt", 3), ("chunk", "ttt", 99)])
+def test_a_sample_is_scored_as_in_the_whole_stream(form, name, count):
     """Documents at the beginning get the nats of a full score; chunk-wise TTT needs all of it."""
-    h = settings(ttt="chunk")
+    h = settings(ttt=form)
     model, val = model_of(h), validation(stream(300))
     end = t.sample_end(name, h, val.documents, count)
     whole = t.stream_nats(t, model, name, val.tokens.numpy(), val.bytes)
-    assert (end is None) == (name == "ttt" and count == 3)
+    assert (end is None) == (form == "chunk" and count == 3)
     if end is not None:
         part = t.stream_nats(t, model, name, val.tokens[:end + 1].numpy(), val.bytes[:end])
         inside = int(val.documents[min(count, len(val.documents) - 1)])
-        assert end >= inside and np.abs(part - whole[:end])[:inside].max() < 1e-6
+        assert end >= inside and np.abs(part - whole[:end])[:inside].max() < 1e-5
         assert end == 300 - 1 if count == 99 else end < 100
 
 
