@@ -595,6 +595,9 @@ PR578 = SP1024 | dict(xsa_last_n=4,
                       trellis_states=0,
                       gptq_roles="matrices",
                       gptq_calibration_batches=6,
+                      ttt_ema_decay=0.995,
+                      ttt_freeze_blocks=2,
+                      ttt_max_chunks=200,
                       ttt_enabled=True)
 PR1364 = PR578 | PREQUANT | dict(leaky_slope=0.5,
                                  xsa_last_n=11,
@@ -624,7 +627,9 @@ PR1539 = SP8192 | PREQUANT | dict(smear_gate=True,
                                   ttt_enabled=False,
                                   ttt_batch_seqs=32)
 PR1855 = dict(caseops_enabled=True, qk_gain_init=5.0, matrix_clip_sigmas=12.0, trellis_states=0,
-              step_search="uniform", compressor="brotli", ttt="phased")
+              step_search="uniform", compressor="brotli", ttt="phased", ttt_lora_rank=80,
+              ttt_lora_alpha=144.0, ttt_lora_lr=1e-4, ttt_lr_decay=0.0, ttt_learners=1,
+              ttt_targets="q,k,v,o,mlp,head")
 ON_TRAIN = dict(prequant_ttt_data="train")
 FLOOR = "row scales without the floor of 1/31 that ruins small models; every target scored once"
 BANKED = ("; whole layers freeze or slow down (published: scalars only), QAT rounds the matrices "
@@ -694,10 +699,16 @@ RECIPES |= dict(
                          eval_stride=1536,
                          train_seq_schedule="1024@0.1,2048@0.7,3072@1",
                          ttt_chunk_tokens=30720,
+                         ttt_targets="k,o,mlp,head",
+                         ttt_lora_lr=7.5e-5,
+                         ttt_phases=1,
                          asym_logit_rescale=True),
     pr2135=PR1855 | dict(matrix_lr=0.028,
                          eval_seq_len=2560,
                          gptq_calibration_batches=32,
+                         ttt_targets="q,v,o,mlp,head",
+                         ttt_lora_lr=8e-5,
+                         ttt_phases=1,
                          asym_logit_rescale=True))
 RECIPES["dttt_legal"] = RECIPES["dttt"] | ON_TRAIN
 # (source, legality, reported BPB or 0, what differs from the original)
