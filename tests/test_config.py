@@ -218,7 +218,7 @@ def test_readme_names_only_knobs_that_exist():
     groups = re.findall(r"^\|[^|`]+\| `([A-Z][A-Z0-9_ ]+)` \|$", text, re.M)
     listed, declared = " ".join(groups).split(), [name.upper() for name in FIELDS]
     hints = {n: difflib.get_close_matches(n, declared, 1) for n in {*listed, *re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", text)}
-             - set(declared) - {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "WORLD_SIZE", "RESULT", "BENCH"}}
+             - set(declared) - {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "WORLD_SIZE", "RESULT", "BENCH", "SWEEP"}}
     assert not hints
     assert len(listed) == len(set(listed)) > 30
     for group in groups:
