@@ -246,6 +246,7 @@ def test_over_the_budget_everything_is_saved_and_the_status_says_so(tmp_path, ca
     sentence, folder = refused(capsys, [], env), tmp_path / "logs" / "fat"
     result = json.loads((folder / "result.json").read_text())
     assert "BUDGET_BYTES=1000" in sentence and str(result["bytes"]["total"]) in sentence
+    assert "smallest possible size" in sentence
     assert result["compliant"] is False and "over BUDGET_BYTES=1000" in result["violations"][0]
     assert sorted(p.name for p in folder.iterdir()) == left(folder, "prequant,quantized,sliding,ttt")
     assert list(t.unpack((folder / "model.bin").read_bytes())[1]) == list(t.roles(settings()))
