@@ -26,7 +26,7 @@ it is learned from, a *bank* holds all layers of a role. A knob is an environmen
 
 Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6 model, 7 adapters,
 8 optimisers, 9 training, 10 quantisation, 11 artifact, 12 scoring, 13 test-time training,
-15 pipeline, 16 tools (14 will hold the fused kernels).
+14 fused kernels, 15 pipeline, 16 tools.
 """
 # ==================================================================================================
 # 1. Imports
@@ -94,6 +94,9 @@ brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), op
 fcntl = optional("fcntl")    # file locks, which Windows has not
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
 torch_varlen = optional("torch.nn.attention.varlen")
+descriptors = optional("triton.tools.tensor_descriptor")
+triton, tl = optional("triton"), optional("triton.language")    # not in CPU builds of torch
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"    # kernels then run on the CPU, slowly
 VARLEN_OPTIONS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
 # torch 2.10 has is_causal; later releases say the same by a window that looks back without end.
 VARLEN_CAUSAL: dict[str, Any] = (dict(is_causal=True) if "is_causal" in VARLEN_OPTIONS else
@@ -237,6 +240,7 @@ class Hyperparameters:
     train_log_every: int = knob(500, "steps between two training lines of the log", positive)
     val_loss_every: int = knob(0, "steps between two validation scores during training; 0: none",
                                natural)
+    fused_kernels: bool = knob(True, "Triton kernels where they work (Hopper GPUs or later)")
     compile: str = knob(
         "auto",
         "torch.compile: full graph, one block at a time, off; auto: full on GPUs, block on CPUs",
@@ -353,6 +357,7 @@ class Hyperparameters:
     asym_logit_rescale: bool = mechanism(False, "softcaps by sign, which TTT moves (#1945)")
     mtp_num_heads: int = mechanism(0, "heads for later tokens, never stored", natural)
     recur_start_step: int = mechanism(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
+    muon_symmetric: bool = mechanism(False, "Muon's symmetric products with half the work, fused")
     polar_express: bool = mechanism(True, "Polar Express; 0: Newton-Schulz")
     muon_backend_steps: int = mechanism(5, "iterations of Muon", lambda v: 0 < v < 6)
     muon_row_normalize: bool = mechanism(True, "rows of Muon's momentum at norm one (#1285)")
@@ -492,50 +497,50 @@ class Hyperparameters:
         }
 
 
-# Each recipe is a row of overrides. `demo` is a model that two CPU cores train in about a minute.
-RECIPES: dict[str, dict[str, Any]] = dict(
-    record={},
-    demo=dict(vocab_size=1024,
-              num_layers=4,
-              model_dim=256,
-              num_heads=4,
-              num_kv_heads=2,
-              qk_gain_init=2.0,
-              xsa_last_n=4,
-              num_loops=1,
-              loop_start=1,
-              loop_end=2,
-              parallel_start_layer=3,
-              train_seq_len=256,
-              train_batch_tokens=4096,
-              micro_batch_tokens=4096,
-              max_wallclock_seconds=80.0,
-              rehearsal_steps=1,
-              train_log_every=50,
-              lr_warmup_steps=20,
-              muon_momentum_warmup_start=0.85,
-              muon_momentum=0.95,
-              muon_momentum_warmup_steps=100,
-              ema_decay=0.98,
-              gptq_calibration_batches=8,
-              budget_bytes=1_000_000,
-              scores="prequant,quantized,sliding,ttt",
-              eval_seq_len=256,
-              eval_batch_tokens=4096,
-              ttt_chunk_tokens=8192,
-              ttt_lr=0.01,
-              ttt_epochs=2,
-              ttt_batch_seqs=16),
-)
+# Each recipe is a row of overrides.
+RECIPES: dict[str, dict[str, Any]] = dict(record={})
 RECIPE_TEXT = ""    # what --help recipes prints
 
 
 # >>> not packed (the packed script of a run gets the rows that the run used)
-RECIPES["demo"] |= dict(eval_stride=64,
-                        train_seq_schedule="64@0.1,128@0.7,256@1",
-                        ve_layers="2,3",
-                        warmdown_iters=300,
-                        recur_start_step=100)
+# A model that two CPU cores train in about a minute.
+RECIPES["demo"] = dict(
+    vocab_size=1024,
+    num_layers=4,
+    model_dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    qk_gain_init=2.0,
+    xsa_last_n=4,
+    num_loops=1,
+    loop_start=1,
+    loop_end=2,
+    parallel_start_layer=3,
+    train_seq_len=256,
+    train_batch_tokens=4096,
+    micro_batch_tokens=4096,
+    max_wallclock_seconds=80.0,
+    rehearsal_steps=1,
+    train_log_every=50,
+    lr_warmup_steps=20,
+    muon_momentum_warmup_start=0.85,
+    muon_momentum=0.95,
+    muon_momentum_warmup_steps=100,
+    ema_decay=0.98,
+    gptq_calibration_batches=8,
+    budget_bytes=1_000_000,
+    scores="prequant,quantized,sliding,ttt",
+    eval_seq_len=256,
+    eval_batch_tokens=4096,
+    ttt_chunk_tokens=8192,
+    ttt_lr=0.01,
+    ttt_epochs=2,
+    ttt_batch_seqs=16,
+    eval_stride=64,
+    train_seq_schedule="64@0.1,128@0.7,256@1",
+    ve_layers="2,3",
+    warmdown_iters=300,
+    recur_start_step=100)
 SP1024 = dict(vocab_size=1024,
               mlp_mult=3.0,
               leaky_slope=0.0,
@@ -780,7 +785,7 @@ def help_text() -> str:
         for f in fields(Hyperparameters)
     ]
     return "\n".join([
-        __doc__.strip(), "", f"Recipes (RECIPE=a,b; --help recipes): {', '.join(RECIPES)}", "",
+        (__doc__ or "A packed run of train_gpt.py").strip(), "", f"Recipes (RECIPE=a,b; --help recipes): {', '.join(RECIPES)}", "",
         f"  {'knob':28} {'type':6} {'default':14} meaning", *rows
     ])
 
@@ -2316,6 +2321,27 @@ class Layer(NamedTuple):
 Probe = Callable[[str, int, Tensor], None]
 
 
+def kernels_take(x: Tensor) -> bool:
+    """True for tensors that the fused kernels of section 14 were made for."""
+    return (x.is_cuda or INTERPRETED) and x.dtype == torch.bfloat16 and x.size(-1) % 8 == 0
+
+
+def mlp(x: Tensor,
+        up: Tensor,
+        down: Tensor,
+        slope: float,
+        probe: Callable[[str, Tensor], None] | None = None,
+        fused: bool = False) -> Tensor:
+    """(..., D) -> (..., D): down @ LeakyReLU(up @ x, slope)^2 with weights (F, D) and (D, F)."""
+    if fused and kernels_take(x) and not probe:
+        y, *_ = torch.ops.golf.mlp(x.flatten(0, -2), up, down, slope, torch.is_grad_enabled())
+        return y.view_as(x)
+    hidden = F.leaky_relu(F.linear(x, up), slope).square()
+    if probe:
+        probe("mlp_hidden", hidden)
+    return F.linear(hidden, down)
+
+
 class Block(nn.Module):
     """The mathematics of one executed step; it owns no weights, so that one compiled graph serves
     every layer."""
@@ -2369,16 +2395,16 @@ class Block(nn.Module):
         """Normalised input (B, T, D) -> squared leaky ReLU or SwiGLU MLP, before its scale."""
         if probe:
             probe("mlp_in", n)
-        # (B, T, F)
-        hidden = F.linear(n, w.w_up)
-        if self.h.activation == "swiglu":    # arXiv 2002.05202
-            hidden, gate = hidden.chunk(2, -1)
+        h, adapter = self.h, lora.get("mlp")
+        if h.activation == "swiglu":    # arXiv 2002.05202
+            hidden, gate = F.linear(n, w.w_up).chunk(2, -1)
             hidden = hidden * F.silu(gate)
+            if probe:
+                probe("mlp_hidden", hidden)
+            y = F.linear(hidden, w.w_down)
         else:
-            hidden = F.leaky_relu(hidden, self.h.leaky_slope).square()
-        if probe:
-            probe("mlp_hidden", hidden)
-        return linear(hidden, w.w_down, lora.get("mlp"), lora_in=n)
+            y = mlp(n, w.w_up, w.w_down, h.leaky_slope, probe, h.fused_kernels)
+        return y if adapter is None else y + adapter(n)
 
     def forward(self,
                 w: Layer,
@@ -2414,6 +2440,20 @@ class Block(nn.Module):
                 (keep[1] * m + write[0, 1] * attn + write[1, 1] * mlp).type_as(a))
 
 
+def softcapped(z: Tensor, cap: float | Tensor) -> Tensor:
+    """cap tanh(z / cap) in fp32; a tensor (2,) has one cap for positive, one for other logits."""
+    z = z.float()
+    cap = cap if isinstance(cap, float) else torch.where(z > 0, cap[0], cap[1])
+    return cap * torch.tanh(z / cap)
+
+
+def softcapped_nats(z: Tensor, targets: Tensor, cap: float | Tensor, fused: bool = False) -> Tensor:
+    """Cross-entropy in nats (N,) fp32 of targets (N,) under the logits `softcapped` of z (N, V)."""
+    if fused and isinstance(cap, float) and kernels_take(z):
+        return torch.ops.golf.nats(z.contiguous(), targets, cap)[0]
+    return F.cross_entropy(softcapped(z, cap), targets, reduction="none")
+
+
 class Head(nn.Module):
     """The tied output head with softcapped logits and their cross-entropy."""
 
@@ -2429,9 +2469,7 @@ class Head(nn.Module):
                caps: Tensor | None = None) -> Tensor:
         """States (B, T, D) -> cap tanh(z / cap), (B, T, V) fp32; `caps` (2,) has one cap for each
         sign."""
-        z = linear(x, embed, lora).float()
-        cap = self.h.logit_softcap if caps is None else torch.where(z > 0, caps[0], caps[1])
-        return cap * torch.tanh(z / cap)
+        return softcapped(linear(x, embed, lora), self.h.logit_softcap if caps is None else caps)
 
     def forward(self,
                 x: Tensor,
@@ -2441,9 +2479,8 @@ class Head(nn.Module):
                 caps: Tensor | None = None) -> Tensor:
         """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
         the logits."""
-        logits = self.logits(x, embed, lora, caps)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
-                               reduction="none").view_as(targets)
+        z, cap = linear(x, embed, lora).flatten(0, 1), self.h.logit_softcap if caps is None else caps
+        return softcapped_nats(z, targets.flatten(), cap, self.h.fused_kernels).view_as(targets)
 
 
 def merge_skip(a: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -2472,6 +2509,7 @@ class GPT(nn.Module):
         """Weights are fp32 and initialised from the global random state; `dtype` is that of the
         matrix products, `kernel` the attention's (see `attention_kernel`)."""
         super().__init__()
+        h = replace(h, fused_kernels=h.fused_kernels and not kernels_trouble())
         self.h, self.dtype = h, dtype
         self.bank = nn.ParameterDict({
             name: nn.Parameter(torch.empty(r.shape))
@@ -2772,14 +2810,21 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795,
 NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315), ) * 5    # of the first Muon, equal at every iteration
 
 
-def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS) -> Tensor:
+def symmetric(x: Tensor, alpha: float = 1.0, beta: float = 0.0,
+              c: Tensor | None = None) -> Tensor:
+    """alpha * x @ x^T + beta * c, (n, r, r), of (n, r, k) and a symmetric c (n, r, r)."""
+    return x @ x.mT if c is None else torch.baddbmm(c, x, x.mT, beta=beta, alpha=alpha)
+
+
+def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS,
+                  product: Callable = symmetric) -> Tensor:
     """(n, rows, cols) -> about the nearest semi-orthogonal matrices, products in `dtype`."""
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in iterations:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = product(x)
+        x = torch.baddbmm(x, product(gram, c, b, gram), x, beta=a)
     return x.mT if tall else x
 
 
@@ -2821,7 +2866,8 @@ class Stack:
                   momentum: float,
                   dtype: torch.dtype,
                   equal_rows: bool = True,
-                  iterations: Sequence = POLAR_EXPRESS) -> Tensor:
+                  iterations: Sequence = POLAR_EXPRESS,
+                  product: Callable = symmetric) -> Tensor:
         """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
         cols)."""
         self.momentum.mul_(momentum).add_(g)
@@ -2829,7 +2875,7 @@ class Stack:
         if equal_rows:
             u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
             u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
-        return orthogonalise(u, dtype, iterations) * self.gain.to(dtype)
+        return orthogonalise(u, dtype, iterations, product) * self.gain.to(dtype)
 
     def apply(self, update: Tensor, lr: float, decay: float) -> None:
         """p <- (1 - lr * decay) p - lr * update, with the slices of all ranks."""
@@ -2892,7 +2938,8 @@ class Optimiser:
             clip = (self.h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
         iterations = POLAR_EXPRESS if self.h.polar_express else NEWTON_SCHULZ
-        options = self.h.muon_row_normalize, iterations[:self.h.muon_backend_steps]
+        options = (self.h.muon_row_normalize, iterations[:self.h.muon_backend_steps],
+                   symmetric_fused() if self.h.muon_symmetric else symmetric)
         for stack, g in zip(self.stacks, shares):
             stack.apply(stack.direction(g, momentum, self.model.dtype, *options),
                         factor * self.h.matrix_lr, self.h.muon_wd * taper)
@@ -3143,7 +3190,7 @@ class Checkpoints:
         """Listens to the signals if it is on."""
         every_s, limit_s = t.h.checkpoint_every_s, t.h.max_wallclock_seconds
         self.t, self.clock, self.folder, self.saved_s = t, clock, folder, 0.0
-        self.on = folder and every_s and not 0 < limit_s <= every_s
+        self.on = folder and not 0 < limit_s <= every_s
         self.before = {s: signal.signal(s, clock.ask)
                        for s in (signal.SIGTERM, signal.SIGINT) if self.on}
 
@@ -3203,8 +3250,8 @@ def train(t: Trainer, reserve_s: float, log: Log,
     Raises `Refusal` when the loss is not finite.
     """
     h, clock, looped = t.h, Clock(t.world), False
-    saves = Checkpoints(t, clock, log.folder)
-    step = resumed = saves.resume(log)
+    saves = Checkpoints(t, clock, log.folder) if h.checkpoint_every_s else None
+    step = resumed = saves.resume(log) if h.checkpoint_every_s else 0
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
@@ -3213,7 +3260,8 @@ def train(t: Trainer, reserve_s: float, log: Log,
     ahead = 1 + (clock.LAG if t.world.device.type == "cuda" else 0)    # steps under way at the stop
     while True:
         elapsed_s = clock.tick()
-        saves.visit(step, elapsed_s)
+        if h.checkpoint_every_s:
+            saves.visit(step, elapsed_s)
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
@@ -3236,7 +3284,8 @@ def train(t: Trainer, reserve_s: float, log: Log,
         report_step(t, loss, step, last, seconds, log)
     if h.late_qat_threshold or h.swa_every:
         log(f"rounded_steps:{t.rounded_steps} snapshots:{t.ema.taken}")
-    saves.close(step)
+    if h.checkpoint_every_s:
+        saves.close(step)
     t.ema.export()
     return Trained(step, seconds, resumed), clock
 
@@ -4371,11 +4420,12 @@ class Specialised(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """A knob's declaration without its meaning; a fixed one admits its default only."""
+        """A knob's declaration without its meaning; a fixed one admits its value only."""
         called = getattr(node.value, "func", None)
         if getattr(called, "id", "") in ("knob", "mechanism"):
             default, _, *check = node.value.args
             if node.target.id in self.constants:
+                default = ast.Constant(self.constants[node.target.id])
                 check = [ast.Attribute(default, "__eq__", ast.Load())]
             node.value = ast.Call(ast.Name("knob", ast.Load()), [default, ast.Constant(""), *check],
                                   [])
@@ -4531,12 +4581,12 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
 
     Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
     are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
-    break a Triton kernel. The module's docstring stays where `__doc__` is read. Warns, and returns
-    longer text, where python_minifier is not installed."""
+    break a Triton kernel. Warns, and returns longer text, where python_minifier is not
+    installed."""
     tree = without_unused(Specialised(fixed).visit(ast.parse(source)))
     tree = Undocumented(tree).visit(tree)
     nodes = [*ast.walk(tree)]
-    if ast.get_docstring(tree) and "__doc__" not in {getattr(node, "id", "") for node in nodes}:
+    if ast.get_docstring(tree):
         tree.body = tree.body[1:]
     text = ast.unparse(ast.fix_missing_locations(tree))
     if python_minifier is None:
@@ -4579,9 +4629,18 @@ def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {}) -> byte
 
     Equal sources give equal bytes under equal Pythons; the file needs the Python version that
     packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
-    fixed = {f.name: f.default for f in fields(Hyperparameters)
-             if "optional" in f.metadata and f.name not in rows.get("run", ())}
-    known = f"\nRECIPES.update({rows})\nif __name__" if rows else "\nif __name__"
+    fixed, own = {}, rows.get("run", {})
+    for f in fields(Hyperparameters):
+        value = own.get(f.name, f.default)
+        # what the run turned off stays out too; numbers that it turned may be turned again
+        if f.name in own and value is False or "optional" in f.metadata and (
+                f.name not in own or isinstance(value, (bool, str))):
+            fixed[f.name] = value
+    limit_s, every_s = (own.get(n, getattr(Hyperparameters, n)) for n in (
+        "max_wallclock_seconds", "checkpoint_every_s"))
+    if 0 < limit_s <= every_s:    # too short for checkpoints
+        fixed["checkpoint_every_s"] = 0.0
+    known = f"\nRECIPES.update({rows or dict(demo=RECIPES['demo'])})\nif __name__"
     text = minified(shipped(source).replace("\nif __name__", known), fixed).encode()
     if brotli:
         coder = "brotli"
@@ -4612,8 +4671,7 @@ def running_source(path: str | Path,
         return None, raw
     source, own = raw.decode(), h.changed() if h else {}
     own.pop("seed", None)    # all seeds of a record share one script
-    names = h.recipe.split(",") if own else ()
-    rows = {n: RECIPES[n] for n in names} | dict(run=own) if own else {}
+    rows = {n: RECIPES[n] for n in h.recipe.split(",")} | dict(run=own) if h else {}
     return source, pack_source(source, rows)
 
 
@@ -5126,6 +5184,290 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
 
 
 # ==================================================================================================
+# 14. Fused kernels
+# Three pieces of a step whose plain form moves tensors through memory that nobody reads twice, in
+# Triton. The plain twins are `Block.mlp`, `Head.forward` and `symmetric` themselves. An operator is
+# opaque to the compiler, so that one graph holds it. The field's sizes: 98,304 tokens, D = 512,
+# F = 2048, V = 8192.
+# ==================================================================================================
+def jit(kernel: Callable) -> Callable:
+    """The Triton kernel; where Triton is missing, the function itself, which nobody then calls."""
+    return triton.jit(kernel) if triton else kernel
+
+
+def tuned(key: list[str], *tiles: tuple[int, ...], pre_hook: Callable | None = None) -> Callable:
+    """Decorator: the fastest of `tiles` (rows, columns, depth, stages, warps) for each value of
+    `key`; a tile too large for the chip's shared memory drops out. The interpreter takes one."""
+    if triton is None:
+        return lambda kernel: kernel
+    names = "ROWS", "COLUMNS", "DEPTH"
+    return triton.autotune([
+        triton.Config(dict(zip(names, tile)), num_stages=tile[3], num_warps=tile[4],
+                      pre_hook=pre_hook)
+        for tile in ([(32, 16, 16, 1, 1)] if INTERPRETED else tiles)
+    ], key=key)
+
+
+@jit
+def finish(product, pre, out, row, column, slope, BACKWARD: tl.constexpr, KEEP: tl.constexpr):
+    """Stores what follows from one tile of a product: activations, or their gradient."""
+    z = product
+    if BACKWARD:
+        z = pre.load([row, column]).to(tl.float32)
+        product *= 2    # d LeakyReLU(z)^2 / dz = 2 z, or 2 slope^2 z
+    elif KEEP:
+        pre.store([row, column], z.to(pre.dtype))
+    out.store([row, column], (product * tl.where(z > 0, z, slope * slope * z)).to(out.dtype))
+
+
+def fit_descriptors(arguments: dict) -> None:
+    """Gives the tensor descriptors of `mlp_kernel` the block shapes of the chosen tile."""
+    rows, columns, depth = (arguments[name] for name in ("ROWS", "COLUMNS", "DEPTH"))
+    arguments["a"].block_shape = [rows, depth]
+    arguments["b"].block_shape = [depth, columns] if arguments["BACKWARD"] else [columns, depth]
+    arguments["pre"].block_shape = arguments["out"].block_shape = [rows, columns // 2]
+
+
+@tuned(["N", "K", "BACKWARD", "KEEP"], (128, 256, 64, 3, 8), (128, 128, 64, 4, 8),
+       (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), pre_hook=fit_descriptors)
+@jit
+def mlp_kernel(a, b, pre, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
+               KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               DEPTH: tl.constexpr):
+    """Forward: pre = a @ b^T, out = LeakyReLU(pre, slope)^2, with a (M, K), b (N, K). Backward:
+    out = (a @ b) * dLeakyReLU^2(pre), with b (K, N). Each program walks many tiles; neighbours
+    share rows of `a`, and all of `b` stays in the L2 cache."""
+    across = tl.cdiv(N, COLUMNS)
+    # flattened, the next tile's loads are under way while this tile's results are written
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, PROGRAMS, flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLUMNS
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, K, DEPTH):
+            if BACKWARD:
+                right = b.load([k, column])
+            else:
+                right = b.load([column, k]).T
+            product = tl.dot(a.load([row, k]), right, product)
+        # two halves, so that the staging buffers of the end take half the shared memory
+        low, high = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        finish(low, pre, out, row, column, slope, BACKWARD, KEEP)
+        finish(high, pre, out, row, column + COLUMNS // 2, slope, BACKWARD, KEEP)
+
+
+def launch_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, slope: float,
+               backward: bool) -> None:
+    """Fills out (M, N), and pre (M, N) in the forward direction unless it is empty."""
+    keep = pre.numel() > 0
+    matrices = [descriptors.TensorDescriptor.from_tensor(t.contiguous(), [1, 8])
+                for t in (a, b, pre if keep else out, out)]
+    chip = torch.cuda.get_device_properties(a.device) if a.is_cuda else None
+    programs = chip.multi_processor_count if chip else 4
+    mlp_kernel[(programs,)](*matrices, *out.shape, a.size(1), programs, slope, BACKWARD=backward,
+                            KEEP=keep)
+
+
+def mlp_forward(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float,
+                keep: bool) -> tuple[Tensor, ...]:
+    """(output (M, D), activations (M, F), what precedes them (M, F), empty unless `keep`)."""
+    h = x.new_empty(len(x), len(w_up))
+    pre = torch.empty_like(h) if keep else h.new_empty(0, len(w_up))
+    launch_mlp(x, w_up, pre, h, slope, False)
+    return h @ w_down.mT, h, pre
+
+
+def mlp_slope(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    """Gradient (M, F) of `pre`: (dy @ w_down) times the activation's slope, in one pass."""
+    out = torch.empty_like(pre)
+    launch_mlp(dy, w_down, pre, out, slope, True)
+    return out
+
+
+def keep_mlp(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Saves what the backward pass of the MLP needs."""
+    ctx.set_materialize_grads(False)
+    *kept, ctx.slope, _ = inputs
+    ctx.save_for_backward(*kept, *output[1:])
+
+
+def mlp_backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, w_up, w_down, slope, keep); those that nobody asked for are None."""
+    x, w_up, w_down, h, pre = ctx.saved_tensors
+    wants_x, wants_up, wants_down, *_ = ctx.needs_input_grad
+    # the products stay visible to the compiler; adapters leave the weights frozen, hence the tests
+    d_pre = (torch.ops.golf.mlp_slope(dy, w_down, pre, ctx.slope) if wants_x or wants_up else None)
+    return (d_pre @ w_up if wants_x else None, d_pre.mT @ x if wants_up else None,
+            dy.mT @ h if wants_down else None, None, None)
+
+
+@jit
+def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
+    """One row: nats = log sum exp z - z[target], with z = cap * tanh(logits / cap) + cap. The
+    constant + cap leaves the softmax alone and turns tanh into a sigmoid."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * V
+    # one block holds the whole row up to 8192 tokens; larger vocabularies rescale as they go
+    peak, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + column, mask=column < V, other=0.0).to(tl.float32)
+        z = tl.where(column < V, 2 * cap * tl.sigmoid(2 / cap * z), -float("inf"))
+        higher = tl.maximum(peak, tl.max(z))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher))
+        peak = higher
+    log_sum = peak + tl.log(total)
+    chosen = tl.load(logits + tl.load(targets + row)).to(tl.float32)
+    tl.store(lse + row, log_sum)
+    tl.store(nats + row, log_sum - 2 * cap * tl.sigmoid(2 / cap * chosen))
+
+
+@jit
+def nats_slope_kernel(logits, targets, lse, slope, out, V, cap, BLOCK: tl.constexpr):
+    """One block of a row: out = slope[row] * d nats / d logits, from the logits again."""
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = row.to(tl.int64) * V + column
+    s = tl.sigmoid(2 / cap * tl.load(logits + place, mask=column < V, other=0.0).to(tl.float32))
+    softmax = tl.exp(2 * cap * s - tl.load(lse + row))
+    missing = softmax - tl.where(column == tl.load(targets + row), 1.0, 0.0)
+    tile = tl.load(slope + row) * missing * 4 * s * (1 - s)    # 1 - tanh^2 = 4 s (1 - s)
+    tl.store(out + place, tile.to(out.dtype.element_ty), mask=column < V)
+
+
+def nats_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(nats (N,), log sum exp of the shifted logits (N,)), both fp32."""
+    N, V = logits.shape
+    nats, lse = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
+    nats_kernel[(N,)](logits, targets, nats, lse, V, cap, num_warps=8,
+                      BLOCK=min(8192, triton.next_power_of_2(V)))
+    return nats, lse
+
+
+def nats_slope(logits: Tensor, targets: Tensor, lse: Tensor, slope: Tensor, cap: float) -> Tensor:
+    """Gradient (N, V) of the logits, in their type: slope (N,) times that of each row's nats."""
+    (N, V), out = logits.shape, torch.empty_like(logits)
+    block = min(8192, triton.next_power_of_2(V))
+    nats_slope_kernel[(N, triton.cdiv(V, block))](logits, targets, lse, slope, out, V, cap,
+                                                  num_warps=8, BLOCK=block)
+    return out
+
+
+def keep_nats(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Saves what the backward pass of the loss needs: the logits as they are, one sum per row."""
+    logits, targets, ctx.cap = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def nats_backward(ctx: Any, slope: Tensor, unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of (logits, targets, cap). A new tensor, though the logits are dead by now: a
+    mutating operator makes the compiler copy the logits first, 0.8 GB in 98,304 tokens."""
+    logits, targets, lse = ctx.saved_tensors
+    return torch.ops.golf.nats_slope(logits, targets, lse, slope.contiguous(), ctx.cap), None, None
+
+
+@tuned(["r", "k"], (128, 128, 64, 3, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4),
+       (64, 64, 32, 3, 4), (128, 64, 64, 3, 4))
+@jit
+def gram_kernel(x, c, out, r, k, alpha, beta, batch_stride, row_stride, column_stride,
+                ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                DEPTH: tl.constexpr):
+    """out = alpha * x @ x^T + beta * c: a tile that touches the lower triangle is computed and
+    stored twice, here and mirrored; a tile above the diagonal has nothing to do."""
+    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    batch = tl.program_id(2).to(tl.int64)
+    if column >= row + ROWS:
+        return
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    x += batch * batch_stride
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, k, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        across = depth * column_stride
+        left = tl.load(x + rows[:, None] * row_stride + across[None, :], other=0.0,
+                       mask=(rows[:, None] < r) & (depth[None, :] < k))
+        right = tl.load(x + columns[None, :] * row_stride + across[:, None], other=0.0,
+                        mask=(columns[None, :] < r) & (depth[:, None] < k))
+        product = tl.dot(left, right, product)
+    inside = (rows[:, None] < r) & (columns[None, :] <= rows[:, None])
+    here, mirrored = rows[:, None] * r + columns[None, :], columns[None, :] * r + rows[:, None]
+    product *= alpha
+    if ADD:
+        product += beta * tl.load(c + batch * r * r + here, mask=inside, other=0.0).to(tl.float32)
+    # an element and its mirror image are the same number, also where a tile straddles the diagonal
+    out += batch * r * r
+    tl.store(out + here, product.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + mirrored, product.to(out.dtype.element_ty), mask=inside)
+
+
+def gram_forward(x: Tensor, alpha: float, beta: float, c: Tensor | None) -> Tensor:
+    """alpha * x @ x^T + beta * c, (n, r, r), of a batch x (n, r, k), which may be transposed; c is
+    symmetric."""
+    n, r, k = x.shape
+    out = x.new_empty(n, r, r)
+    gram_kernel[lambda tile: (triton.cdiv(r, tile["ROWS"]), triton.cdiv(r, tile["COLUMNS"]), n)](
+        x, out if c is None else c.contiguous(), out, r, k, alpha, beta, *x.stride(),
+        ADD=c is not None)
+    return out
+
+
+@functools.cache
+def symmetric_fused() -> Callable:
+    """`symmetric` with half the multiplications for what the kernels take: exactly symmetric."""
+    gram = define("gram", "(Tensor a, float b, float c, Tensor? d) -> Tensor", gram_forward,
+                  lambda x, *rest: x.new_empty(x.size(0), x.size(1), x.size(1)))
+    return lambda x, alpha=1.0, beta=0.0, c=None: (gram if kernels_take(x) else symmetric)(
+        x, alpha, beta, c)
+
+
+def define(name: str, schema: str, forward: Callable, shapes: Callable) -> Any:
+    """The operator golf::name. Its schema is written out, so that packing may drop annotations."""
+    operator = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
+    operator.register_fake(shapes)
+    return operator
+
+
+def register_kernels() -> None:
+    """Tells torch the signature, output shapes and gradient of the operators of every step."""
+    define("mlp", "(Tensor a, Tensor b, Tensor c, float d, bool e) -> (Tensor, Tensor, Tensor)",
+           mlp_forward, lambda x, w_up, w_down, slope, keep: (
+               torch.empty_like(x), wide := x.new_empty(len(x), len(w_up)),
+               wide.new_empty(len(x) if keep else 0, len(w_up)))
+           ).register_autograd(mlp_backward, setup_context=keep_mlp)
+    define("mlp_slope", "(Tensor a, Tensor b, Tensor c, float d) -> Tensor", mlp_slope,
+           lambda dy, w_down, pre, slope: torch.empty_like(pre))
+    define("nats", "(Tensor a, Tensor b, float c) -> (Tensor, Tensor)", nats_forward,
+           lambda z, *rest: (z.new_empty(len(z), dtype=torch.float32),
+                             z.new_empty(len(z), dtype=torch.float32))
+           ).register_autograd(nats_backward, setup_context=keep_nats)
+    define("nats_slope", "(Tensor a, Tensor b, Tensor c, Tensor d, float e) -> Tensor", nats_slope,
+           lambda z, *rest: torch.empty_like(z))
+
+
+@functools.cache
+def kernels_trouble() -> str:
+    """Why this machine computes without the fused kernels; empty where they work: each is compared
+    with its plain twin once."""
+    if triton is None:
+        return "Triton is not installed"
+    if not INTERPRETED and not (torch.cuda.is_available()
+                                and torch.cuda.get_device_capability()[0] >= 9):
+        return "this is no Hopper GPU or later"
+    try:
+        register_kernels()
+        device = torch.device("cpu" if INTERPRETED else "cuda")
+        x, up, down = (torch.empty(n, device=device, dtype=torch.bfloat16).normal_(std=0.2)
+                       .requires_grad_() for n in ((200, 32), (48, 32), (32, 48)))
+        y, found = torch.arange(200, device=device) % 48, []
+        for fused in (True, False):
+            z = mlp(x, up, down, 0.5, fused=fused) @ up.mT
+            nats = softcapped_nats(z, y, 30.0, fused).sum()
+            slopes = torch.autograd.grad(nats, (x, up, down))
+            found.append(torch.stack([nats, *(t.float().norm() for t in slopes)]))
+        worst = float((found[0] / found[1] - 1).detach().abs().max())
+        return "" if worst < 0.03 else f"they are off by {worst:.3g}"
+    except Exception as error:    # whatever a compiler for kernels may raise
+        return brief(error)
+
+
+# ==================================================================================================
 # 15. Pipeline
 # The whole run in the order of its stages; each is one call and one line of the log.
 # ==================================================================================================
@@ -5210,7 +5552,7 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
                       f"the package {package} (pip install {package})"))
     if h.run_id:
         check(refuse_used, folder)
-        found = check(read_checkpoint, folder)
+        found = h.checkpoint_every_s and check(read_checkpoint, folder)
         if found and found[2:4] != [world.size, h.changed()]:
             wrong.append(f"RUN_ID={h.run_id}: its checkpoint was made by {found[2]} ranks with "
                          f"{found[3]}, not by {world.size} with {h.changed()}")
@@ -5389,7 +5731,7 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     log(f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}")
     log(f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
         f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} "
-        f"attention:{attention_kernel(world.device)}"
+        f"attention:{attention_kernel(world.device)} kernels:{'fused' if h.fused_kernels else 'plain'}"
         )
     log(f"knobs:{json.dumps(asdict(h))}")
     log(f"model_params:{sum(p.numel() for p in model.parameters())} "
@@ -5551,6 +5893,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         small = small and "run" not in RECIPES
         default = "run" if "run" in RECIPES else "demo" if small else "record"
         h, log = Hyperparameters.from_env(env, default), Log(world)
+        h = replace(h, fused_kernels=h.fused_kernels and not kernels_trouble())
         if small:
             log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
         watch = Stopwatch(world)

@@ -1,0 +1,255 @@
+"""Section 14: every fused kernel equals its plain twin, forward and backward, whole and odd sizes. Without a GPU
+they run in Triton's interpreter, which must be asked for before Triton is imported: in a process of its own."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_gpt as t
+from support import settings
+
+GPU = not t.INTERPRETED and not t.kernels_trouble()
+DEVICE = "cuda" if GPU else "cpu"
+SLACK = 1 if GPU else 2    # the interpreter cuts bf16 off where a chip rounds
+
+
+def dot_of_bf16(self, a, b, total, *unused):
+    """The interpreter's tl.dot multiplies the bits of bf16 tiles as integers: this one widens."""
+    wide = [(x.data.astype(np.uint32) << 16).view(np.float32) if x.data.dtype == np.uint16 else x.data
+            for x in (a, b)]
+    return type(total)(np.matmul(*wide, dtype=np.float32) + total.data, total.dtype.scalar)
+
+
+@pytest.fixture(scope="module")
+def k():
+    """The script with working kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if t.INTERPRETED:
+            from triton.runtime import interpreter
+            patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_bf16)
+        assert t.kernels_trouble() == ""
+        yield t
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Equal numbers in every test."""
+    torch.manual_seed(0)
+
+
+def normal(*shape, dtype=torch.bfloat16, scale=1.0):
+    """Normal numbers on the device."""
+    return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+
+def gradients(function, inputs, slope):
+    """(value, gradients) of a function of tensors, each a fresh leaf."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves, slope)
+
+
+def error(got, wanted):
+    """Root mean square error over the root mean square of what was wanted."""
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize("slope", [0.5, 0.0])
+@pytest.mark.parametrize("shape, D, F_", [((64, ), 32, 64), ((2, 33), 48, 80), ((3, 7), 16, 48),
+                                          ((1, ), 16, 16), ((2, 150), 32, 112)])
+def test_mlp_equals_plain(k, shape, D, F_, slope):
+    """Value and all three gradients are as near to fp64 as those of the plain form."""
+    inputs = normal(*shape, D), normal(F_, D, scale=D**-0.5), normal(D, F_, scale=F_**-0.5)
+    dy = normal(*shape, D)
+    exact, exact_slopes = gradients(lambda *a: k.mlp(*a, slope), [x.double() for x in inputs], dy.double())
+    plain, plain_slopes = gradients(lambda *a: k.mlp(*a, slope), inputs, dy)
+    fused, fused_slopes = gradients(lambda *a: k.mlp(*a, slope, fused=True), inputs, dy)
+    assert fused.dtype == torch.bfloat16 and fused.shape == (*shape, D)
+    for got, twin, wanted in zip([fused, *fused_slopes], [plain, *plain_slopes], [exact, *exact_slopes]):
+        assert got.shape == wanted.shape
+        assert error(got, wanted) <= 1.25 * SLACK * error(twin, wanted) + 1e-3
+
+
+def test_mlp_keeps_nothing_without_gradients_and_skips_unwanted_ones(k):
+    """Scoring stores no activations; frozen weights cost no gradient."""
+    x, up, down = normal(40, 16), normal(48, 16), normal(16, 48)
+    assert torch.ops.golf.mlp(x, up, down, 0.5, False)[2].numel() == 0
+    with torch.no_grad():
+        quiet = k.mlp(x, up, down, 0.5, fused=True)
+    y = k.mlp(x.requires_grad_(), up, down, 0.5, fused=True)
+    assert torch.equal(y, quiet)
+    y.sum().backward()
+    assert up.grad is None and x.grad.shape == x.shape
+
+
+def test_what_the_kernels_were_not_made_for_takes_the_plain_way(k, monkeypatch):
+    """fp32, a probe, and rows that do not start at multiples of 16 bytes."""
+    def never(*arguments):
+        """No launch is allowed."""
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(k, "launch_mlp", never)
+    for width, dtype, probe in ((15, torch.bfloat16, None), (16, torch.float32, None),
+                                (16, torch.bfloat16, lambda name, x: None)):
+        k.mlp(normal(4, width, dtype=dtype), normal(24, width, dtype=dtype),
+              normal(width, 24, dtype=dtype), 0.5, probe, fused=True)
+
+
+@pytest.mark.parametrize("N, V, cap, scale", [(5, 64, 30.0, 3.0), (7, 104, 15.0, 30.0),
+                                              (3, 8192 + 80, 30.0, 10.0), (2, 8, 100.0, 400.0)])
+def test_nats_equal_plain(k, N, V, cap, scale):
+    """One loss per row and its gradient; vocabularies within and beyond one block."""
+    logits, targets = normal(N, V, scale=scale), torch.randint(V, (N, ), device=DEVICE)
+    slope = torch.rand(N, device=DEVICE) / N
+    plain, (wanted, ) = gradients(lambda z: k.softcapped_nats(z, targets, cap), [logits.float()], slope)
+    fused, (got, ) = gradients(lambda z: k.softcapped_nats(z, targets, cap, True), [logits], slope)
+    assert fused.dtype == torch.float32 and got.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, plain, rtol=2e-6, atol=2e-5 if not GPU else 1e-4)
+    torch.testing.assert_close(got.float(), wanted, rtol=1.05 * SLACK * 2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("peak", [3, 8191, 8192, 16389])
+def test_nats_of_a_row_that_peaks_in_any_block(k, peak):
+    """The running sum is rescaled wherever the largest logit stands."""
+    logits, targets = normal(2, 16392), torch.tensor([5, peak], device=DEVICE)
+    logits[:, peak] = 90.0
+    torch.testing.assert_close(k.softcapped_nats(logits, targets, 30.0, True),
+                               k.softcapped_nats(logits, targets, 30.0), rtol=2e-6, atol=1e-4)
+
+
+class NoLargeFloats(TorchDispatchMode):
+    """Fails on any fp32 result of `limit` elements or more."""
+
+    def __init__(self, limit):
+        """Keeps the limit."""
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Looks at what the operator returns."""
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float32
+                        and x.numel() >= self.limit), function
+        return out
+
+
+def test_no_fp32_tensor_is_as_large_as_the_logits(k):
+    """Neither the logits nor their gradient exist in fp32; the plain twin shows that the watch sees."""
+    table, x = normal(56, 16).requires_grad_(), normal(6, 16)
+    targets = torch.arange(6, device=DEVICE)
+    with NoLargeFloats(6 * 56):
+        k.softcapped_nats(x @ table.mT, targets, 30.0, True).mean().backward()
+    with pytest.raises(AssertionError), NoLargeFloats(6 * 56):
+        k.softcapped_nats(x @ table.mT, targets, 30.0)
+
+
+@pytest.mark.parametrize("n, r, c", [(1, 32, 32), (3, 40, 72), (2, 97, 40), (2, 5, 8), (1, 65, 16)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_symmetric_products_equal_plain_ones(k, n, r, c, transposed):
+    """And are symmetric bit for bit."""
+    product = k.symmetric_fused()
+    x = normal(n, r, c)
+    x = x.mT.contiguous().mT if transposed else x
+    got = product(x)
+    torch.testing.assert_close(got, t.symmetric(x), rtol=2e-2 * SLACK, atol=1e-2 * SLACK)
+    assert torch.equal(got, got.mT)
+    if r % 8 == 0:
+        small = got / c
+        twice = product(small, -0.4, 2.5, small)
+        torch.testing.assert_close(twice, t.symmetric(small, -0.4, 2.5, small), rtol=2e-2 * SLACK,
+                                   atol=1e-2 * SLACK)
+        assert torch.equal(twice, twice.mT)
+
+
+def test_orthogonalise_with_symmetric_products(k):
+    """Five iterations end near the same matrices."""
+    g = normal(2, 40, 72)
+    got = t.orthogonalise(g, torch.bfloat16, product=k.symmetric_fused())
+    assert error(got, t.orthogonalise(g, torch.bfloat16)) < 0.03 * SLACK
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_the_model_with_kernels_equals_the_plain_one(k, looped):
+    """Loss and every gradient of a whole model within bf16 rounding."""
+    found = []
+    h = k.Hyperparameters(**{f: v for f, v in vars(settings(matrix_init="uniform")).items()})
+    ids = torch.randint(2, h.vocab_size, (2, 64), device=DEVICE)
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = k.GPT(k.replace(h, fused_kernels=fused), torch.bfloat16).to(DEVICE)
+        assert model.h.fused_kernels == fused
+        with torch.no_grad():
+            for name, p in model.bank.items():
+                if not p.any():
+                    p.normal_(std=0.1)
+        nats = model.nats(ids, ids.roll(-1, 1), k.depth_plan(h, looped))
+        nats.mean().backward()
+        found.append([nats.detach(), *(p.grad for p in model.bank.values() if p.grad is not None)])
+    for got, wanted in zip(*found):    # a small tensor's gradient is a sum that mostly cancels
+        assert error(got, wanted) < (0.03 if wanted.numel() > 500 else 0.1) * SLACK
+
+
+def test_one_graph_holds_the_operators(k, monkeypatch):
+    """fullgraph compilation of an MLP and the loss equals the eager form."""
+    import torch._inductor.config
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    inputs = normal(2, 24, 16), normal(48, 16, scale=0.3), normal(16, 48, scale=0.2), normal(64, 16)
+    targets = torch.randint(64, (48, ), device=DEVICE)
+
+    def loss(x, up, down, table):
+        """A head on a residual MLP, mean nats."""
+        states = x + k.mlp(x, up, down, 0.5, fused=True)
+        return k.softcapped_nats(states.flatten(0, -2) @ table.mT, targets, 30.0, True).mean()
+
+    value, slopes = gradients(loss, inputs, None)
+    got, got_slopes = gradients(torch.compile(loss, fullgraph=True, dynamic=False), inputs, None)
+    torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-3)
+    for a, b in zip(got_slopes, slopes):
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=1e-3)
+
+
+def test_operators_pass_torchs_own_checks(k):
+    """Schema, fake tensors and registration of gradients."""
+    k.symmetric_fused()
+    x, up, down = (a.requires_grad_() for a in (normal(8, 16), normal(48, 16), normal(16, 48)))
+    few = dict(test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    golf, ones = torch.ops.golf, torch.ones(4, device=DEVICE)
+    torch.library.opcheck(golf.mlp.default, (x, up, down, 0.5, True), **few)
+    torch.library.opcheck(golf.mlp_slope.default, (x.detach(), down.detach(), normal(8, 48), 0.5), **few)
+    torch.library.opcheck(golf.gram.default, (normal(2, 8, 16), 1.0, 0.0, None), **few)
+    where = torch.arange(4, device=DEVICE)
+    torch.library.opcheck(golf.nats.default, (normal(4, 8).requires_grad_(), where, 30.0), **few)
+    torch.library.opcheck(golf.nats_slope.default, (normal(4, 8), where, ones, ones, 30.0), **few)
+
+
+def test_wrong_kernels_are_refused(k, monkeypatch):
+    """The comparison with the plain twins notices a kernel that is off by a tenth."""
+    monkeypatch.setattr(k, "register_kernels", lambda: None)
+    plain = k.mlp
+    monkeypatch.setattr(k, "mlp", lambda *a, fused=False: plain(*a) * (1.1 if fused else 1.0))
+    assert k.kernels_trouble.__wrapped__().startswith("they are off by")
+
+
+if not GPU and not t.INTERPRETED:
+    # what is above runs in the process that the test below starts
+    for name in [n for n in globals() if n.startswith("test_")]:
+        del globals()[name]
+
+    def test_all_kernels_in_the_interpreter():
+        """Every test above, where no GPU runs the kernels themselves."""
+        pytest.importorskip("triton")
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__],
+                              env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
+        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+    def test_a_machine_without_the_kernels_says_why_and_is_plain():
+        """The model then has the knob off, whatever it was asked for."""
+        assert "Hopper" in t.kernels_trouble() or "Triton" in t.kernels_trouble()
+        assert not t.GPT(settings(fused_kernels=True)).h.fused_kernels
