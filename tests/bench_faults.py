@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import faulthandler
 import hashlib
 import io
 import json
@@ -33,7 +34,6 @@ from pathlib import Path
 
 import torch
 from conftest import TINY, clean_env, tg as t, write_dataset
-from support import remembering
 
 KNOBS = {n.upper(): v for n, v in TINY.items()} | dict(
     RECIPE="record", ITERATIONS=40, CHECKPOINT_EVERY_S=0.05, TRAIN_LOG_EVERY=4)
@@ -43,13 +43,14 @@ class Site:
     """A folder with shards and logs, and processes forked to work there."""
 
     def __init__(self, root: Path):
-        """Makes the shards; equal knobs are packed once."""
+        """Makes the shards; the script is packed once for all runs."""
         self.root, self.logs = root, root / "logs"
         h = t.Hyperparameters(**TINY)
         self.data = write_dataset(root / "shards", h)
         files = {p.name: t.file_sha256(p) for p in self.data.iterdir()}
         (self.data / "manifest.json").write_text(json.dumps(dict(files=files)))
-        t.pack_source = remembering(t.pack_source)
+        packed = t.pack_source(Path(t.__file__).read_text(), dict(run=h.changed()))
+        t.pack_source = lambda *_: packed    # takes longer than a whole run
 
     def start(self, name: str, size: int = 1, before=lambda: None, **knobs) -> list[int]:
         """Process ids of a run on `size` ranks; `before` is called in each new process."""
@@ -75,6 +76,7 @@ class Site:
                 file = os.open(self.root / f"{name}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(file, descriptor)
             os.environ.update(env)
+            faulthandler.register(signal.SIGUSR1)    # `finish` asks what hangs where it is
             before()
             status = t.main([], env)
         except BaseException:
@@ -89,15 +91,19 @@ class Site:
 
 
 def finish(pids: list[int], limit_s: float = 120.0) -> list[int]:
-    """Exit statuses, in the order of ranks; what runs over the limit is killed and says -9."""
+    """Exit statuses, in the order of ranks; what runs over the limit writes its stack to standard
+    error, is killed and says -9."""
     end_s, statuses = time.monotonic() + limit_s, {}
     while len(statuses) < len(pids):
+        late = time.monotonic() > end_s
+        for number in (signal.SIGUSR1, signal.SIGKILL) if late else ():
+            for pid in set(pids) - set(statuses):
+                os.kill(pid, number)
+            time.sleep(1)
         for pid in set(pids) - set(statuses):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end_s:
-                os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
     return [statuses[pid] for pid in pids]
 
@@ -171,7 +177,9 @@ def lost(site: Site, name: str, size: int, wanted: bytes, tally: dict[str, int])
     good = (statuses == [0] * size and (not newest or resumed == newest) and
             (folder / "model.bin").read_bytes() == wanted and not broken_files(folder))
     if not good:
-        print(f"\n{name}: status {statuses}, newest {newest}, resumed {resumed}, {site.said(name)[-500:]}")
+        print(f"\n{name}: status {statuses}, newest {newest}, resumed {resumed}, {broken_files(folder)}")
+        for rank in range(size):
+            print(f"rank {rank}: {site.said(name, rank)[-3000:]}")
     return int(not good)
 
 
