@@ -6342,6 +6342,8 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
                         help="raw validation documents (.jsonl, .jsonl.zst, .txt)")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)    # new process
     options = parser.parse_args(arguments)
+    if options.documents < 1:
+        raise Refusal(f"--documents {options.documents}: expected 1 or more")
     target = options.target
     is_run = (target / "result.json").exists()
     runs = [read_run(target)] if is_run else read_record(target)
@@ -6492,7 +6494,8 @@ def draw_waterfall(ax: Any, s: Story) -> None:
             ax.plot((i - 1.3, i + 0.3), (last, last), color="black", lw=0.6)
     ax.set_xticks(range(len(stages)), [names.get(n, n) for n, _ in stages])
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set(ylabel="BPB (the axis does not start at 0)", title=f"BPB by stage: {s.name}",
+    ax.set(ylabel="BPB (the axis does not start at 0)",
+           title=f"BPB by stage: {s.name} (green better, red worse)",
            ylim=(low, max(values) + 0.25 * (max(values) - low)))
 
 
@@ -6522,10 +6525,13 @@ def draw_gain(axes: Sequence[Any], s: Story) -> None:
     axes[0].plot(targets.cumsum(), gain.cumsum() / size.cumsum().clip(1), color="tab:green")
     axes[0].set(xlabel="validation tokens scored", ylabel="mean gain so far (BPB)",
                 title=f"{stages[-1]} over {stages[-2]}: {s.name}")
+    axes[0].locator_params(axis="x", nbins=5)
+    axes[0].xaxis.set_major_formatter("{x:,.0f}")
     each = gain / size.clip(1)
     axes[1].scatter(targets, each, s=5, alpha=0.3, color="tab:gray", label="one document")
-    order = np.argsort(targets)
-    groups = [g for g in np.array_split(order, min(20, len(order))) if len(g)]
+    edges = np.unique(np.quantile(targets, np.arange(1, 20) / 20))    # equal lengths stay together
+    which = np.digitize(targets, edges)
+    groups = [which == number for number in np.unique(which)]
     axes[1].plot([np.median(targets[g]) for g in groups],
                  [gain[g].sum() / max(size[g].sum(), 1) for g in groups], color="tab:red",
                  marker="o", ms=3, label="mean of a twentieth")
@@ -6588,7 +6594,10 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
         raise Refusal(f"report: no finished run in {', '.join(map(str, options.runs))}")
     first = options.runs[0]
     out = options.to or (first.parent if (first / "log.txt").exists() else first)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--to {out}: no folder can be made there ({error.strerror})") from None
     picture, shades = io.BytesIO(), optional("matplotlib")
     if shades and optional("matplotlib.figure"):
         figure = shades.figure.Figure(figsize=(13, 17), layout="constrained")
@@ -6652,6 +6661,8 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("--print", action="store_true", help="only print the commands")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
     options = parser.parse_args(arguments)
+    if options.nproc < 1:
+        raise Refusal(f"--nproc {options.nproc}: expected 1 or more")
     if not env.get("SWEEP"):
         raise Refusal("sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
     if "RANK" in env:

@@ -6,7 +6,7 @@ Runs are forked from this process, so that each takes seconds. Prints what happe
 one line `BENCH {"kills", "corrupt", "lost", "mutations", "undetected"}`: files found broken under
 their final name, results or checkpoints that a later start did not find or that were not made again
 bit for bit, and damaged files that were read as if they were whole or ended in anything but the
-clear error. About 15 minutes on one core.
+clear error. About 19 minutes on one core.
 """
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Site:
         return path.read_text() if path.exists() else ""
 
 
-def finish(pids: list[int], limit_s: float = 120.0) -> list[int]:
+def finish(pids: list[int], limit_s: float = 300.0) -> list[int]:
     """Exit statuses, in the order of ranks; what runs over the limit writes its stack to standard
     error, is killed and says -9."""
     end_s, statuses = time.monotonic() + limit_s, {}
@@ -136,9 +136,10 @@ def broken_files(folder: Path) -> list[str]:
 def kills(site: Site, count: int, size: int, rng: random.Random) -> dict[str, int]:
     """Kills `count` times; each run is killed up to four times, then let go to its end."""
     tally = dict(kills=0, corrupt=0, lost=0, runs=0, resumed=0, training=0, later=0)
-    begin_s = time.monotonic()
-    assert finish(site.start(f"whole{size}", size)) == [0] * size, site.said(f"whole{size}")
-    takes_s = time.monotonic() - begin_s
+    for name in ("first", "whole"):    # the first one reads libraries from the disk
+        begin_s = time.monotonic()
+        assert finish(site.start(f"{name}{size}", size)) == [0] * size, site.said(f"{name}{size}")
+        takes_s = time.monotonic() - begin_s
     wanted = (site.logs / f"whole{size}" / "model.bin").read_bytes()
     while tally["kills"] < count:
         name = f"cut{size}-{tally['runs']}"
@@ -146,7 +147,7 @@ def kills(site: Site, count: int, size: int, rng: random.Random) -> dict[str, in
         folder = site.logs / name
         for _ in range(rng.randint(1, 4)):
             pids = site.start(name, size)
-            time.sleep(rng.uniform(0, 1.1 * takes_s))
+            time.sleep(rng.uniform(0, takes_s))
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             tally["kills"] += -9 in finish(pids)
