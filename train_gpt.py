@@ -5235,6 +5235,10 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
     check(accumulation, h, world)
+# >>> not packed (a packed script builds no corpus)
+    if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
+        wrong.append("CORPUS=embedded needs the package sentencepiece (pip install sentencepiece)")
+# <<< not packed
     data = None if wrong and must_build(h) else check(find_dataset, h, world, log)
     if wrong:
         raise Refusal("; ".join(wrong))
