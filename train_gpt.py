@@ -6660,7 +6660,7 @@ def set_aside(folder: Path) -> None:
 
 def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
     """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
-    as they are, then the report. 1 if a run failed, 130 after Ctrl-C."""
+    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
     parser.add_argument("--print", action="store_true", help="only print the commands")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
@@ -6686,13 +6686,17 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
               flush=True)
         if not done:
             set_aside(logs / name)
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             process = subprocess.Popen(command, env=variables)
             try:
                 failed += [name] if process.wait() else []
-            except KeyboardInterrupt:    # which the run has heard too: it may be saving
-                process.wait()
+            except KeyboardInterrupt:    # Ctrl-C reaches the run too, SIGTERM only this process
+                process.terminate()
+                process.wait()    # it may be saving
                 print("sweep: stopped; the same command goes on from here")
                 return 130
+            finally:
+                signal.signal(signal.SIGTERM, before)
     if options.print:
         return 0
     if failed:

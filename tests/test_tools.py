@@ -495,6 +495,35 @@ def test_a_sweep_runs_what_is_not_finished(bench, tmp_path, capsys, monkeypatch)
     assert bench(**knobs) == 1 and started == names[3:], "the same command goes on where it stopped"
 
 
+def test_a_stopped_sweep_stops_its_run(bench, tmp_path, capsys, monkeypatch):
+    """SIGTERM is handed on to the run, which is waited for; no other run begins."""
+    heard = []
+
+    class Process:
+        """Stands for a run during which the sweep is told to stop."""
+
+        def __init__(self, command: list, env: dict):
+            """Notes that it began."""
+            heard.append("began")
+
+        def terminate(self) -> None:
+            """Notes that it was told."""
+            heard.append("told")
+
+        def wait(self) -> int:
+            """The signal comes during the first wait."""
+            if heard[-1] == "began":
+                t.os.kill(t.os.getpid(), t.signal.SIGTERM)
+            heard.append("waited")
+            return 2
+
+    monkeypatch.setattr(t.subprocess, "Popen", Process)
+    before = t.signal.getsignal(t.signal.SIGTERM)
+    assert bench(SWEEP="SEED=1,2", LOGS_DIR=tmp_path) == 130
+    assert heard == ["began", "told", "waited"] and t.signal.getsignal(t.signal.SIGTERM) == before
+    assert "the same command goes on" in capsys.readouterr().out
+
+
 def test_a_sweep_can_print_its_commands(bench, tmp_path, capsys):
     """One shell line per run, with torchrun for several processes."""
     capsys.readouterr()
