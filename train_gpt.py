@@ -872,21 +872,28 @@ class World:
         """The mean of `t` over the ranks, in place."""
         return self.sum(t).div_(self.size) if self.size > 1 else t
 
-    def scatter_mean(self, rows: Tensor) -> Tensor:
-        """(size * n, ...) -> this rank's (n, ...) rows of the mean over the ranks."""
-        if self.size == 1:
-            return rows
-        mine = rows.new_empty(rows.size(0) // self.size, *rows.shape[1:])
-        self.together(dist.reduce_scatter_tensor, mine, rows.contiguous())
-        return mine.div_(self.size)
+    def begun(self, collective: Callable, out: Tensor, *source: Tensor) -> Callable[[], Tensor]:
+        """Starts a collective that fills `out`, and returns at once; what it returns waits for it
+        (on GPUs the stream does, not the host) and gives `out`."""
+        work = []
+        self.together(lambda: work.append(collective(out, *source, async_op=True)))
+        return lambda: (self.together(work[0].wait), out, source)[1]
 
-    def gather(self, mine: Tensor) -> Tensor:
-        """(n, ...) of each rank -> (size * n, ...) in the order of ranks, on every rank."""
+    def scatter_mean(self, rows: Tensor) -> Callable[[], Tensor]:
+        """(size * n, ...) -> this rank's (n, ...) rows of the mean over the ranks, once called."""
         if self.size == 1:
-            return mine
+            return lambda: rows
+        mine = rows.new_empty(rows.size(0) // self.size, *rows.shape[1:])
+        ready = self.begun(dist.reduce_scatter_tensor, mine, rows.contiguous())
+        return lambda: ready().div_(self.size)
+
+    def gathered(self, mine: Tensor) -> Callable[[], Tensor]:
+        """(n, ...) of each rank -> (size * n, ...) in the order of ranks, on every rank, once
+        called."""
+        if self.size == 1:
+            return lambda: mine
         rows = mine.new_empty(mine.size(0) * self.size, *mine.shape[1:])
-        self.together(dist.all_gather_into_tensor, rows, mine.contiguous())
-        return rows
+        return self.begun(dist.all_gather_into_tensor, rows, mine.contiguous())
 
     def share(self, value: Any) -> Any:
         """Rank 0's value (bytes, numbers, text) on every rank; nothing in it came from outside."""
@@ -2852,14 +2859,16 @@ class Stack:
         self.gain = gains[first:first + share]
         self.momentum = torch.zeros(share, rows, cols, device=like.device)
 
-    def collect(self, wire: torch.dtype) -> Tensor:
-        """This rank's slices (share, rows, cols) of the mean gradient, sent as `wire`."""
+    def collect(self, wire: torch.dtype) -> Callable[[], Tensor]:
+        """This rank's slices (share, rows, cols) of the mean gradient, sent as `wire`, once
+        called."""
         slices = [p.grad if p.size(-2) >= p.size(-1) else p.grad.mT for p in self.banks]
         spare = self.momentum.size(0) * self.world.size - self.count
         if spare:
             slices.append(slices[0].new_zeros(spare, *self.momentum.shape[1:]))
         rows = torch.cat(slices) if len(slices) > 1 else slices[0]
-        return self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows).float()
+        ready = self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows)
+        return lambda: ready().float()
 
     def direction(self,
                   g: Tensor,
@@ -2877,9 +2886,8 @@ class Stack:
             u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
         return orthogonalise(u, dtype, iterations, product) * self.gain.to(dtype)
 
-    def apply(self, update: Tensor, lr: float, decay: float) -> None:
-        """p <- (1 - lr * decay) p - lr * update, with the slices of all ranks."""
-        rows = self.world.gather(update)
+    def apply(self, rows: Tensor, lr: float, decay: float) -> None:
+        """p <- (1 - lr * decay) p - lr * update, with the slices (n, rows, cols) of all ranks."""
         first = 0
         for p in self.banks:
             mine = rows[first:first + p.size(0)]
@@ -2892,7 +2900,8 @@ class Optimiser:
     nowhere else.
 
     Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982). The rest:
-    all-reduce, AdamW.
+    all-reduce, AdamW. All collectives of a step are under way before the first is needed; each
+    stack's all-gather runs behind the next one's products, the last one behind AdamW.
     The global norm is clipped on the device; nothing waits for the host.
     """
 
@@ -2924,14 +2933,15 @@ class Optimiser:
         if self.world.size > 1:
             flat = self.world.mean(torch.cat([p.grad.flatten() for p in self.others]))
             for p, g in zip(self.others, flat.split([p.numel() for p in self.others])):
-                p.grad.copy_(g.view_as(p))
+                p.grad = g.view_as(p)
 
     @torch.no_grad()
     def step(self, factor: float, momentum: float, taper: float = 1.0) -> None:
         """One update with all rates times `factor`, the matrices' decay times `taper`; clears the
         gradients."""
-        shares = [stack.collect(self.wire) for stack in self.stacks]
+        begun = [stack.collect(self.wire) for stack in self.stacks]
         self.average_others()
+        shares = [ready() for ready in begun]
         if self.h.grad_clip_norm:
             squares = self.world.sum(torch.stack([g.square().sum() for g in shares]).sum())
             total = (squares + sum(p.grad.square().sum() for p in self.others)).sqrt()
@@ -2940,17 +2950,18 @@ class Optimiser:
         iterations = POLAR_EXPRESS if self.h.polar_express else NEWTON_SCHULZ
         options = (self.h.muon_row_normalize, iterations[:self.h.muon_backend_steps],
                    symmetric_fused() if self.h.muon_symmetric else symmetric)
-        for stack, g in zip(self.stacks, shares):
-            stack.apply(stack.direction(g, momentum, self.model.dtype, *options),
-                        factor * self.h.matrix_lr, self.h.muon_wd * taper)
+        updates = [self.world.gathered(stack.direction(g, momentum, self.model.dtype, *options))
+                   for stack, g in zip(self.stacks, shares)]
         for group in self.adam.param_groups:
             group["lr"] = factor * group["peak"]
         self.adam.step()
+        for stack, ready in zip(self.stacks, updates):
+            stack.apply(ready(), factor * self.h.matrix_lr, self.h.muon_wd * taper)
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
         """A copy of everything that changes from step to step, of all ranks."""
-        return dict(momenta=[self.world.gather(s.momentum).clone() for s in self.stacks],
+        return dict(momenta=[self.world.gathered(s.momentum)().clone() for s in self.stacks],
                     adam=copy.deepcopy(self.adam.state_dict()))
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def collectives(world: tg.World) -> dict[str, object]:
     world.wait()
     clock = tg.Clock(world)
     return dict(sum=world.sum(torch.tensor([1.0, r])), mean=world.mean(torch.tensor([1.0, r])),
-                scatter_mean=world.scatter_mean(rows), gather=world.gather(torch.tensor([[r, r + 1]])),
+                scatter_mean=world.scatter_mean(rows)(), gather=world.gathered(torch.tensor([[r, r + 1]]))(),
                 share=world.share(dict(rank=world.rank, raw=b"\0\xff")), share_tensors=tensors,
                 clock=clock.tick(), main=world.main, size=world.size, rank=world.rank)
 
@@ -82,7 +82,7 @@ def test_one_process_is_the_identity():
     world, t = tg.World.from_env({}), torch.randn(4, 2)
     before = t.clone()
     assert (world.rank, world.size, world.main) == (0, 1, True) and not torch.distributed.is_initialized()
-    for collective in (world.sum, world.mean, world.scatter_mean, world.gather, world.share):
+    for collective in (world.sum, world.mean, lambda rows: world.scatter_mean(rows)(), lambda rows: world.gathered(rows)(), world.share):
         assert collective(t) is t
     world.share_tensors([t])
     world.wait()

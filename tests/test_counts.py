@@ -1,0 +1,134 @@
+"""What a step costs, counted, not timed: waits for the device, operators of an update, bytes on the wire."""
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_gpt as t
+from support import WORLD, settings, stream
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal", "aten::is_nonzero",
+         "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "select", "slice", "unsqueeze", "squeeze", "expand", "detach",
+         "alias", "split", "split_with_sizes", "unbind", "as_strided", "permute", "unflatten", "empty", "empty_like"}
+
+
+class Count(TorchDispatchMode):
+    """Counts operators that would start a kernel, and refuses those that would wait for it."""
+
+    def __init__(self):
+        """Nothing yet."""
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Books one operator."""
+        name = function._schema.name
+        assert name not in WAITS, f"{name} waits for the device"
+        if name.removeprefix("aten::").removesuffix("_copy") not in VIEWS:
+            self.seen[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def trainer(**knobs):
+    """A small training run of one process, in eager mode."""
+    h = settings(**dict(train_batch_tokens=256, micro_batch_tokens=128, train_seq_len=32) | knobs)
+    torch.manual_seed(0)
+    tokens = torch.from_numpy(stream(4096, V=h.vocab_size, document=50)).numpy().astype("uint16")
+    model = t.GPT(h)
+    return t.Trainer(h, WORLD, model, t.Loader(h, WORLD, [tokens]), t.Optimiser(model, WORLD), t.EMA(model))
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(grad_clip_norm=0.0), dict(late_qat_threshold=1.0, trellis_states=0), dict(swa_every=1),
+                                   dict(mtp_num_heads=1), dict(parallel_form="apart", ve_dim=16, ve_layers="0,1")])
+def test_no_step_waits_for_the_device(knobs):
+    """Loading, forward, backward, clipping, both optimisers and the averages read nothing back."""
+    run = trainer(**knobs)
+    run.step(0, 0.0, looped=False)
+    with Count():
+        for n in (1, 2):
+            run.step(n, 0.95, looped=True)
+
+
+def test_a_wait_is_seen():
+    """The same watch refuses the reading of a loss."""
+    run = trainer()
+    with pytest.raises(AssertionError, match="waits for the device"), Count():
+        run.step(0, 0.0, looped=False).item()
+
+
+def one_by_one(run) -> None:
+    """The flat way: every layer's matrix and every small tensor by itself."""
+    h, roles = run.h, t.roles(run.h)
+    for name, p in run.model.bank.items():
+        if roles[name].optim == "muon":
+            for w, g, m in zip(p.unbind(), p.grad.unbind(), torch.zeros_like(p).unbind()):
+                m.mul_(0.9).add_(g)
+                u = g.add(m, alpha=0.9)
+                u.div_(u.norm(dim=-1, keepdim=True).add_(1e-7))
+                w.mul_(1 - h.matrix_lr * h.muon_wd).add_(t.orthogonalise(u[None], torch.float32)[0], alpha=-h.matrix_lr)
+        else:
+            torch.optim.AdamW([p], lr=h.scalar_lr, fused=True).step()
+        p.lerp_(p, 0.5)
+
+
+def test_an_update_starts_few_kernels(capsys):
+    """Stacks of equal shape are orthogonalised together, small tensors are updated together: counted on the record's
+    eleven layers in miniature, at most a fifth of what one tensor at a time takes."""
+    run = trainer(num_layers=11)
+    gradients = lambda: [setattr(p, "grad", torch.ones_like(p)) for p in run.model.bank.values()]
+    gradients()
+    run.optimiser.step(1.0, 0.9)    # makes AdamW's state
+    gradients()
+    with Count() as ours, torch.no_grad():
+        run.optimiser.step(1.0, 0.9)
+        run.ema.update(0.99)
+    gradients()
+    with Count() as flat, torch.no_grad():
+        one_by_one(run)
+    ours, flat = ours.seen.total(), flat.seen.total()
+    print(f"operators of an update: {ours}, one tensor at a time: {flat}")
+    assert ours * 5 <= flat, (ours, flat)
+
+
+class Wire(t.World):
+    """Rank 0 of eight that counts what a ring sends: 7/8 of a scattered or gathered tensor, twice that of a sum."""
+
+    sent = Counter()
+
+    def begun(self, collective, out, *source):
+        """Books a scatter or a gather."""
+        whole = max([out, *source], key=torch.Tensor.numel)
+        self.sent[collective.__name__] += whole.numel() * whole.element_size() * 7 // 8
+        return lambda: out
+
+    def sum(self, x):
+        """Books an all-reduce."""
+        self.sent["all_reduce"] += 2 * x.numel() * x.element_size() * 7 // 8
+        return x
+
+
+def test_bytes_on_the_wire_of_eight_ranks():
+    """The record's 35.9M parameters: matrices go as bf16 once each way, the rest as one fp32 sum. A flat fp32
+    all-reduce of every gradient, with every rank doing all of the work, would send 251.6 MB."""
+    h = t.Hyperparameters()
+    with torch.device("meta"):
+        model = t.GPT(h, torch.bfloat16)
+        for p in model.bank.values():
+            p.grad = torch.empty_like(p)
+        world = Wire(0, 8, torch.device("meta"))
+        optimiser = t.Optimiser(model, world)
+        optimiser.wire, optimiser.adam.step = torch.bfloat16, lambda: None
+        Wire.sent.clear()
+        optimiser.step(1.0, 0.9)
+    flat = sum(p.numel() for p in model.parameters()) * 4 * 2 * 7 // 8
+    assert flat == 251_619_697
+    matrices = sum(stack.momentum.numel() * 8 for stack in optimiser.stacks)
+    assert Wire.sent["reduce_scatter_tensor"] == Wire.sent["all_gather_into_tensor"] == matrices * 2 * 7 // 8
+    others = sum(p.numel() for p in optimiser.others) * 4
+    assert Wire.sent["all_reduce"] == 2 * others * 7 // 8 + 2 * 4 * 7 // 8
+    print({**Wire.sent}, "in all", Wire.sent.total(), "flat", flat)
+    assert Wire.sent.total() < 0.6 * flat
