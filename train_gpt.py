@@ -259,16 +259,17 @@ class Hyperparameters:
         lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "stream", "ttt", ""})
     ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
                     among("stream", "phased", "recompute", "chunk"))
-    ttt_stream_chunk: int = knob(48, "tokens of a document scored before its adapters learn",
+    ttt_stream_chunk: int = knob(24, "tokens of a document scored before its adapters learn",
                                  positive)
     ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
-    ttt_lora_lr: float = knob(0.01, "Adam rate of the fastest learner's adapters", natural)
+    ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
     ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over the chunks n",
                                natural)
-    ttt_learners: int = knob(2, "learners per document, mixed by their past losses", positive)
+    ttt_learners: int = knob(3, "predictors per document, mixed by past losses; the last of several "
+                             "never learns", positive)
     ttt_lr_spread: float = knob(3.0, "ratio of the rates of neighbouring learners", positive)
-    ttt_mix_decay: float = knob(0.9, "decay per token of the losses that weigh them", fraction)
-    ttt_beta2: float = knob(0.95, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
+    ttt_mix_decay: float = knob(0.8, "decay per token of the losses that weigh them", fraction)
+    ttt_beta2: float = knob(0.99, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
     ttt_targets: str = knob("q,v,o,mlp,head", "adapted maps, of q k v o mlp head",
                             lambda v: set(v.split(",")) <= set("q k v o mlp head".split()))
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
@@ -405,6 +406,7 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               eval_seq_len=256,
               eval_batch_tokens=4096,
               ttt_chunk_tokens=8192,
+              ttt_lora_lr=0.016,
               ttt_lr=0.01,
               ttt_epochs=2,
               ttt_batch_seqs=16),
@@ -3733,7 +3735,9 @@ class Learners:
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
         self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
         self.N = N = h.ttt_learners if steps and form == "stream" else 1
-        self.rates = (h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)).repeat(rows).to(device)
+        rates = h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)
+        rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
+        self.rates = rates.repeat(rows).to(device)
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
         self.cache = Cache(model, rows * N, C, self.plan) if form == "stream" else None
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
@@ -3879,7 +3883,8 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             mine = slice(lo + world.rank, lo + count, world.size)
             most = max(1, h.micro_batch_tokens // T)
             for x, y in zip(ids[mine].split(most), targets[mine].split(most)):
-                (model.run_nats(x, y, plan).mean(1).sum() / count).backward()
+                if len(x):    # fewer sequences than ranks leave some without
+                    (model.run_nats(x, y, plan).mean(1).sum() / count).backward()
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
             flat = world.sum(torch.cat([g.flatten() for g in grads]))
             for p, g in zip(weights, flat.split([p.numel() for p in weights])):
@@ -3896,7 +3901,8 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
-    took_s = world.share(score_by_name("ttt", model, text, world, Log(world, True))[0]["seconds"])
+    took_s = world.share(score_by_name("ttt", model, text, world,
+                                       Log(world, quiet=True))[0]["seconds"])
     rows, C = tiles(h, text.documents, h.ttt_steps, world)
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
