@@ -16,6 +16,8 @@ Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=dem
     python train_gpt.py --help                                # every knob
     python train_gpt.py eval logs/<RUN_ID>/model.bin          # score an artifact again
     python train_gpt.py data FILES... --vocab V --out DIR     # shards from documents of your own
+    python train_gpt.py report|submit|verify ... -h           # tables, records folders, reviews
+    SWEEP="MATRIX_LR=0.02,0.026;SEED=1,2" python train_gpt.py # a grid of runs
 
 Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP
 width, V vocabulary, L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of
@@ -24,7 +26,7 @@ it is learned from, a *bank* holds all layers of a role. A knob is an environmen
 
 Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6 model, 7 adapters,
 8 optimisers, 9 training, 10 quantisation, 11 artifact, 12 scoring, 13 test-time training,
-15 pipeline (14 will hold the fused kernels, 16 the tools).
+15 pipeline, 16 tools (14 will hold the fused kernels).
 """
 # ==================================================================================================
 # 1. Imports
@@ -33,28 +35,33 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import builtins
 import contextlib
-import ctypes
 import copy
+import ctypes
 import datetime
 import difflib
 import functools
 import hashlib
 import heapq
+import html
+import importlib.metadata
 import importlib.util
 import inspect
 import io
 import itertools
 import json
-import linecache
 import lzma
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -84,7 +91,7 @@ def optional(name: str) -> Any:
 
 brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), optional(
     "sentencepiece")
-python_minifier = optional("python_minifier")
+fcntl = optional("fcntl")    # file locks, which Windows has not
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
 torch_varlen = optional("torch.nn.attention.varlen")
 VARLEN_OPTIONS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
@@ -111,6 +118,11 @@ def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value
     return field(default=default, metadata=dict(meaning=meaning, check=check))
 
 
+def mechanism(default: Any, meaning: str, check: Callable[[Any], bool] = lambda v: True) -> Any:
+    """A knob whose code a packed script carries only where its run turned that knob."""
+    return field(default=default, metadata=dict(meaning=meaning, check=check, optional=True))
+
+
 def positive(value: float) -> bool:
     """True above zero."""
     return value > 0
@@ -129,6 +141,10 @@ def fraction(value: float) -> bool:
 def among(*names: str) -> Callable[[str], bool]:
     """A check that admits only these names."""
     return lambda value: value in names
+
+
+# in the order of the pipeline
+SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 @dataclass(frozen=True)
@@ -229,6 +245,11 @@ class Hyperparameters:
                           "number format of the matrix products; auto: bf16 where the chip has it",
                           among("auto", "bf16", "fp32"))
 
+    # -- checkpoints
+    checkpoint_every_s: float = knob(
+        600.0, "seconds between checkpoints; none where the training clock is no longer; 0: never",
+        natural)
+
     # -- quantisation and artifact
     gptq_calibration_batches: int = knob(
         16, "micro-batches of training data for the second moments", positive)
@@ -239,14 +260,22 @@ class Hyperparameters:
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
     matrix_clip_sigmas: float = knob(
-        12.85, "largest code of a matrix row, in standard deviations of the row", positive)
+        12.85, "largest code of a matrix row, in standard deviations; 0: its largest", natural)
     embed_clip_sigmas: float = knob(
-        14.0, "largest code of an embedding row, in standard deviations of the row", positive)
+        14.0, "largest code of an embedding row, in standard deviations; 0: its largest", natural)
     trellis_states: int = knob(
         8, "states of the trellis down each column of codes; 0: each code to its nearest",
         lambda v: v in (0, 4, 8, 16, 32, 64))
+    step_search: str = mechanism(
+        "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
+        "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
+    row_step_power: float = knob(
+        0.5, "step of a row ~ its standard deviation to this power; 1 where uniform", natural)
+    column_step_power: float = knob(
+        0.5, "step of a column ~ its entry in GPTQ's factor to this power; 0 where uniform",
+        natural)
     compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
-                           among("auto", "rans", "brotli", "zstd", "lzma"))
+                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib", "lrzip"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
@@ -256,8 +285,8 @@ class Hyperparameters:
                                   positive)
     scores: str = knob(
         "quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
-        lambda v: set(v.split(",")) <= {"prequant", "quantized", "sliding", "documents", "stream", "ttt", ""})
-    ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
+        lambda v: set(v.split(",")) <= {"", *SCORES})
+    ttt: str = mechanism("stream", "form of test-time training: stream, phased, recompute or chunk",
                     among("stream", "phased", "recompute", "chunk"))
     ttt_stream_chunk: int = knob(24, "tokens of a document scored before its adapters learn",
                                  positive)
@@ -277,12 +306,14 @@ class Hyperparameters:
                                  positive)
     ttt_lr: float = knob(
         0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
-    ttt_phases: int = knob(3, "parts of the stream between which phased training learns", positive)
-    ttt_max_chunks: int = knob(0, "parts that SGD learns from, its cosine's length; 0: all", natural)
-    ttt_ema_decay: float = knob(0.0, "scores use an average of SGD's weights with this decay",
+    ttt_phases: int = mechanism(3, "parts of the stream between which phased learns",
+                           positive)
+    ttt_max_chunks: int = mechanism(0, "parts SGD learns from, its cosine's length; 0: all",
+                               natural)
+    ttt_ema_decay: float = mechanism(0.0, "scores use an average of SGD's weights with this decay",
                                 lambda v: 0 <= v < 1)
-    ttt_freeze_blocks: int = knob(0, "first layers, and the embedding, that SGD leaves", natural)
-    ttt_lr_ramp: float = knob(1.0, "share of TTT_LR in the first layer, rising to all of it",
+    ttt_freeze_blocks: int = mechanism(0, "first layers, and embedding, that SGD leaves", natural)
+    ttt_lr_ramp: float = mechanism(1.0, "share of TTT_LR in the first layer, rising to all of it",
                               fraction)
     eval_budget_s: float = knob(
         480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
@@ -295,6 +326,56 @@ class Hyperparameters:
     ttt_lora_rank: int = knob(8, "rank R of the per-row adapters", positive)
     ttt_lora_alpha: float = knob(
         16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
+
+    # -- mechanisms of the published systems; the submission has all of them off
+    caseops_enabled: bool = mechanism(False, "shards of CaseOps text (#1729)")
+    short_val_allowed: bool = mechanism(False, "take published CaseOps shards cut short")
+    doc_mask: bool = mechanism(True, "attention stays inside documents")
+    loader: str = mechanism("shuffled", "order of blocks: shuffled, stream, coprime (#726)",
+                       among("shuffled", "stream", "coprime"))
+    train_seq_schedule: str = mechanism(
+        "", "contexts up to a share of training: 1024@0.1,2048@1 (#2014)",
+        lambda v: re.fullmatch(r"([1-9]\d*@(0?\.\d+|1)(,(?!$)|$))*", v))
+    activation: str = mechanism("leaky_relu2", "MLP: leaky_relu2, swiglu",
+                           among("leaky_relu2", "swiglu"))
+    matrix_init: str = mechanism("orthogonal", "matrices at first: orthogonal, uniform",
+                            among("orthogonal", "uniform"))
+    bigram_vocab_size: int = mechanism(0, "rows of the bigram embedding (#162)", natural)
+    bigram_dim: int = mechanism(128, "width of the bigram embedding", positive)
+    ve_dim: int = mechanism(0, "width of the value embedding (#374)", natural)
+    ve_layers: str = mechanism("", "layers with value embedding: 9,10",
+                          lambda v: re.fullmatch(r"(\d+(,(?!$)|$))*", v))
+    smear_mix: bool = mechanism(False, "SMEAR_GATE per channel, after the norm (#162)")
+    skip_gates: bool = mechanism(True, "gated U-Net skips; 0: weighted sums")
+    parallel_form: str = mechanism("lanes", "parallel: lanes, apart (#1539), gptj (#1493), none",
+                              among("lanes", "apart", "gptj", "none"))
+    attn_gate: str = mechanism("sparse", "head gate: sparse, dense (#1736), output (#1667)",
+                          among("sparse", "dense", "output"))
+    asym_logit_rescale: bool = mechanism(False, "softcaps by sign, which TTT moves (#1945)")
+    mtp_num_heads: int = mechanism(0, "heads for later tokens, never stored", natural)
+    recur_start_step: int = mechanism(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
+    polar_express: bool = mechanism(True, "Polar Express; 0: Newton-Schulz")
+    muon_backend_steps: int = mechanism(5, "iterations of Muon", lambda v: 0 < v < 6)
+    muon_row_normalize: bool = mechanism(True, "rows of Muon's momentum at norm one (#1285)")
+    warmdown_iters: int = mechanism(0, "steps of the warmdown; 0: WARMDOWN_FRAC", natural)
+    wd_taper: float = mechanism(1.0, "share of MUON_WD at the end, after 70% (#1729)", fraction)
+    swa_every: int = mechanism(0, "steps between snapshots whose mean is exported", natural)
+    late_qat_threshold: float = mechanism(0.0, "rate factor below which training rounds (#578)",
+                                     fraction)
+    clip_search: bool = mechanism(False, "best of 5 percentiles clips each matrix row (#414)")
+    gptq_roles: str = mechanism("all", "what GPTQ rounds: all, matrices, none",
+                           among("all", "matrices", "none"))
+    calibration: str = mechanism("train", "calibration text: train, self (sampled, #1019)",
+                            among("train", "self"))
+    prequant_ttt_epochs: int = mechanism(0, "passes of adaptation before GPTQ (#1364)", natural)
+    prequant_ttt_data: str = mechanism("train", "text: train (held out), val (breaks rule C3)",
+                                  among("train", "val"))
+    prequant_ttt_tokens: int = mechanism(1 << 23, "most held-out tokens", positive)
+    prequant_ttt_lr: float = mechanism(5e-4, "their first rate", natural)
+    prequant_ttt_optim: str = mechanism("adamw", "adamw, or sgd after reading back (#398)",
+                                   among("adamw", "sgd"))
+    prequant_ttt_freeze_blocks: int = mechanism(0, "first layers they leave alone", natural)
+    prequant_ttt_block_lr_start: float = mechanism(1.0, "share of the rate at layer 0", fraction)
 
     def __post_init__(self):
         """Checks every range and every relation between knobs; raises `Refusal` with the names and
@@ -331,6 +412,17 @@ class Hyperparameters:
              "TRAIN_SEQ_LEN={train_seq_len}"),
             (h.max_wallclock_seconds > 0 or h.iterations > 0,
              "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero"),
+            (all(T <= h.train_seq_len and h.micro_batch_tokens % T == 0 for _, T in h.contexts),
+             "TRAIN_SEQ_SCHEDULE={train_seq_schedule} must hold divisors of MICRO_BATCH_TOKENS="
+             "{micro_batch_tokens} up to TRAIN_SEQ_LEN={train_seq_len}"),
+            (bool(h.ve_dim) == bool(h.ve_layers) and all(i < h.num_layers for i in h.valued),
+             "VE_LAYERS={ve_layers} must be below NUM_LAYERS={num_layers} and go with "
+             "VE_DIM={ve_dim}"),
+            (not h.late_qat_threshold or not h.trellis_states,
+             "LATE_QAT_THRESHOLD={late_qat_threshold} needs TRELLIS_STATES=0, not "
+             "{trellis_states}"),
+            (h.prequant_ttt_optim == "adamw" or h.prequant_ttt_data == "val",
+             "PREQUANT_TTT_OPTIM=sgd needs PREQUANT_TTT_DATA=val, not {prequant_ttt_data}"),
         ):
             if not holds:
                 raise Refusal(why.format(**asdict(h)))
@@ -344,6 +436,17 @@ class Hyperparameters:
     def mlp_dim(self) -> int:
         """MLP width F."""
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def contexts(self) -> list[tuple[float, int]]:
+        """(share of training up to which, longest context T) in order."""
+        stages = self.train_seq_schedule or f"{self.train_seq_len}@1"
+        return [(float(end), int(T)) for T, end in (s.split("@") for s in stages.split(","))]
+
+    @property
+    def valued(self) -> list[int]:
+        """Layers whose values get an embedding of their token."""
+        return [int(i) for i in self.ve_layers.split(",") if i]
 
     @classmethod
     def from_env(cls,
@@ -360,11 +463,25 @@ class Hyperparameters:
             if name not in RECIPES:
                 raise Refusal(f"RECIPE={recipe}: there is no recipe {name!r}" +
                               nearest(name, RECIPES) + f"; known: {', '.join(RECIPES)}")
-            values.update(RECIPES[name])
-        for name, f in kinds.items():
-            if name != "recipe" and (raw := env.get(name.upper())) is not None:
-                values[name] = parse_knob(name, raw, f.type, f.metadata["meaning"])
-        return cls(**values)
+            # Sizes are not mechanisms: what a recipe has off, the demo leaves off; and it gives
+            # no smaller budget to what does not search steps to fill one.
+            values.update({
+                n: v for n, v in RECIPES[name].items() if name != "demo"
+                or values.get(n, kinds[n].default) or n == "lr_warmup_steps"
+            })
+            if values.get("step_search") == "uniform":
+                values.pop("budget_bytes", None)
+        single = [n for n in kinds if n != "recipe" and n.upper() in env]
+        for name in single:
+            f = kinds[name]
+            values[name] = parse_knob(name, env[name.upper()], f.type, f.metadata["meaning"])
+        try:
+            return cls(**values)
+        except Refusal as error:
+            theirs = [n.upper() for n in values if f"{n.upper()}=" in str(error)
+                      and n not in [*single, "recipe"]]
+            raise Refusal(f"{error}" + f" ({', '.join(theirs)} by RECIPE={recipe})" *
+                          any(theirs)) from None
 
     def changed(self) -> dict[str, Any]:
         """Name -> value of every knob that differs from the submission, those that only say where
@@ -393,7 +510,7 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               train_seq_len=256,
               train_batch_tokens=4096,
               micro_batch_tokens=4096,
-              max_wallclock_seconds=100.0,
+              max_wallclock_seconds=80.0,
               rehearsal_steps=1,
               train_log_every=50,
               lr_warmup_steps=20,
@@ -402,6 +519,7 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               muon_momentum_warmup_steps=100,
               ema_decay=0.98,
               gptq_calibration_batches=8,
+              budget_bytes=1_000_000,
               scores="prequant,quantized,sliding,ttt",
               eval_seq_len=256,
               eval_batch_tokens=4096,
@@ -411,6 +529,217 @@ RECIPES: dict[str, dict[str, Any]] = dict(
               ttt_epochs=2,
               ttt_batch_seqs=16),
 )
+RECIPE_TEXT = ""    # what --help recipes prints
+
+
+# >>> not packed (the packed script of a run gets the rows that the run used)
+RECIPES["demo"] |= dict(eval_stride=64,
+                        train_seq_schedule="64@0.1,128@0.7,256@1",
+                        ve_layers="2,3",
+                        warmdown_iters=300,
+                        recur_start_step=100)
+SP1024 = dict(vocab_size=1024,
+              mlp_mult=3.0,
+              leaky_slope=0.0,
+              rope_base=1e4 * 2**(16 / 14),    # NTK rule: rotary train length 1024, context 2048
+              qk_gain_init=1.5,
+              xsa_last_n=0,
+              head_gate_scale=0.0,
+              skip_gates=False,
+              smear_mix=True,
+              bigram_vocab_size=2048,
+              parallel_form="none",
+              num_loops=0,
+              doc_mask=False,
+              loader="stream",
+              warmdown_iters=3500,
+              min_lr=0.0,
+              matrix_lr=0.025,
+              scalar_lr=0.025,
+              tied_embed_lr=0.035,
+              muon_momentum=0.99,
+              polar_express=False,
+              muon_row_normalize=False,
+              muon_wd=0.04,
+              embed_wd=0.04,
+              adam_wd=0.04,
+              beta2=0.95,
+              ema_decay=0.997,
+              embed_bits=8,
+              matrix_clip_sigmas=0.0,
+              embed_clip_sigmas=0.0,
+              step_search="uniform",
+              compressor="zstd",
+              ttt="chunk",
+              ttt_enabled=False)
+SP8192 = dict(head_gate_scale=0.0,
+              smear_gate=False,
+              parallel_start_layer=7,
+              doc_mask=False,
+              warmdown_frac=0.72,
+              min_lr=0.0,
+              matrix_lr=0.022,
+              muon_momentum=0.99,
+              beta2=0.95,
+              embed_bits=8,
+              embed_clip_sigmas=20.0,
+              trellis_states=0,
+              step_search="uniform",
+              compressor="brotli",
+              ttt="chunk")
+PREQUANT = dict(prequant_ttt_epochs=6, prequant_ttt_data="val", prequant_ttt_freeze_blocks=2,
+                ttt_batch_seqs=256)
+PR578 = SP1024 | dict(xsa_last_n=4,
+                      ve_dim=128,
+                      ve_layers="9,10",
+                      late_qat_threshold=0.5,
+                      clip_search=True,
+                      trellis_states=0,
+                      gptq_roles="matrices",
+                      gptq_calibration_batches=6,
+                      ttt_ema_decay=0.995,
+                      ttt_freeze_blocks=2,
+                      ttt_max_chunks=200,
+                      ttt_enabled=True)
+PR1364 = PR578 | PREQUANT | dict(leaky_slope=0.5,
+                                 xsa_last_n=11,
+                                 qk_gain_init=4.0,
+                                 late_qat_threshold=0.15,
+                                 gptq_calibration_batches=256,
+                                 gptq_damping=0.02,
+                                 compressor="lzma",
+                                 ttt_enabled=False)
+PR1539 = SP8192 | PREQUANT | dict(smear_gate=True,
+                                  smear_mix=True,
+                                  skip_gates=False,
+                                  rope_base=1e4 * 2**(16 / 14),
+                                  ve_dim=44,
+                                  ve_layers="9,10",
+                                  parallel_form="apart",
+                                  num_loops=1,
+                                  recur_start_step=3000,
+                                  loader="stream",
+                                  embed_wd=0.095,
+                                  muon_backend_steps=4,
+                                  late_qat_threshold=0.15,
+                                  gptq_roles="matrices",
+                                  gptq_damping=0.02,
+                                  calibration="self",
+                                  gptq_calibration_batches=1,
+                                  ttt_enabled=False,
+                                  ttt_batch_seqs=32)
+PR1855 = dict(caseops_enabled=True, qk_gain_init=5.0, matrix_clip_sigmas=12.0, trellis_states=0,
+              step_search="uniform", compressor="brotli", ttt="phased", ttt_lora_rank=80,
+              ttt_lora_alpha=144.0, ttt_lora_lr=1e-4, ttt_lr_decay=0.0, ttt_learners=1,
+              ttt_targets="q,k,v,o,mlp,head")
+ON_TRAIN = dict(prequant_ttt_data="train")
+FLOOR = "row scales without the floor of 1/31 that ruins small models; every target scored once"
+BANKED = ("; whole layers freeze or slow down (published: scalars only), QAT rounds the matrices "
+          "(published: inert)")
+TWIN = "as its twin, adapted to a held-out end of the training shards inside the clock"
+LATE = ("one clip of 12 sigmas (published: 13 attention, 11.5 MLP), no LQER; TTT of all weights by "
+        "chunks (published: adapters by documents); the reserve covers calibration")
+ASYM = "; TTT moves the softcaps (published: no gradient reached them)"
+C3 = "breaks C3"
+RECIPES |= dict(
+    baseline=SP1024 | dict(num_layers=9,
+                           mlp_mult=2.0,
+                           rope_dims=64,
+                           rope_base=1e4,
+                           ln_scale=False,
+                           matrix_init="uniform",
+                           bigram_vocab_size=0,
+                           smear_gate=False,
+                           smear_mix=False,
+                           train_batch_tokens=524288,
+                           micro_batch_tokens=65536,
+                           train_seq_len=1024,
+                           eval_seq_len=1024,
+                           eval_stride=1024,
+                           warmdown_iters=1200,
+                           matrix_lr=0.04,
+                           scalar_lr=0.04,
+                           tied_embed_lr=0.05,
+                           muon_momentum=0.95,
+                           muon_momentum_warmup_start=0.85,
+                           muon_momentum_warmup_steps=500,
+                           muon_wd=0.0,
+                           embed_wd=0.0,
+                           adam_wd=0.0,
+                           grad_clip_norm=0.0,
+                           ema_decay=0.0,
+                           matrix_bits=8,
+                           gptq_roles="none",
+                           compressor="zlib",
+                           scores="quantized"),
+    pr398=SP1024 | dict(iterations=9000,
+                        warmdown_iters=3000,
+                        gptq_roles="none",
+                        prequant_ttt_optim="sgd",
+                        prequant_ttt_epochs=20,
+                        prequant_ttt_data="val",
+                        prequant_ttt_lr=0.008,
+                        ttt_batch_seqs=256),
+    pr398_legal=SP1024 | dict(iterations=9000, warmdown_iters=3000, gptq_roles="none",
+                              ttt_enabled=True),
+    pr578=PR578,
+    pr1364=PR1364,
+    pr1364_legal=PR1364 | ON_TRAIN,
+    dttt=PR1364 | dict(qk_gain_init=5.0,
+                       warmdown_iters=4000,
+                       gptq_damping=0.01,
+                       prequant_ttt_epochs=10,
+                       prequant_ttt_freeze_blocks=0,
+                       prequant_ttt_block_lr_start=0.3),
+    pr1539=PR1539,
+    pr1539_legal=PR1539 | ON_TRAIN,
+    pr1493=SP8192 | dict(parallel_form="gptj", gptq_calibration_batches=64, ttt_lr=0.005),
+    pr1855=PR1855,
+    pr2014=PR1855 | dict(qk_gain_init=5.25,
+                         train_seq_len=3072,
+                         eval_seq_len=3072,
+                         eval_stride=1536,
+                         train_seq_schedule="1024@0.1,2048@0.7,3072@1",
+                         ttt_chunk_tokens=30720,
+                         ttt_targets="k,o,mlp,head",
+                         ttt_lora_lr=7.5e-5,
+                         ttt_phases=1,
+                         asym_logit_rescale=True),
+    pr2135=PR1855 | dict(matrix_lr=0.028,
+                         eval_seq_len=2560,
+                         gptq_calibration_batches=32,
+                         ttt_targets="q,v,o,mlp,head",
+                         ttt_lora_lr=8e-5,
+                         ttt_phases=1,
+                         asym_logit_rescale=True))
+RECIPES["dttt_legal"] = RECIPES["dttt"] | ON_TRAIN
+# (source, legality, reported BPB or 0, what differs from the original)
+RECIPE_NOTES = dict(
+    record=("this script", "legal", 0.0, "the defaults; not yet run on 8xH100"),
+    demo=("this script", "legal", 0.0, "a size for two CPU cores; RECIPE=pr578,demo shrinks any"),
+    baseline=("openai/parameter-golf, NaiveBaseline", "legal", 1.2244,
+              "published on an older export of the validation set"),
+    pr398=("#398", C3, 1.1221, FLOOR),
+    pr398_legal=("#398", "legal", 0.0, "score-first SGD by chunks in place of SGD on validation"),
+    pr578=("#578", "legal", 1.1215, FLOOR + "; correct GPTQ; unused SWA snapshots left out; "
+           "calibrates inside the clock (published: after it)"),
+    pr1364=("#1364", C3, 1.1025, FLOOR + "; QK gain 4.0 of its README (script: 1.5)" + BANKED),
+    pr1364_legal=("#1364", "legal", 0.0, TWIN),
+    dttt=("#1351", C3, 1.0807, FLOOR + BANKED),
+    dttt_legal=("#1351", "legal", 0.0, TWIN),
+    pr1539=("#1539", C3, 1.0587, FLOOR + BANKED + "; calibrates the model itself (published: a "
+            "copy without recurrence and lanes); momentum rows scaled along the stored rows"),
+    pr1539_legal=("#1539", "legal", 0.0, TWIN),
+    pr1493=("#1493", "legal", 1.0810, "without the hash embedding that its logs show and its "
+            "script lacks"),
+    pr1855=("#1855", "legal", 1.0611, LATE),
+    pr2014=("#2014", "legal", 1.0576, LATE + ASYM + "; no AWQ-lite"),
+    pr2135=("#2135", "legal", 1.0565, LATE + ASYM + "; no n-gram tilt; SmearGate stops at "
+            "document starts (published: not in training)"))
+RECIPE_TEXT = "\n".join(
+    f"{name:13} {format(bpb, '.4f') if bpb else '-':7} {legality}\n{'':14}{source}: {differs}"
+    for name, (source, legality, bpb, differs) in RECIPE_NOTES.items())
+# <<< not packed
 
 
 def parse_knob(name: str, raw: str, kind: str, meaning: str) -> Any:
@@ -453,9 +782,10 @@ def help_text() -> str:
         for f in fields(Hyperparameters)
     ]
     return "\n".join([
-        __doc__.strip(), "", f"Recipes (RECIPE=a,b): {', '.join(RECIPES)}", "",
+        __doc__.strip(), "", f"Recipes (RECIPE=a,b; --help recipes): {', '.join(RECIPES)}", "",
         f"  {'knob':28} {'type':6} {'default':14} meaning", *rows
     ])
+
 
 
 # ==================================================================================================
@@ -512,11 +842,22 @@ class World:
         return self.rank == 0
 
     def together(self, collective: Callable, *arguments: Any, **options: Any) -> None:
-        """Runs a collective; raises `Refusal` where another rank no longer answers."""
+        """Runs a collective; raises `Refusal` naming the ranks that no longer answer."""
         try:
             collective(*arguments, **options)
         except RuntimeError as error:
-            raise Refusal(f"another rank was lost ({brief(error)}); see its own messages") from None
+            raise Refusal(f"another rank was lost: {self.silent()} ({brief(error)}); see its own "
+                          "messages") from None
+
+    def silent(self) -> list[int]:
+        """The ranks that miss a roll call of two seconds; [0] where the store died with rank 0."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"here{self.rank}", "")
+            time.sleep(2)
+            return [r for r in range(self.size) if not store.check([f"here{r}"])]
+        except RuntimeError:
+            return [0]
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t` over the ranks, in place."""
@@ -604,6 +945,14 @@ def write_atomically(path: Path, *parts: bytes) -> None:
             "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
 
 
+def refuse_used(folder: Path) -> None:
+    """Raises `Refusal` where a run was finished, or left an artifact and no checkpoint."""
+    if (folder / "result.json").exists() or (
+            folder / "model.bin").exists() and not checkpoints(folder):
+        raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; choose another "
+                      "RUN_ID, no run is ever overwritten")
+
+
 class Log:
     """What rank 0 prints; once a folder is claimed, its log.txt too. Other ranks say nothing."""
 
@@ -614,18 +963,24 @@ class Log:
             self.claim(folder)
 
     def claim(self, folder: Path) -> None:
-        """Makes the run's folder and writes there what was said so far; raises `Refusal` if the run
-        id was used before."""
+        """Makes the run's folder, locks it for as long as this process lives, and writes there what
+        was said so far; raises `Refusal` where another run has it or one was finished."""
         self.folder = folder
         if self.world.main:
             try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; "
-                              "choose another RUN_ID, no run is ever overwritten") from None
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lock = open(folder / "log.txt", "a")
+                if fcntl:    # the system gives the lock back however this process ends
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}"
+                              ) from None
             except OSError as error:
                 raise Refusal(
                     f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+            refuse_used(folder)
+            for path in folder.glob(".*.partial"):    # of a process that was killed
+                path.unlink()
             self.write(self.early)
 
     def write(self, lines: Sequence[str]) -> None:
@@ -669,6 +1024,7 @@ class Log:
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 HEADER_BYTES = 256 * 4
 BOS = 1
+CASEOPS_VAL_TOKENS = 47_851_520    # of the published CaseOps validation set, its tail cut off
 
 
 def shard_header(count: int) -> bytes:
@@ -763,6 +1119,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(move(batch.ids), move(batch.targets), docs)
 
 
+def coprime_order(blocks: int, rng: np.random.Generator) -> np.ndarray:
+    """The numbers below `blocks` in strides without a common divisor, which miss none (#726)."""
+    stride = int(blocks * rng.uniform(0.3, 0.7)) + 1
+    stride = next(n for n in itertools.count(stride) if math.gcd(n, blocks) == 1)
+    return (np.arange(blocks) * stride + int(rng.integers(blocks))) % blocks
+
+
 class Loader:
     """Endless micro-batches of the training shards; `position` is its whole state.
 
@@ -783,18 +1146,37 @@ class Loader:
                 f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
         self.epoch, self.order, self.stream = -1, np.empty(0), []
         self.thread, self.ready = None, {}
+        self.context, self.since = h.contexts[0][1], -math.inf
+
+    def cut(self, context: int) -> float:
+        """Cuts documents at `context` tokens from now on; returns micro-batches since it changed.
+        """
+        if context != self.context:
+            self.rewind(self.position, context, self.position)
+        return self.position - self.since
+
+    def rewind(self, position: int, context: int, since: float) -> None:
+        """Back, or on, to a state; what was read ahead for another one is dropped."""
+        if self.thread:
+            self.thread.join()
+        self.ready.clear()
+        self.position, self.context, self.since = position, context, since
 
     def arrange(self, epoch: int) -> None:
         """Draws the order of shards and blocks of one epoch."""
         rng = np.random.default_rng((self.h.seed, epoch))
-        self.epoch, self.stream = epoch, [self.shards[i] for i in rng.permutation(len(self.shards))]
+        order, number = rng.permutation(len(self.shards)), np.arange(self.blocks)
+        stream = self.h.loader == "stream"
+        self.epoch = epoch
+        self.stream = [self.shards[i] for i in (sorted(order) if stream else order)]
         self.starts = np.cumsum([0, *map(len, self.stream)])
         spare = int(self.starts[-1]) - 1 - self.blocks * self.h.micro_batch_tokens
         self.phase = int(rng.integers(spare + 1)) if epoch else 0
-        order = np.arange(self.blocks)
-        for lo in range(0, self.blocks, 1024):
-            rng.shuffle(order[lo:lo + 1024])
-        self.order = order
+        if self.h.loader == "coprime":
+            number = coprime_order(self.blocks, rng)
+        for lo in range(0, self.blocks * (self.h.loader == "shuffled"), 1024):
+            rng.shuffle(number[lo:lo + 1024])
+        self.order = number
 
     def tokens(self, lo: int, count: int) -> np.ndarray:
         """(count,) tokens of this epoch's stream from place `lo` on."""
@@ -815,10 +1197,11 @@ class Loader:
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
         check_tokens(tokens, self.h.vocab_size, "a training shard")
         packed = attention_kernel(self.world.device) != "blocks"
-        rows = 1 if packed else size // self.h.train_seq_len
+        rows = 1 if packed else size // self.context
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
-                     locate(ids, self.h.train_seq_len, self.world.device))
+                     locate(ids if self.h.doc_mask else np.zeros_like(ids), self.context,
+                            self.world.device))
 
     def fetch(self, number: int) -> None:
         """Reads block `number` for `next`; runs on the thread, so an error is kept and raised
@@ -879,19 +1262,51 @@ def check_tokens(tokens: np.ndarray, V: int, place: str) -> None:
                       "shards and vocabulary do not belong together")
 
 
+def check_caseops(h: Hyperparameters, folder: Path, sidecars: int, count: int) -> None:
+    """Raises `Refusal` where byte counts are missing or `count` validation tokens cannot be all of
+    the published CaseOps set; a manifest says that the set is one's own."""
+    whole = h.short_val_allowed or (folder / "manifest.json").is_file()
+    if not sidecars or not (whole or count >= CASEOPS_VAL_TOKENS):
+        raise Refusal(
+            f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation tokens and {sidecars} files "
+            f"fineweb_val_bytes_*.bin; the published set has {CASEOPS_VAL_TOKENS:,} and one for "
+            "each shard. Of a set cut short the rest may be training text, so it is taken only "
+            "with SHORT_VAL_ALLOWED=1")
+
+
+def check_manifest(h: Hyperparameters, path: Path) -> None:
+    """Raises `Refusal` where the verb data made these shards for another vocabulary or text form.
+    """
+    made = json.loads(path.read_text()) if path.is_file() else {}
+    for name, mine in (("vocab_size", h.vocab_size), ("caseops", h.caseops_enabled)):
+        if made.get(name, mine) != mine:
+            raise Refusal(f"{path}: {name} is {made[name]}, the model's is {mine}")
+
+
+def shards_folder(h: Hyperparameters) -> Path:
+    """Where the shards of these hyperparameters are looked for."""
+    case = "_lossless_caps_caseops_v1_reserved" if h.caseops_enabled else ""
+    return Path(h.data_path or Path(h.data_dir) / "datasets" / f"fineweb10B_sp{h.vocab_size}{case}")
+
+
+def must_build(h: Hyperparameters) -> bool:
+    """True where the embedded corpus is asked for, or no shards are."""
+    return h.corpus == "embedded" or not (h.corpus or h.data_path or shards_folder(h).is_dir())
+
+
 def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
     """Finds or builds the data and checks all of it before any training; raises `Refusal` for
     whatever is wrong."""
-    folder = Path(h.data_path or Path(h.data_dir) / "datasets" / f"fineweb10B_sp{h.vocab_size}")
-    if h.corpus == "embedded" or not h.corpus and not h.data_path and not folder.is_dir():
+    folder = shards_folder(h)
+    if must_build(h):
         if not h.corpus:
             log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)"
                 )
         if world.main:
             cache = Path(h.data_dir) / "cache"
-            folder = corpus_path(cache, h.vocab_size)
+            folder = corpus_path(cache, h.vocab_size, h.caseops_enabled)
             if build_corpus:
-                folder = build_corpus(cache, h.vocab_size, log)
+                folder = build_corpus(cache, h.vocab_size, log, h.caseops_enabled)
             elif not intact(folder):
                 raise Refusal(f"CORPUS=embedded: {folder} is not there and this packed script "
                               "cannot build it; run the readable script once, or set DATA_PATH")
@@ -904,6 +1319,8 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     for side in ("train", "val"):
         if not names[side]:
             raise Refusal(f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
+    if (folder / "manifest.json").exists() and not intact(folder, "_train_"):
+        raise Refusal(f"DATA_PATH={folder}: a validation file is not what manifest.json says")
     train = [read_shard(path) for path in names["train"]]
     tokens = np.concatenate([read_shard(path) for path in names["val"]])
     for path, shard in [*zip(names["train"], train), (names["val"][0], tokens)]:
@@ -913,6 +1330,9 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     if len(tokens) < 2 or not (tokens == BOS).any():
         raise Refusal(
             f"{names['val'][0]}: no document start (token {BOS}) among {len(tokens)} tokens")
+    check_manifest(h, folder / "manifest.json")
+    if h.caseops_enabled:
+        check_caseops(h, folder, len(names["val_bytes"]), len(tokens))
     if names["val_bytes"]:
         sidecar = np.concatenate([read_shard(path) for path in names["val_bytes"]])
         if len(sidecar) != len(tokens):
@@ -940,6 +1360,9 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     path = Path(path)
     if not path.is_file():
         raise Refusal(f"tokenizer {path}: there is no such file")
+    if sentencepiece is None:
+        raise Refusal(f"tokenizer {path} needs the package sentencepiece (pip install "
+                      "sentencepiece)")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
@@ -1000,23 +1423,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def intact(folder: Path) -> bool:
-    """True where `folder` has a manifest and every file it names is there and unchanged."""
+def intact(folder: Path, skipped: str = "/") -> bool:
+    """True where `folder` has a manifest and every file it names is there and unchanged; names with
+    `skipped` in them are passed over."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all(file_sha256(folder / name) == digest for name, digest in files.items())
+        return all(skipped in name or file_sha256(folder / name) == digest
+                   for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False    # whatever is wrong with it, the answer is to build it again
 
 
-def corpus_path(folder: Path, V: int) -> Path:
+def corpus_path(folder: Path, V: int, caseops: bool = False) -> Path:
     """Where the embedded corpus of this Python and vocabulary lies inside the cache `folder`."""
-    return folder / f"embedded_py{platform.python_version()}_sp{V}_b{BUILDER}"
+    case = "_caseops" * caseops
+    return folder / f"embedded_py{platform.python_version()}_sp{V}{case}_b{BUILDER}"
 
 
 # The packed script reads data but makes none: the code up to the end of this section stays behind.
 build_corpus: Callable[..., Path] | None = None
-make_data: Callable[..., dict] | None = None
 
 
 # >>> not packed
@@ -1225,6 +1650,9 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
     Ids as in the official tokenizers: pad 0, bos 1, eos 2, unk 3, then `markers`, then 256 bytes.
     Trains on lines, so a newline is always the byte piece. Raises Refusal when V does not fit.
     """
+    if sentencepiece is None:
+        raise Refusal(f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
+                      "(pip install sentencepiece)")
     model = io.BytesIO()
     lines = (line[start:start + 4000] for text in texts for line in text.split("\n")
              for start in range(0, len(line), 4000))
@@ -1523,13 +1951,14 @@ def counted(corpus: Iterable[tuple[bool, str]], progress: Progress) -> Iterator[
             yield text
 
 
-def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print) -> Path:
+def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print,
+                    caseops: bool = False) -> Path:
     """The folder of the embedded corpus in the cache `folder`, built there when it is not intact.
 
     Processes that build at the same time make the same bytes, and the first to finish wins.
     """
     folder = Path(folder)
-    path = corpus_path(folder, V)
+    path = corpus_path(folder, V, caseops)
     if intact(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -1539,7 +1968,7 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
               bin_folder, contextlib.suppress(FileNotFoundError)):
             os.rename(path, Path(bin_folder) / "damaged")    # gone when another process was faster
     documents = [(held_out(name), text) for name, text in embedded_documents()]
-    build_dataset(functools.partial(iter, documents), V, None, path, False, say)
+    build_dataset(functools.partial(iter, documents), V, None, path, caseops, say)
     return path
 
 
@@ -1566,7 +1995,7 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     return manifest
 
 
-build_corpus, make_data = embedded_corpus, make_dataset
+build_corpus = embedded_corpus
 # <<< not packed
 
 
@@ -1580,9 +2009,9 @@ class Role(NamedTuple):
     """What the pipeline needs to know about one stored tensor."""
 
     shape: tuple[int, ...]    # leading L where there is one slice per layer
-    init: str | float    # "orthogonal", "normal", or the constant that fills it
-    optim: str    # "muon", "embed" or "scalar"
-    bits: int = 16    # 16: stored as fp16; below: codes of that width with a step per row
+    init: str | float    # "orthogonal", "uniform", "normal", or the constant that fills it
+    optim: str    # "muon", "embed", "scalar", or "" where training leaves it alone
+    bits: int = 16    # 16: fp16; 1 to 8: codes of that width, a step per row; 0: not stored
     tap: str = ""    # the activation that feeds it; empty: rounded without GPTQ
     # clip width in standard deviations of a row; 0: the row's largest value
     sigmas: float = 0.0
@@ -1592,17 +2021,17 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
     L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
     H, K = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
-    S = len(depth_plan(h, looped=True)) // 2
+    S = sum(step.pop is not None for step in depth_plan(h, looped=True))
     matrix = dict(optim="muon", bits=h.matrix_bits, sigmas=h.matrix_clip_sigmas)
-    scalar = dict(optim="scalar")
+    scalar, start = dict(optim="scalar"), h.matrix_init
     table = dict(
         embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final",
                    h.embed_clip_sigmas),
-        wq=Role((L, H, D), "orthogonal", tap="attn_in", **matrix),
-        wk=Role((L, K, D), "orthogonal", tap="attn_in", **matrix),
-        wv=Role((L, K, D), "orthogonal", tap="attn_in", **matrix),
+        wq=Role((L, H, D), start, tap="attn_in", **matrix),
+        wk=Role((L, K, D), start, tap="attn_in", **matrix),
+        wv=Role((L, K, D), start, tap="attn_in", **matrix),
         wo=Role((L, D, H), 0.0, tap="attn_out", **matrix),
-        w_up=Role((L, F_, D), "orthogonal", tap="mlp_in", **matrix),
+        w_up=Role((L, F_ << (h.activation == "swiglu"), D), start, tap="mlp_in", **matrix),
         w_down=Role((L, D, F_), 0.0, tap="mlp_hidden", **matrix),
         q_gain=Role((L, h.num_heads), h.qk_gain_init, **scalar),
         attn_scale=Role((L, D), 1.0, **scalar),
@@ -1610,17 +2039,37 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         mix_x=Role((L, D), 1.0, **scalar),
         mix_x0=Role((L, D), 0.0, **scalar),
         skip_weight=Role((S, D), 1.0, **scalar),
-        skip_gate=Role((S, D), 0.0, **scalar),
     )
+    if h.skip_gates:
+        table["skip_gate"] = Role((S, D), 0.0, **scalar)
     if h.head_gate_scale:
-        table["head_gate"] = Role((L, h.num_heads, h.gate_window), 0.0, "scalar", bits=8)
-    if h.parallel_start_layer < L:
+        window = D if h.attn_gate == "dense" else h.gate_window
+        table["head_gate"] = Role((L, h.num_heads, window), 0.0, "scalar", bits=8)
+    if h.parallel_start_layer < L and h.parallel_form == "lanes":
         table["lane_keep"] = Role((L, 2), 1.1, **scalar)
         table["lane_write"] = Role((L, 2, 2), 1.0, **scalar)
+    if h.parallel_form == "apart":
+        table["lane_share"] = Role((1, ), 0.5, **scalar)
     if h.smear_gate:
-        table["smear_gate"] = Role((1, h.gate_window), 0.0, **scalar)
+        table["smear_gate"] = Role((1, D if h.smear_mix else h.gate_window), 0.0, **scalar)
+    if h.smear_gate and not h.smear_mix:
         table["smear_scale"] = Role((1, ), 0.0, **scalar)
-    return table
+    if h.bigram_vocab_size:
+        table["bigram"] = Role((h.bigram_vocab_size, h.bigram_dim), 0.0, "embed", 8)
+        table["bigram_proj"] = Role((1, D, h.bigram_dim), "orthogonal", "muon")
+        table["bigram_scale"] = Role((1, ), 0.05, **scalar)
+    if h.ve_dim:
+        # The published pass over the matrices leaves a side below 64 at zero.
+        table["ve"] = Role((h.vocab_size, h.ve_dim), "normal", "embed", 8)
+        table["ve_proj"] = Role((1, K, h.ve_dim), "orthogonal" if h.ve_dim >= 64 else 0.0, "muon")
+        table["ve_scale"] = Role((1, ), 0.1, **scalar)
+        table["ve_layer"] = Role((len(h.valued), ), 1.0, **scalar)
+    if h.asym_logit_rescale:    # in no group: test-time training alone moves it
+        table["softcap"] = Role((2, ), h.logit_softcap, "")
+    if h.mtp_num_heads:
+        table["mtp"] = Role((h.mtp_num_heads, h.vocab_size, D), 0.0, "muon", bits=0)
+    skipped = dict(all=(), matrices=("embed", ), none=table)[h.gptq_roles]
+    return {n: r._replace(tap="") if n in skipped else r for n, r in table.items()}
 
 
 class Step(NamedTuple):
@@ -1631,13 +2080,15 @@ class Step(NamedTuple):
     pop: int | None    # row of the skip weights that merges a kept output, or None
     parallel: bool    # attention and MLP read and write lanes of their own
     xsa: bool    # heads drop the part along their own value
+    rounded: bool = False    # its matrices are used as the exporter would round them
 
 
-def depth_plan(h: Hyperparameters, looped: bool) -> tuple[Step, ...]:
+def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple[Step, ...]:
     """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times when
     looped.
 
     The first half pushes its outputs, the second half pops them in reverse (U-Net skips, #289).
+    Plain skips have a row for each pair of the unlooped plan only (#1539).
     """
     segment = range(h.loop_start, h.loop_end + 1)
     if not (looped and h.num_loops):
@@ -1648,9 +2099,12 @@ def depth_plan(h: Hyperparameters, looped: bool) -> tuple[Step, ...]:
             *range(h.loop_end + 1, h.num_layers)
         ]
     half = len(order) // 2
+    rows = half if h.skip_gates else h.num_layers // 2
+    first = h.num_layers if h.parallel_form == "none" else h.parallel_start_layer
     return tuple(
-        Step(layer, slot < half, slot - half if half <= slot < 2 * half else None,
-             layer >= h.parallel_start_layer and slot >= half, layer >= h.num_layers - h.xsa_last_n)
+        Step(layer, half - rows <= slot < half,
+             slot - half if half <= slot < half + rows else None,
+             layer >= first and slot >= half, layer >= h.num_layers - h.xsa_last_n, rounded)
         for slot, layer in enumerate(order))
 
 
@@ -1757,9 +2211,8 @@ class BlockAttention(torch.autograd.Function):
     """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as
     the others' twin.
 
-    The backward pass reuses the stored probabilities; torch's CPU kernel computes them again at two
-    to three times
-    the cost.
+    The backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
+    torch's CPU kernel computes them again at two to three times the cost.
     """
 
     @staticmethod
@@ -1768,39 +2221,41 @@ class BlockAttention(torch.autograd.Function):
         B, T, H, E = q.shape
         K, place = k.size(2), torch.arange(T, device=q.device)
         Q, keys, values = (group(t, K) for t in (q, k, v))
-        outputs, probabilities = [], []
+        outputs, weights, totals = [], [], []
         for lo in range(0, T, QUERY_BLOCK):
             hi = min(lo + QUERY_BLOCK, T)
             seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
             rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
             logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT)
             logits = logits.view(B, K, H // K, hi - lo, hi).float() * E**-0.5
-            p = torch.where(seen[:, None, None], logits, -math.inf).softmax(-1).to(q.dtype)
-            p = p.view(B * K, -1, hi)
-            probabilities.append(p)
-            outputs.append(
-                torch.bmm(p, values[:, :, 0, :hi].reshape(B * K, hi, E)).view(
-                    B, K, H // K, hi - lo, E))
+            logits = torch.where(seen[:, None, None], logits, -math.inf).view(B * K, -1, hi)
+            p = (logits - logits.amax(-1, keepdim=True)).exp()
+            totals.append(p.sum(-1, keepdim=True))
+            weights.append(p.to(q.dtype))
+            y = torch.bmm(weights[-1], values[:, :, 0, :hi].reshape(B * K, hi, E))
+            outputs.append((y / totals[-1]).to(q.dtype).view(B, K, H // K, hi - lo, E))
         y = ungroup(torch.cat(outputs, 3))
-        ctx.save_for_backward(q, k, v, y, *probabilities)
+        ctx.save_for_backward(q, k, v, y, *weights, *totals)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv
         2205.14135, B.2)."""
-        q, k, v, y, *probabilities = ctx.saved_tensors
+        q, k, v, y, *saved = ctx.saved_tensors
+        blocks = len(saved) // 2
         B, T, H, E = q.shape
         K = k.size(2)
         Q, G, keys, values = (group(t, K) for t in (q, grad, k, v))
         delta = group((grad.float() * y.float()).sum(-1, keepdim=True), K)
         dq, dk, dv = [], [], []
-        for p, lo in zip(probabilities, range(0, T, QUERY_BLOCK)):
+        for p, total, lo in zip(saved[:blocks], saved[blocks:], range(0, T, QUERY_BLOCK)):
             hi = min(lo + QUERY_BLOCK, T)
             rows, grads = (t[..., lo:hi, :].reshape(B * K, -1, E) for t in (Q, G))
             dp = torch.bmm(grads, values[:, :, 0, :hi].reshape(B * K, hi, E).mT).float()
-            ds = p.float() * (dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)) * E**-0.5
-            ds = ds.to(q.dtype)
+            dp = dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)
+            ds = (p.float() * dp * (E**-0.5 / total)).to(q.dtype)
+            grads = (grads / total).to(q.dtype)
             dq.append(
                 torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(
                     B, K, H // K, hi - lo, E))
@@ -1872,8 +2327,15 @@ class Block(nn.Module):
         super().__init__()
         self.h, self.kernel = h, kernel
 
-    def attention(self, w: Layer, n: Tensor, rope: tuple[Tensor, Tensor], docs: Docs, xsa: bool,
-                  lora: Mapping[str, LoRA], probe: Callable[[str, Tensor], None] | None,
+    def attention(self,
+                  w: Layer,
+                  n: Tensor,
+                  rope: tuple[Tensor, Tensor],
+                  docs: Docs,
+                  xsa: bool,
+                  lora: Mapping[str, LoRA],
+                  probe: Callable[[str, Tensor], None] | None,
+                  value: Tensor | None = None,
                   past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
@@ -1885,7 +2347,8 @@ class Block(nn.Module):
         q = (q * w.q_gain[:, None]).type_as(n)
         # (B, T, K, E)
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
-        v = heads(linear(n, w.wv, lora.get("v")))
+        v = linear(n, w.wv, lora.get("v"))
+        v = heads(v if value is None else v + value)
         y = attend(q, k, v, docs, self.kernel) if past is None else recall(
             q, k, v, past, self.kernel)
         if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
@@ -1895,8 +2358,9 @@ class Block(nn.Module):
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
         if w.head_gate is not None:
             # (B, T, H)
-            gate = F.linear(n[..., :h.gate_window], w.head_gate)
+            gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)
             y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
+            y = y * 2 if h.attn_gate == "output" else y
         y = y.reshape(B, T, -1)
         if probe:
             probe("attn_out", y)
@@ -1904,11 +2368,16 @@ class Block(nn.Module):
 
     def mlp(self, w: Layer, n: Tensor, lora: Mapping[str, LoRA],
             probe: Callable[[str, Tensor], None] | None) -> Tensor:
-        """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
+        """Normalised input (B, T, D) -> squared leaky ReLU or SwiGLU MLP, before its scale."""
         if probe:
             probe("mlp_in", n)
         # (B, T, F)
-        hidden = F.leaky_relu(F.linear(n, w.w_up), self.h.leaky_slope).square()
+        hidden = F.linear(n, w.w_up)
+        if self.h.activation == "swiglu":    # arXiv 2002.05202
+            hidden, gate = hidden.chunk(2, -1)
+            hidden = hidden * F.silu(gate)
+        else:
+            hidden = F.leaky_relu(hidden, self.h.leaky_slope).square()
         if probe:
             probe("mlp_hidden", hidden)
         return linear(hidden, w.w_down, lora.get("mlp"), lora_in=n)
@@ -1924,18 +2393,24 @@ class Block(nn.Module):
                 xsa: bool,
                 lora: Mapping[str, LoRA] = {},
                 probe: Callable[[str, Tensor], None] | None = None,
+                value: Tensor | None = None,
                 past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
-        `a` and hands `m` through."""
+        `a` and hands `m` through. `value` (B, T, K E) is added to the values."""
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w,
                                              norm(read) * w.depth_scale, rope, docs, xsa, lora,
-                                             probe, past)
+                                             probe, value, past)
         if not parallel:
             a = (read + attn).type_as(a)
             a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
             return a, m
-        mlp = w.mlp_scale * self.mlp(w, norm(m) * w.depth_scale, lora, probe)
+        source = read if self.h.parallel_form == "gptj" else m
+        mlp = w.mlp_scale * self.mlp(w, norm(source) * w.depth_scale, lora, probe)
+        if self.h.parallel_form == "gptj":
+            return (read + attn + mlp).type_as(a), m
+        if self.h.parallel_form == "apart":
+            return (read + attn).type_as(a), (m + mlp).type_as(a)
         keep, write = w.lane_keep, w.lane_write    # write[source, lane]: source 0 attention, 1 MLP
         return ((keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp).type_as(a),
                 (keep[1] * m + write[0, 1] * attn + write[1, 1] * mlp).type_as(a))
@@ -1949,23 +2424,43 @@ class Head(nn.Module):
         super().__init__()
         self.h = h
 
+    def logits(self,
+               x: Tensor,
+               embed: Tensor,
+               lora: LoRA | None = None,
+               caps: Tensor | None = None) -> Tensor:
+        """States (B, T, D) -> cap tanh(z / cap), (B, T, V) fp32; `caps` (2,) has one cap for each
+        sign."""
+        z = linear(x, embed, lora).float()
+        cap = self.h.logit_softcap if caps is None else torch.where(z > 0, caps[0], caps[1])
+        return cap * torch.tanh(z / cap)
+
     def forward(self,
                 x: Tensor,
                 embed: Tensor,
                 targets: Tensor,
-                lora: LoRA | None = None) -> Tensor:
-        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax(cap
-        tanh(z / cap))."""
-        cap = self.h.logit_softcap
-        logits = cap * torch.tanh(linear(x, embed, lora).float() / cap)
+                lora: LoRA | None = None,
+                caps: Tensor | None = None) -> Tensor:
+        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
+        the logits."""
+        logits = self.logits(x, embed, lora, caps)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
                                reduction="none").view_as(targets)
 
 
-def merge_skip(a: Tensor, kept: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """The U-Net skip: lerp(weight * kept, a, sigmoid(gate)) of (B, T, D) with (D,) each (#1089)."""
+def merge_skip(a: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """The U-Net skip: lerp(weight * kept, a, sigmoid(gate)) of (B, T, D) with (D,) each (#1089);
+    without a gate their sum (#289)."""
+    if gate is None:
+        return (a + weight * kept).type_as(a)
     share = torch.sigmoid(gate)
     return ((1 - share) * weight * kept + share * a).type_as(a)
+
+
+def join_lanes(a: Tensor, m: Tensor, share: Tensor | None) -> Tensor:
+    """The final states: norm of the mean of both lanes (B, T, D), weighed by a learned share of `a`
+    where the lanes ran apart (#1539)."""
+    return norm((a + m) / 2 if share is None else torch.lerp(m, a, share.to(a.dtype)))
 
 
 class GPT(nn.Module):
@@ -1988,6 +2483,7 @@ class GPT(nn.Module):
         self.run_block: Callable = self.block
         self.run_head: Callable = self.head
         self.run_merge: Callable = merge_skip
+        self.run_join: Callable = join_lanes
         self.run_embedded: Callable = self.embedded
         self.run_nats: Callable = self.nats
         self.initialise()
@@ -2003,6 +2499,7 @@ class GPT(nn.Module):
             self.run_block = torch.compile(self.block, dynamic=False)
             self.run_head = torch.compile(self.head, dynamic=False)
             self.run_merge = torch.compile(merge_skip, dynamic=False)
+            self.run_join = torch.compile(join_lanes, dynamic=False)
             self.run_embedded = torch.compile(self.embedded, dynamic=False)
 
     def retune(self, **knobs: Any) -> Hyperparameters:
@@ -2021,18 +2518,21 @@ class GPT(nn.Module):
             if role.init == "orthogonal":
                 for layer in w:
                     nn.init.orthogonal_(layer)
+            elif role.init == "uniform":
+                w.uniform_(-1, 1).mul_(w.size(-1)**-0.5)
             elif role.init == "normal":
-                nn.init.normal_(w, std=self.h.tied_embed_init_std)
+                nn.init.normal_(w, std=0.01 if name == "ve" else self.h.tied_embed_init_std)
             else:
                 nn.init.constant_(w, role.init)
 
-    def layers(self) -> list[Layer]:
+    def layers(self, rounded: bool = False) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size
-        gradient per use."""
+        gradient per use. `rounded` matrices pass their gradient straight through (#578)."""
         table, banks = roles(self.h), self.bank
+        matrix = straight_through if rounded else lambda w, *_: w
         cast = {
             name: (banks[name] if table[name].optim == "scalar" and name != "head_gate" else
-                   banks[name].to(self.dtype)).unbind(0)
+                   matrix(banks[name], table[name], self.h).to(self.dtype)).unbind(0)
             for name in Layer._fields if name in banks
         }
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
@@ -2042,17 +2542,26 @@ class GPT(nn.Module):
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
         """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
-        across a document start. `last` (B, 1): the token before the chunk, negative for none."""
-        table = self.bank["embed"].to(self.dtype)
-        x = F.embedding(ids, table)
-        if self.h.smear_gate:
+        across a document start. `last` (B, 2): the tokens before the chunk, negative for none."""
+        ids = ids if last is None else torch.cat((last, ids), 1)
+        x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
+        if self.h.bigram_vocab_size:
+            V, before = self.h.bigram_vocab_size, F.pad(ids[:, :-1], (1, 0), value=-1)
+            pair = (36313 * ids ^ 27191 * before) % max(1, V - 1)
+            x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
+        if last is not None:
+            x = x * (ids >= 0)[..., None]
+        if self.h.smear_mix and self.h.smear_gate:
+            x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
+            x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        elif self.h.smear_gate:
             # (B, T, D)
-            before = F.pad(x[:, :-1], (0, 0, 1, 0)) if last is None else torch.cat(
-                (F.embedding(last.clamp(min=0), table) * (last >= 0)[..., None], x[:, :-1]), 1)
             drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
-            x = x + gate * (ids != BOS)[..., None] * before
-        return norm(x)
+            x = norm(x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0)))
+        else:
+            x = norm(x)
+        return x if last is None else x[:, last.size(1):]
 
     def hidden(self,
                ids: Tensor,
@@ -2066,23 +2575,31 @@ class GPT(nn.Module):
         x0 = a = m = self.run_embedded(ids, *([cache.last] if cache else []))
         docs = docs or whole_rows(ids)
         run = self.block if probe or lora else self.run_block
-        layers = cache.layers if cache else self.layers()
-        rope = rope_table(self.h, ids.size(1), x0, cache.behind if cache else None)
-        weights, gates = (self.bank[name].unbind(0) for name in ("skip_weight", "skip_gate"))
-        kept: list[Tensor] = []
+        h = self.h
+        layers = cache.layers if cache else self.layers(plan[0].rounded)
+        rope = rope_table(h, ids.size(1), x0, cache.behind if cache else None)
+        weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
+        gates = self.bank["skip_gate"].unbind(0) if h.skip_gates else (None, ) * len(weights)
+        if h.ve_dim:
+            value = looked_up(self, "ve", ids)
+            shares = dict(zip(h.valued, self.bank["ve_layer"].to(self.dtype).unbind(0)))
         for slot, step in enumerate(plan):
             if step.pop is not None:
                 a = self.run_merge(a, kept.pop(), weights[step.pop], gates[step.pop])
+            if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
+                m = a
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
+            if step.layer in shares:
+                seam["value"] = shares[step.layer] * value
             if lora:
                 seam["lora"] = lora[slot]
             if cache:
                 seam["past"] = cache.past(slot)
             a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
-            m = m if step.parallel else a
+            m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
-        x = norm((a + m) / 2)
+        x = self.run_join(a, m, self.bank["lane_share"] if h.parallel_form == "apart" else None)
         if probe:
             probe("final", 0, x)
         return x
@@ -2093,21 +2610,43 @@ class GPT(nn.Module):
              plan: tuple[Step, ...],
              docs: Docs | None = None,
              lora: Sequence[Mapping[str, LoRA]] | None = None,
-             cache: Cache | None = None) -> Tensor:
+             cache: Cache | None = None,
+             ahead: int = 0) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
-        read this."""
+        read this; training alone adds a fifth of the mean loss of `ahead` heads for later targets.
+        """
         x = self.hidden(ids, plan, docs, lora, cache=cache)
-        return self.run_head(x, self.bank["embed"].to(self.dtype), targets,
-                             *([lora[-1].get("head")] if lora else []))
+        caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
+        nats = self.run_head(x, self.bank["embed"].to(self.dtype), targets,
+                             *([lora[-1].get("head")] if lora else []), **caps)
+        for k in range(1, ahead + 1):
+            later = self.run_head(x[:, :-k], self.bank["mtp"][k - 1].to(self.dtype), targets[:, k:])
+            nats = nats + 0.2 / ahead * later.mean()
+        return nats
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss in nats of the looped plan; about ln V at initialisation."""
         return self.nats(ids, targets, depth_plan(self.h, looped=True)).mean()
 
 
+def looked_up(model: GPT, name: str, ids: Tensor) -> Tensor:
+    """scale * (table[ids] @ proj^T), (B, T, out), of the extra embedding `name`."""
+    table, proj, scale = (model.bank[name + end].to(model.dtype) for end in ("", "_proj", "_scale"))
+    return F.linear(F.embedding(ids, table), proj[0]) * scale
+
+
+def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
+    """A matrix as the exporter would round it, clip included, with the gradient of the unrounded
+    one (arXiv 1308.3432); other roles as they are."""
+    if role.optim != "muon" or role.bits == 16:
+        return w
+    coded = round_rows(w.detach(), role.bits, role.sigmas, h.clip_search)
+    return w + (coded.decode() - w).detach()
+
+
 class Cache:
     """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and each
-    row's last token: preallocated rings that all rows write at one place."""
+    row's last two tokens: preallocated rings that all rows write at one place."""
 
     def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...]):
         """Empty rings for chunks of C tokens in the model's compute dtype."""
@@ -2119,7 +2658,7 @@ class Cache:
         # (S, 2, B, K, M, E)
         self.ring = torch.zeros(len(plan), 2, B, h.num_kv_heads, slots, h.head_dim,
                                 dtype=model.dtype, device=embed.device)
-        self.ids = torch.zeros(B, 1, dtype=torch.int64, device=embed.device)
+        self.ids = torch.zeros(B, 2, dtype=torch.int64, device=embed.device)
 
     def open(self, behind: Tensor) -> None:
         """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
@@ -2132,7 +2671,8 @@ class Cache:
         self.behind = behind
         self.seen = torch.where(torch.cat((seen, own), 2)[:, None], 0.0, -math.inf).to(
             self.ring.dtype)
-        self.last = torch.where(behind[:, None] > 0, self.ids, -1)
+        self.last = torch.where(behind[:, None] > torch.tensor([1, 0], device=behind.device),
+                                self.ids, -1)
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
@@ -2142,7 +2682,7 @@ class Cache:
 
     def write(self, ids: Tensor, fresh: Sequence[Sequence[Tensor]]) -> None:
         """Books a chunk (B, C) with the keys and values that each step found for it."""
-        self.ids = ids[:, -1:]
+        self.ids = torch.cat((self.ids, ids), 1)[:, -2:]
         self.ring[..., self.at:self.at + self.C, :] = torch.stack(
             [t for pair in fresh for t in pair]).view_as(self.ring[..., :self.C, :])
         self.at = (self.at + self.C) % self.ring.size(4)
@@ -2231,14 +2771,15 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795,
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
                  (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315), ) * 5    # of the first Muon, equal at every iteration
 
 
-def orthogonalise(g: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS) -> Tensor:
     """(n, rows, cols) -> about the nearest semi-orthogonal matrices, products in `dtype`."""
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in iterations:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -2277,14 +2818,20 @@ class Stack:
         rows = torch.cat(slices) if len(slices) > 1 else slices[0]
         return self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows).float()
 
-    def direction(self, g: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
+    def direction(self,
+                  g: Tensor,
+                  momentum: float,
+                  dtype: torch.dtype,
+                  equal_rows: bool = True,
+                  iterations: Sequence = POLAR_EXPRESS) -> Tensor:
         """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
         cols)."""
         self.momentum.mul_(momentum).add_(g)
         u = g.add(self.momentum, alpha=momentum)
-        u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
-        u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
-        return orthogonalise(u, dtype) * self.gain.to(dtype)
+        if equal_rows:
+            u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
+            u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
+        return orthogonalise(u, dtype, iterations) * self.gain.to(dtype)
 
     def apply(self, update: Tensor, lr: float, decay: float) -> None:
         """p <- (1 - lr * decay) p - lr * update, with the slices of all ranks."""
@@ -2336,8 +2883,9 @@ class Optimiser:
                 p.grad.copy_(g.view_as(p))
 
     @torch.no_grad()
-    def step(self, factor: float, momentum: float) -> None:
-        """One update with all rates times `factor`; clears the gradients."""
+    def step(self, factor: float, momentum: float, taper: float = 1.0) -> None:
+        """One update with all rates times `factor`, the matrices' decay times `taper`; clears the
+        gradients."""
         shares = [stack.collect(self.wire) for stack in self.stacks]
         self.average_others()
         if self.h.grad_clip_norm:
@@ -2345,32 +2893,41 @@ class Optimiser:
             total = (squares + sum(p.grad.square().sum() for p in self.others)).sqrt()
             clip = (self.h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
+        iterations = POLAR_EXPRESS if self.h.polar_express else NEWTON_SCHULZ
+        options = self.h.muon_row_normalize, iterations[:self.h.muon_backend_steps]
         for stack, g in zip(self.stacks, shares):
-            stack.apply(stack.direction(g, momentum, self.model.dtype), factor * self.h.matrix_lr,
-                        self.h.muon_wd)
+            stack.apply(stack.direction(g, momentum, self.model.dtype, *options),
+                        factor * self.h.matrix_lr, self.h.muon_wd * taper)
         for group in self.adam.param_groups:
             group["lr"] = factor * group["peak"]
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """A copy of everything that changes from step to step."""
-        return dict(momenta=[s.momentum.clone() for s in self.stacks],
+        """A copy of everything that changes from step to step, of all ranks."""
+        return dict(momenta=[self.world.gather(s.momentum).clone() for s in self.stacks],
                     adam=copy.deepcopy(self.adam.state_dict()))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to a state taken before, bit for bit."""
-        for stack, momentum in zip(self.stacks, state["momenta"]):
-            stack.momentum.copy_(momentum)
+        for stack, momenta in zip(self.stacks, state["momenta"]):
+            stack.momentum.copy_(momenta.view(-1, *stack.momentum.shape)[self.world.rank])
         self.adam.load_state_dict(copy.deepcopy(state["adam"]))
 
 
-def rate_factor(h: Hyperparameters, step: int, progress: float) -> float:
-    """Share of the peak rate: linear warm-up by steps, one, then linear to MIN_LR over the last
-    WARMDOWN_FRAC."""
-    rise = min(1.0, (step + 1) / h.lr_warmup_steps) if h.lr_warmup_steps else 1.0
+def warmdown(h: Hyperparameters, step: int, progress: float) -> float:
+    """One, then linear to MIN_LR over the last WARMDOWN_FRAC, or over the last WARMDOWN_ITERS steps
+    as the mean step so far measures them."""
     left = (1 - progress) / h.warmdown_frac if h.warmdown_frac else 1.0
-    return rise * max(h.min_lr, min(1.0, left))
+    if h.warmdown_iters:
+        left = (1 - progress) * max(step, 1) / (max(progress, 1e-9) * h.warmdown_iters)
+    return max(h.min_lr, min(1.0, left))
+
+
+def rate_factor(h: Hyperparameters, step: int, progress: float) -> float:
+    """Share of the peak rate: linear warm-up by steps, then `warmdown`."""
+    rise = min(1.0, (step + 1) / h.lr_warmup_steps) if h.lr_warmup_steps else 1.0
+    return rise * warmdown(h, step, progress)
 
 
 def momentum_at(h: Hyperparameters, step: int) -> float:
@@ -2380,12 +2937,20 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of all banks, from the initial weights on, after every step."""
+    """Exponential moving average of all banks, from the initial weights on, after every step; with
+    SWA_EVERY the plain mean of a few of them beside it (arXiv 1803.05407)."""
 
     def __init__(self, model: GPT):
         """Starts as a copy of the weights."""
         self.live = [p.detach() for p in model.bank.values()]
-        self.mean = [p.clone() for p in self.live]
+        self.mean, self.taken = [p.clone() for p in self.live], 0
+        self.total = [torch.zeros_like(p) for p in self.live if model.h.swa_every]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Counts the weights into the plain mean, which is then what gets exported."""
+        torch._foreach_add_(self.total, self.live)
+        self.taken += 1
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -2395,7 +2960,8 @@ class EMA:
     @torch.no_grad()
     def export(self) -> None:
         """Overwrites the weights with their average."""
-        torch._foreach_copy_(self.live, self.mean)
+        torch._foreach_copy_(self.live, torch._foreach_div(self.total, self.taken) if self.taken
+                             else self.mean)
 
 
 # ==================================================================================================
@@ -2414,15 +2980,22 @@ class Clock:
         """Starts when every rank is here."""
         world.wait()
         self.world, self.queue, self.begin_s = world, [], time.perf_counter()
+        self.agreed_s, self.asked = 0.0, False
+
+    def ask(self, *_: Any) -> None:
+        """Asks every rank to stop: the mean of a time without end has none either. A signal
+        handler."""
+        self.asked = True
 
     def pause(self, seconds: float) -> None:
         """Leaves out time that reads no training data, such as a validation score."""
         self.begin_s += seconds
 
     def tick(self) -> float:
-        """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs."""
+        """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs; inf if one was
+        asked to stop."""
         now = torch.full((1, ),
-                         time.perf_counter() - self.begin_s,
+                         math.inf if self.asked else time.perf_counter() - self.begin_s,
                          dtype=torch.float64,
                          device=self.world.device)
         self.world.mean(now)
@@ -2433,7 +3006,7 @@ class Clock:
         event.record()
         self.queue.append((host, event))
         if len(self.queue) <= self.LAG:
-            return 0.0
+            return self.agreed_s
         host, event = self.queue.pop(0)
         event.synchronize()
         return float(host)
@@ -2458,6 +3031,7 @@ class Trainer:
     loader: Loader
     optimiser: Optimiser
     ema: EMA
+    rounded_steps: int = 0    # that used the matrices as the exporter rounds them
 
     @classmethod
     def of(cls, h: Hyperparameters, world: World, model: GPT, data: Dataset) -> Trainer:
@@ -2472,33 +3046,45 @@ class Trainer:
 
     def step(self, number: int, progress: float, looped: bool) -> Tensor:
         """One optimiser step; returns this rank's mean loss in nats, still on the device."""
-        plan, loss = depth_plan(self.h, looped), 0.0
+        h, falling = self.h, warmdown(self.h, number, progress)
+        rounded, loss = falling < h.late_qat_threshold, 0.0
+        # The rates rise again over 32 steps where the context changes (#2014).
+        since = self.loader.cut(
+            next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
+        ramp = min(1.0, (since / self.accumulation + 1) / 32)
+        plan = depth_plan(h, looped, rounded)
         for _ in range(self.accumulation):
             batch = self.loader.next()
-            nats = self.model.run_nats(batch.ids, batch.targets, plan,
-                                       batch.docs).mean() / self.accumulation
+            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs,
+                                       ahead=h.mtp_num_heads).mean() / self.accumulation
             nats.backward()
             loss = loss + nats.detach()
-        self.optimiser.step(rate_factor(self.h, number, progress), momentum_at(self.h, number))
-        self.ema.update(self.h.ema_decay)
+        taper = 1 - (1 - h.wd_taper) * max(0.0, progress - 0.7) / 0.3
+        self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number), taper)
+        self.ema.update(h.ema_decay)
+        self.rounded_steps += rounded
+        if h.swa_every and falling < 0.2 and number % h.swa_every == 0:
+            self.ema.take()
         return loss
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of the state."""
         return dict(weights=[p.detach().clone() for p in self.model.bank.values()],
-                    mean=[t.clone() for t in self.ema.mean],
+                    mean=[t.clone() for t in self.ema.mean + self.ema.total],
                     optimiser=self.optimiser.state(),
-                    position=self.loader.position,
+                    loader=(self.loader.position, self.loader.context, self.loader.since),
+                    counts=(self.ema.taken, self.rounded_steps),
                     random=torch.get_rng_state())
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Back to the snapshot, bit for bit."""
         torch._foreach_copy_(list(self.model.bank.values()), state["weights"])
-        torch._foreach_copy_(self.ema.mean, state["mean"])
+        torch._foreach_copy_(self.ema.mean + self.ema.total, state["mean"])
+        self.ema.taken, self.rounded_steps = state["counts"]
         self.model.zero_grad(set_to_none=True)
         self.optimiser.restore(state["optimiser"])
-        self.loader.position = state["position"]
+        self.loader.rewind(*state["loader"])
         torch.set_rng_state(state["random"])
 
 
@@ -2514,10 +3100,101 @@ def accumulation(h: Hyperparameters, world: World) -> int:
 
 
 class Trained(NamedTuple):
-    """What the loop did: optimiser steps, and seconds of the clock."""
+    """What the loop did: optimiser steps, seconds of the clock, the step at which it was resumed.
+    """
 
     steps: int
     seconds: float
+    resumed: int = 0
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first."""
+    return sorted(folder.glob("checkpoint*.bin"))
+
+
+def read_checkpoint(folder: Path) -> list[Any] | None:
+    """[step, seconds, ranks, knobs, state] of the newest whole checkpoint, None where there is no
+    file; raises `Refusal` where all are damaged."""
+    for path in reversed(paths := checkpoints(folder)):
+        blob = path.read_bytes()
+        if hashlib.sha256(blob[:-32]).digest() == blob[-32:]:
+            file = io.BytesIO(blob)
+
+            def thaw(found: dict[str, Any]) -> Any:
+                """The tensor described, its bytes being the next of the file; else the dict."""
+                if "dtype" not in found:    # JSON turned the whole numbers among the keys to text
+                    return {int(k) if k.isdigit() else k: v for k, v in found.items()}
+                dtype, shape = getattr(torch, found["dtype"]), found["shape"]
+                raw = file.read(math.prod(shape) * dtype.itemsize)
+                return torch.tensor(np.frombuffer(raw, np.uint8)).view(dtype).view(shape)
+
+            return json.loads(file.readline(), object_hook=thaw)
+    if paths:
+        raise Refusal(f"{path}: damaged, as is every checkpoint there; choose another RUN_ID")
+
+
+class Checkpoints:
+    """The saves of one run: the two newest stay in its folder until the run is finished.
+
+    None are made where the training clock is no longer than CHECKPOINT_EVERY_S, as in the 10-minute
+    track. Else SIGTERM and Ctrl-C let the step end, save it and stop.
+    """
+
+    def __init__(self, t: Trainer, clock: Clock, folder: Path | None):
+        """Listens to the signals if it is on."""
+        every_s, limit_s = t.h.checkpoint_every_s, t.h.max_wallclock_seconds
+        self.t, self.clock, self.folder, self.saved_s = t, clock, folder, 0.0
+        self.on = folder and every_s and not 0 < limit_s <= every_s
+        self.before = {s: signal.signal(s, clock.ask)
+                       for s in (signal.SIGTERM, signal.SIGINT) if self.on}
+
+    def resume(self, log: Log) -> int:
+        """Restores the newest checkpoint on every rank; returns its step, 0 without any."""
+        world = self.t.world
+        found = world.share(read_checkpoint(self.folder) if self.folder and world.main else None)
+        if not found:
+            return 0
+        step, self.saved_s, *_, state = found
+        self.t.restore(state)
+        self.clock.pause(-self.saved_s)
+        self.clock.agreed_s = self.saved_s
+        log(f"resumed:step {step} train_time:{self.saved_s * 1e3:.0f}ms")
+        return step
+
+    def visit(self, step: int, elapsed_s: float) -> None:
+        """Saves if it is time to; raises `Refusal` afterwards if a rank was asked to stop."""
+        if self.on and elapsed_s >= self.saved_s + self.t.h.checkpoint_every_s:
+            self.save(step)
+            if elapsed_s == math.inf:
+                raise Refusal(f"stopped by a signal at step {step}; the same command with RUN_ID="
+                              f"{self.folder.name} goes on from there")
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint: one line of JSON, the bytes of its tensors, SHA-256."""
+        t, parts = self.t, []
+
+        def freeze(tensor: Tensor) -> dict[str, Any]:
+            """What JSON shall say of a tensor, whose bytes are put aside."""
+            parts.append(tensor.cpu().view(-1).view(torch.uint8).numpy().data)
+            return dict(dtype=str(tensor.dtype)[6:], shape=tensor.shape)
+
+        self.saved_s, state = self.clock.read_s(), t.snapshot()
+        if t.world.main:
+            head = json.dumps([step, self.saved_s, t.world.size, t.h.changed(), state],
+                              default=freeze)
+            body = b"".join([head.encode(), b"\n", *parts])
+            write_atomically(self.folder / f"checkpoint{step:09}.bin", body,
+                             hashlib.sha256(body).digest())
+            for old in checkpoints(self.folder)[:-2]:
+                old.unlink()
+
+    def close(self, step: int) -> None:
+        """Saves the end of training, from which a run that dies while scoring goes on."""
+        if self.on:
+            self.save(step)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def train(t: Trainer, reserve_s: float, log: Log,
@@ -2527,7 +3204,9 @@ def train(t: Trainer, reserve_s: float, log: Log,
 
     Raises `Refusal` when the loss is not finite.
     """
-    h, clock, step, looped = t.h, Clock(t.world), 0, False
+    h, clock, looped = t.h, Clock(t.world), False
+    saves = Checkpoints(t, clock, log.folder)
+    step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
@@ -2536,6 +3215,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     ahead = 1 + (clock.LAG if t.world.device.type == "cuda" else 0)    # steps under way at the stop
     while True:
         elapsed_s = clock.tick()
+        saves.visit(step, elapsed_s)
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
@@ -2544,7 +3224,9 @@ def train(t: Trainer, reserve_s: float, log: Log,
                 f"step_avg:{elapsed_s * 1e3 / max(step, 1):.2f}ms")
             clock.pause(watch.read_s())
         progress = min(1.0, elapsed_s / budget_s if math.isfinite(budget_s) else step / last)
-        if not looped and h.num_loops and progress >= h.enable_looping_at:
+        begins = (step >= h.recur_start_step if h.recur_start_step else
+                  progress >= h.enable_looping_at)
+        if not looped and h.num_loops and begins:
             looped = True
             log(f"recurrence:on step:{step} progress:{progress:.3f}")
         loss = t.step(step, progress, looped)
@@ -2552,10 +3234,13 @@ def train(t: Trainer, reserve_s: float, log: Log,
         if step % h.train_log_every == 0 or step <= 3:
             report_step(t, loss, step, last, clock.read_s(), log)
     seconds = clock.read_s()
-    if step > 3 and step % h.train_log_every:
+    if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
+    if h.late_qat_threshold or h.swa_every:
+        log(f"rounded_steps:{t.rounded_steps} snapshots:{t.ema.taken}")
+    saves.close(step)
     t.ema.export()
-    return Trained(step, seconds), clock
+    return Trained(step, seconds, resumed), clock
 
 
 def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> None:
@@ -2568,6 +3253,8 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
+    if step > 3:
+        log(expected_bits(t.h, dict(zip(t.model.bank, t.ema.mean))))
 
 
 # ==================================================================================================
@@ -2591,9 +3278,10 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
         moment = (rows.mT @ rows).double() * counted
         sums[tap, layer] = sums[tap, layer].add_(moment) if (tap, layer) in sums else moment
 
-    for turn in range(-(-batches // world.size)):
+    for turn in range(-(-batches // world.size) * (model.h.gptq_roles != "none")):
         counted = turn * world.size + world.rank < batches    # spare ranks add nothing
-        batch = loader.next()
+        own = model.h.calibration == "self"
+        batch = sampled(model, turn * world.size + world.rank) if own else loader.next()
         model.hidden(batch.ids, depth_plan(model.h, looped=True), batch.docs, probe=probe)
     taps = sorted({tap for tap, _ in sums})
     return {
@@ -2602,15 +3290,55 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
     }
 
 
+@torch.no_grad()
+def sampled(model: GPT, number: int) -> Batch:
+    """A micro-batch of rows that the model writes itself at temperature 0.8, from a uniform first
+    token on (#1019). Every token costs a pass over its row so far."""
+    h, embed = model.h, model.bank["embed"].to(model.dtype)
+    dice = torch.Generator(embed.device).manual_seed(h.seed + number)
+    rows, plan = h.micro_batch_tokens // h.train_seq_len, depth_plan(h, looped=True)
+    ids = torch.randint(h.vocab_size, (rows, 1), device=embed.device, generator=dice)
+    for _ in range(1, h.train_seq_len):
+        logits = model.head.logits(model.hidden(ids, plan)[:, -1], embed)
+        ids = torch.cat((ids, (logits / 0.8).softmax(-1).multinomial(1, generator=dice)), 1)
+    return Batch(ids, ids, whole_rows(ids))
+
+
+# Exponents of steps count quarters of an octave: finer ones cost more bytes than they save.
+OCTAVE = 4
+
+
+def octaves(exponent: Tensor) -> Tensor:
+    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that every platform gets the same numbers.
+    """
+    return torch.exp2(exponent.double() / OCTAVE).float()
+
+
+class Grid(NamedTuple):
+    """The steps of a bank: scale * 2^((row + column) / OCTAVE)."""
+
+    scale: Tensor    # fp32 (L,)
+    row: Tensor    # int8 (L, rows)
+    column: Tensor    # int8 (L, cols)
+
+    def rows(self) -> Tensor:
+        """The share of rows and layers, (L, rows, 1) fp32."""
+        return (self.scale[:, None] * octaves(self.row))[..., None]
+
+    def columns(self) -> Tensor:
+        """The share of columns, (L, 1, cols) fp32."""
+        return octaves(self.column)[:, None]
+
+
 class Coded(NamedTuple):
-    """A quantised bank: weight = codes * step[..., None]."""
+    """A quantised bank: weight = codes * steps."""
 
     codes: Tensor    # int16 (L, rows, cols)
-    step: Tensor    # fp16 (L, rows)
+    grid: Grid
 
     def decode(self) -> Tensor:
         """The weights, fp32 (L, rows, cols)."""
-        return self.codes.float() * self.step.float()[..., None]
+        return self.codes.float() * self.grid.rows() * self.grid.columns()
 
 
 TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
@@ -2713,20 +3441,46 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     return codes.T.reshape(rows, -1)[:, :length].to(torch.int16)
 
 
-def row_steps(w: Tensor, bits: int, sigmas: float) -> Tensor:
-    """fp16 (L, rows): `sigmas` standard deviations of the row (0: its largest value) over the
-    largest code."""
-    reach = sigmas * w.std(-1) if sigmas else w.abs().amax(-1)
-    return (reach / (2**(bits - 1) - 1)).clamp(2.0**-20, 60000.0).half()
+def best_percentile(w: Tensor, top: int) -> Tensor:
+    """(L, rows, cols) -> (L, rows): the interpolated percentile of the sizes in a row at which
+    clipping codes to `top` leaves the least squared error (#414)."""
+    place = torch.tensor([0.999, 0.9995, 0.9999, 0.99999, 1], device=w.device) * (w.size(-1) - 1)
+    sizes = w.abs().sort(-1).values
+    reach = sizes[..., place.long()].lerp(sizes[..., place.ceil().long()], place.frac())
+    step = (reach / top).clamp(2.0**-20)[..., None]    # (L, rows, 5, 1)
+    error = w[..., None, :] - (w[..., None, :] / step).round().clamp(-top, top) * step
+    return reach.gather(-1, error.square().sum(-1).argmin(-1, keepdim=True))[..., 0]
 
 
-def round_rows(w: Tensor, bits: int, sigmas: float) -> Coded:
+def searches(h: Hyperparameters, role: Role) -> bool:
+    """True where the clip of a row is searched."""
+    return h.clip_search and role.optim == "muon"
+
+
+def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
+                 search: bool = False) -> Grid:
+    """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
+    largest value; with `search` at the percentile of least squared error); `power` below 1 draws
+    the steps of rows (L, rows, cols) together."""
+    reach = (best_percentile(w, 2**(bits - 1) - 1) if search else
+             sigmas * w.std(-1) if sigmas else w.abs().amax(-1) * 2**(0.5 / OCTAVE))
+    reach = reach.clamp_min(2.0**-20)
+    typical = reach.square().mean(-1).sqrt()
+    row = power * OCTAVE * (reach / typical[:, None]).log2()
+    return Grid(typical / (2**(bits - 1) - 1), row.round().clamp(-128, 127).to(torch.int8),
+                torch.zeros_like(w[:, 0], dtype=torch.int8))
+
+
+def round_rows(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Coded:
     """Each weight (L, rows, cols) to its nearest code."""
-    step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
-    return Coded((w / step.float()[..., None]).round().clamp(-top, top).to(torch.int16), step)
+    grid, top = uniform_grid(w, bits, sigmas, search=search), 2**(bits - 1) - 1
+    return Coded((w / grid.rows()).round().clamp(-top, top).to(torch.int16), grid)
 
 
-def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, n) in that order
+
+
+def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
     moment in that order.
 
@@ -2759,54 +3513,82 @@ def nearest_codes(x: Tensor, top: int, states: int) -> Tensor:
 
 
 def gptq(w: Tensor,
-         moment: Tensor,
-         bits: int,
-         sigmas: float,
-         damping: float,
+         factor: Factor,
+         grid: Grid,
+         top: int = 32_760,
          states: int = 0,
          block: int = 128) -> Coded:
     """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
     rounded.
 
-    arXiv 2210.17323; `moment` (L, cols, cols). Within a block errors move at once, beyond it by one
-    product. All rows of a column share one weight in the error, so a trellis search down the column
-    followed by the same feedback is exact.
+    arXiv 2210.17323. Within a block errors move at once, beyond it by one product. All rows of a
+    column share one weight in the error, so a trellis search down the column followed by the same
+    feedback is exact.
     """
-    step, top = row_steps(w, bits, sigmas), 2**(bits - 1) - 1
-    step = step / 2 if states else step
-    scale = step.float()
-    order, upper = inverse_factor(moment, damping)
+    order, upper = factor
+    wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
     columns = order[:, None, :].expand_as(w)
     work, codes = w.gather(2, columns), torch.empty_like(w)
     for lo in range(0, w.size(2), block):
         hi = min(lo + block, w.size(2))
         part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
         for j in range(hi - lo):
+            scale = high * wide[:, lo + j, None]
             q = nearest_codes(part[:, :, j] / scale, top, states)
             codes[:, :, lo + j] = q
             error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
             errors[:, :, j] = error
             part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
         work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
-    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), step)
+    return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), grid)
+
+
+def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> dict[str, Factor]:
+    """The factor of each tap's second moments."""
+    return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
+
+
+def bank_of(model: GPT, name: str) -> Tensor:
+    """A coded bank as (L | 1, rows, cols), sharing its memory."""
+    w = model.bank[name].detach()
+    return w.view(-1, *w.shape[-2:])
+
+
+def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
+    """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
+    U, arXiv 2603.04956) to their powers, means unchanged."""
+    h, role = model.h, roles(model.h)[name]
+    rows, columns = ((1, 0) if h.step_search == "uniform" else
+                     (h.row_step_power, h.column_step_power))
+    order, upper = factors[role.tap]
+    column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
+    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
+    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows, searches(h, role))
+    return grid._replace(
+        column=torch.empty_like(column).scatter_(1, order, column).to(torch.int8))
 
 
 @torch.no_grad()
-def quantise(model: GPT, moments: Mapping[str, Tensor]) -> dict[str, Coded | Tensor]:
-    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16."""
-    stored: dict[str, Coded | Tensor] = {}
-    for name, role in roles(model.h).items():
-        w = model.bank[name].detach()
+def quantise(model: GPT,
+             factors: Mapping[str, Factor],
+             stretch: Mapping[str, Tensor] = {}) -> dict[str, Coded | Tensor]:
+    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16. Steps
+    are 2^stretch (L,) times those of `searched_grid`."""
+    h, stored = model.h, {}
+    for name, role in roles(h).items():
         if role.bits == 16:
-            stored[name] = w.half()
+            stored[name] = model.bank[name].detach().half()
+        elif not role.bits:
             continue
-        w = w.reshape(-1, *w.shape[-2:])
-        if role.tap:
-            moment, damping = moments[role.tap], model.h.gptq_damping
-            states = model.h.trellis_states
-            stored[name] = gptq(w, moment, role.bits, role.sigmas, damping, states)
+        elif role.tap:
+            grid = searched_grid(model, name, factors)
+            scale = grid.scale * 2.0**stretch.get(name, 0.0) / (2 if h.trellis_states else 1)
+            top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
+            stored[name] = gptq(bank_of(model, name), factors[role.tap],
+                                grid._replace(scale=scale), top, h.trellis_states)
         else:
-            stored[name] = round_rows(w, role.bits, role.sigmas)
+            stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas,
+                                      searches(h, role))
     return stored
 
 
@@ -2818,20 +3600,140 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
         model.bank[name].copy_(w.view(model.bank[name].shape))
 
 
+# Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
+# are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a).
+DAMAGE_TOKENS, DAMAGE_STRETCH = 4096, 1.5    # text and steps with which `a` is measured
+FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
+ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
+
+
+@torch.no_grad()
+def step_damage(model: GPT, world: World, loader: Loader,
+                factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+    """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
+    DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text."""
+    h, damage, turn = model.h, {}, 0
+    if h.step_search == "uniform":
+        return damage
+    plan, batch = depth_plan(h, looped=True), loader.next()
+    world.share_tensors([batch.ids])
+    rows = max(1, DAMAGE_TOKENS // h.train_seq_len)
+    ids = batch.ids.view(-1, h.train_seq_len)[:rows]
+    truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
+    for name in (n for n, role in roles(h).items() if role.tap):
+        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
+        exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
+        rough = gptq(bank, factors[roles(h)[name].tap],
+                     grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
+        for i in range(len(bank)):
+            turn += 1
+            if turn % world.size == world.rank:
+                bank[i] = rough[i]
+                damage[name][i] = divergence(model, truth, embed, model.hidden(ids, plan))
+                bank[i] = exact[i]
+    return {name: world.sum(kl).cpu() for name, kl in damage.items()}
+
+
+def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
+    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
+    of `truth` with `embed`."""
+    total, now = 0.0, model.bank["embed"].to(model.dtype)
+    for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
+        p, q = (model.head.logits(states, table).log_softmax(-1)
+                for states, table in zip(pair, (embed, now)))
+        total = total + F.kl_div(q, p, reduction="sum", log_target=True)
+    return total / truth[..., 0].numel()
+
+
+def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Octaves (L,) between the least costly steps and the uniform ones, zero on average over all
+    weights."""
+    kl = {n: d.mean().expand_as(d) if h.step_search == "role" else d for n, d in damage.items()}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in kl}
+    found = {n: 0.5 * (weights[n] / d.clamp_min(1e-12)).log2() for n, d in kl.items()}
+    mean = sum(weights[n] * o.sum() for n, o in found.items()) / sum(
+        weights[n] * len(o) for n, o in found.items())
+    return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
+
+
+def column_sizes(w: Tensor, grid: Grid) -> Tensor:
+    """Mean square (L, cols) of each column of a bank (L, rows, cols) in steps."""
+    return ((w / grid.rows()).square().mean(1) / grid.columns()[:, 0].square()).cpu()
+
+
+def gaussian_bits(size: Tensor) -> Tensor:
+    """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
+    1/2 log2(2 pi e (size + 1/12))."""
+    return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
+
+
+@torch.no_grad()
+def expected_bits(h: Hyperparameters, banks: Mapping[str, Tensor]) -> str:
+    """A line of the log: bits per weight of each bank at uniform steps, and the bytes of all."""
+    words, total = [], 0.0
+    for name, role in roles(h).items():
+        if role.tap:
+            w = banks[name].view(-1, *role.shape[-2:])
+            grid = uniform_grid(w, role.bits, role.sigmas)
+            bits = float(gaussian_bits(column_sizes(w, grid)).mean())
+            words, total = [*words, f"{name}:{bits:.3f}"], total + bits * w.numel() / 8
+    return f"bits_per_weight {' '.join(words)} coded_bytes:{total:.0f} (at uniform steps)"
+
+
+def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, Tensor], code: int,
+               log: Log) -> tuple[bytes, dict[str, int]]:
+    """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, after at most
+    three corrections. Without damages the steps are the uniform ones."""
+    h = model.h
+    if not damage:
+        return pack(h, quantise(model, factors))
+    base = ideal_stretch(h, damage)
+    sizes = {n: column_sizes(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
+    room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
+
+    def expected(shift: float) -> float:
+        """Bytes of the codes when all steps are 2^shift times those of `base`."""
+        return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
+                   for n, o in base.items())
+
+    while len(tried) < 4:
+        low, shift = FINEST, COARSEST
+        for _ in range(24):
+            middle = (low + shift) / 2
+            over = ratio * expected(middle) + fixed > room - (1 - ROOM_USED) * h.budget_bytes
+            low, shift = (middle, shift) if over else (low, middle)
+        if shift in tried:
+            break
+        stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
+        tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
+        if 0 <= room - len(blob) <= 2 * (1 - ROOM_USED) * h.budget_bytes:
+            break
+        fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
+        ratio = (len(blob) - fixed) / expected(shift)
+    free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
+    best = min(free, key=lambda shift: free[shift] if free[shift] >= 0 else 1e12 - free[shift])
+    log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
+        "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
+    return tried[best]
+
+
 # ==================================================================================================
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
 # lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
 # file can only fail. Then the code's bytes.
 # ==================================================================================================
-MAGIC = b"PGOLF\x01"
+MAGIC = b"PGOLF\x02"
 CHECKSUM_BYTES = 16
 HEADER_LIMIT = 1 << 16
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                "leaky_slope", "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n",
                "head_gate_scale", "smear_gate", "gate_window", "num_loops", "loop_start",
                "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits",
-               "trellis_states")
+               "trellis_states", "activation", "bigram_vocab_size", "bigram_dim", "ve_dim",
+               "ve_layers", "smear_mix", "skip_gates", "parallel_form", "attn_gate",
+               "asym_logit_rescale", "gptq_roles")
 
 
 class Coder(NamedTuple):
@@ -2856,17 +3758,41 @@ def coders() -> dict[str, Coder]:
             b"z", lambda raw, quick: zstandard.ZstdCompressor(level=3
                                                               if quick else 22).compress(raw),
             lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit))
+    found["zlib"] = Coder(b"d", lambda raw, quick: zlib.compress(raw, 9), inflate)
     if brotli:
         found["brotli"] = Coder(
             b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
             lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
+    if lrzip_coder and shutil.which("lrzip"):
+        found["lrzip"] = lrzip_coder
     return found
+
+
+lrzip_coder: Coder | None = None
+
+
+# >>> not packed (for comparisons: the script of a submission starts no other program)
+def lrzip(raw: bytes, option: str) -> bytes:
+    """What the program lrzip makes of the bytes; raises where it fails."""
+    return subprocess.run(["lrzip", option], input=raw, capture_output=True, check=True).stdout
+
+
+def expand_lrzip(coded: bytes, limit: int) -> bytes:
+    """The inverse, unless its header announces more than `limit` bytes (ValueError)."""
+    if (size := int.from_bytes(coded[6:14], "little")) > limit:
+        raise ValueError(f"it announces {size} bytes")
+    return lrzip(coded, "-dq")
+
+
+lrzip_coder = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
+# <<< not packed
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
     """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
     the shortest."""
     known = coders()
+    known.pop("lrzip" if compressor == "any" else "", None)    # a program for each small stream
     chosen = [known[compressor]] if compressor in known else known.values()
     return min((c.letter + c.encode(raw, quick) for c in chosen), key=len)
 
@@ -3243,7 +4169,7 @@ def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
 
 def coded_roles(h: Hyperparameters) -> dict[str, tuple[int, int, int]]:
     """(L | 1, rows, cols) of each bank that is stored as codes; those on the trellis come first."""
-    table = {n: r for n, r in roles(h).items() if r.bits < 16}
+    table = {n: r for n, r in roles(h).items() if 0 < r.bits < 16}
     ordered = sorted(table.items(), key=lambda item: not item[1].tap)
     return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered}
 
@@ -3253,7 +4179,7 @@ def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
     """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed.
     """
     if coder != "rans":
-        turned = (c.swapaxes(1, 2) for c in codes.values())
+        turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
         return [squeeze(shuffled(c), coder, quick) for c in turned]
     on = [codes[n] for n in codes if roles(h)[n].tap]
     off = [codes[n] for n in codes if not roles(h)[n].tap]
@@ -3273,9 +4199,32 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
             raise Refusal(f"artifact: {error}") from None
     return [
         unshuffled(expand(s, 2 * math.prod(shape)), np.int16).reshape(
-            shape[0], shape[2], shape[1]).swapaxes(1, 2).copy()
+            shape[0], shape[2], shape[1]).swapaxes(1, 2) - 128
         for s, shape in zip(streams, shapes.values())
     ]
+
+
+def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
+    tap feeds share their columns, without a tap all columns are alike."""
+    shapes = coded_roles(h)
+    firsts = {roles(h)[n].tap: n for n in reversed(shapes) if roles(h)[n].tap}.values()
+    return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
+            *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
+            *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
+
+
+def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
+    """The grid of each coded bank; raises `Refusal` for a damaged stream."""
+    parts, found = grid_parts(h), {}
+    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, _, kind, shape in parts]
+    raw = io.BytesIO(expand(stream, sum(sizes)))
+    for (name, part, kind, shape), size in zip(parts, sizes):
+        values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
+        found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
+    return {n: Grid(found["scale", n], found["row", n], found["column", tap] if
+                    (tap := roles(h)[n].tap) else torch.zeros(shape[::2], dtype=torch.int8))
+            for n, shape in coded_roles(h).items()}
 
 
 def pack(h: Hyperparameters,
@@ -3288,7 +4237,9 @@ def pack(h: Hyperparameters,
                          key=lambda choice: sum(map(len, choice[1])))
     halves = lambda tensors: squeeze(
         shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors])), "any", quick)
-    streams.append(halves(v.step for v in stored.values() if isinstance(v, Coded)))
+    streams.append(squeeze(b"".join(
+        getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
+        for n, part, kind, _ in grid_parts(h)), "any", quick))
     streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
     header = lzma.compress(
         json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
@@ -3323,18 +4274,16 @@ def unpack(blob: bytes,
     ends = np.cumsum([first, *lengths]).tolist()
     streams = [blob[a:b] for a, b in zip(ends, ends[1:])]
     codes = dict(zip(shapes, unpack_codes(h, streams[:-2], coder)))
-    steps = sum(math.prod(shape[:2]) for shape in shapes.values())
+    grids = unpack_grids(h, streams[-2])
     plain = sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16)
-    steps, plain = (torch.from_numpy(unshuffled(expand(s, 2 * n), np.float16))
-                    for s, n in ((streams[-2], steps), (streams[-1], plain)))
+    plain = torch.from_numpy(unshuffled(expand(streams[-1], 2 * plain), np.float16))
     banks: dict[str, Coded | Tensor] = {}
     for name, role in roles(h).items():
         if role.bits == 16:
             values, plain = plain.tensor_split([math.prod(role.shape)])
             banks[name] = values.view(role.shape)
-        else:
-            values, steps = steps.tensor_split([math.prod(shapes[name][:2])])
-            banks[name] = Coded(torch.from_numpy(codes[name]), values.view(shapes[name][:2]))
+        elif role.bits:
+            banks[name] = Coded(torch.from_numpy(codes[name]), grids[name])
     return h, banks
 
 
@@ -3372,12 +4321,16 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
     return h, coder, lengths, first + length
 
 
-# The packed script is one Python file: a marker line, a string literal of raw LZMA bytes, and
-# statements that unpack the text, show it to `linecache` (tracebacks and Triton read sources
-# there) and run it in place.
-PACKED = b"# coding:latin-1 (packed: LZMA of the minified script; the last two lines run it)\n"
+# The packed script is one Python file: a marker line, a string literal of raw bytes of brotli (of
+# LZMA where that is not installed), and statements that unpack the text, show it to `linecache`
+# (tracebacks and Triton read sources there) and run it in place.
+PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
+
+
+# >>> not packed (a packed script is its own packed bytes)
+python_minifier = optional("python_minifier")
 UNPACKER = (
-    b"import linecache,lzma\n_=lzma.decompress(%b.encode('latin-1')).decode()\n"
+    b"import linecache,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
     b"exec(compile(_,__file__+'*','exec'))\n")
 KEPT = ["main", "Hyperparameters", "GPT"]    # what importers of the file use
@@ -3401,40 +4354,189 @@ def shipped(source: str) -> str:
     return "".join(kept)
 
 
-class Undocumented(ast.NodeTransformer):
-    """Removes docstrings, and the annotations of undecorated functions.
+class Specialised(ast.NodeTransformer):
+    """Replaces the reads `h.knob` of `constants` by their values and drops what is then dead.
 
-    A decorator may read annotations (Triton looks for constexpr, torch.library infers a schema),
-    and the fields of dataclasses and NamedTuples are annotations: those stay."""
+    Only knobs read through a name or attribute `h` are replaced, so that other attributes of the
+    same name stay. Conditions, and checks that hold, go; their knobs refuse other values."""
+
+    def __init__(self, constants: Mapping[str, Any]):
+        """Keeps the values by knob."""
+        self.constants = constants
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """The knob's value where it is fixed."""
+        node = self.generic_visit(node)
+        base = getattr(node.value, "attr", getattr(node.value, "id", ""))
+        if base == "h" and node.attr in self.constants and isinstance(node.ctx, ast.Load):
+            return ast.Constant(self.constants[node.attr])
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """A knob's declaration without its meaning; a fixed one admits its default only."""
+        called = getattr(node.value, "func", None)
+        if getattr(called, "id", "") in ("knob", "mechanism"):
+            default, _, *check = node.value.args
+            if node.target.id in self.constants:
+                check = [ast.Attribute(default, "__eq__", ast.Load())]
+            node.value = ast.Call(ast.Name("knob", ast.Load()), [default, ast.Constant(""), *check],
+                                  [])
+        return self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        """`not` of a constant is one."""
+        node = self.generic_visit(node)
+        if isinstance(node.op, ast.Not) and isinstance(node.operand, ast.Constant):
+            return ast.Constant(not node.operand.value)
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """A comparison of two constants, or of one with several, is one."""
+        node = self.generic_visit(node)
+        right = node.comparators[0]
+        constant = isinstance(node.left, ast.Constant) and len(node.ops) == 1
+        if constant and isinstance(node.ops[0], ast.In) and isinstance(right, ast.Tuple):
+            return ast.Constant(node.left.value in ast.literal_eval(right))
+        if constant and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and isinstance(
+                right, ast.Constant):
+            equal = node.left.value == right.value
+            return ast.Constant(equal == isinstance(node.ops[0], ast.Eq))
+        return node
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        """`and` and `or` up to the first constant that decides; the others that do not go."""
+        node = self.generic_visit(node)
+        kept, stops = [], isinstance(node.op, ast.Or)
+        for value in node.values:
+            known = isinstance(value, ast.Constant)
+            if not known or bool(value.value) == stops or value is node.values[-1]:
+                kept.append(value)
+            if known and bool(value.value) == stops:
+                break
+        return kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        """The branch that a constant chooses."""
+        node = self.generic_visit(node)
+        if isinstance(node.test, ast.Constant):
+            return node.body if node.test.value else node.orelse
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.AST]:
+        """The statements that a constant chooses."""
+        node = self.generic_visit(node)
+        if isinstance(node.test, ast.Constant):
+            return (node.body if node.test.value else node.orelse) or ast.Pass()
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """The function without docstring, and without annotations that no decorator can see."""
-        if not node.decorator_list:
-            a, node.returns = node.args, None
-            stars = filter(None, (a.vararg, a.kwarg))
-            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs, *stars):
+        """A function up to the first statement that always leaves it."""
+        node = self.generic_visit(node)
+        ends = [i for i, n in enumerate(node.body, 1) if isinstance(n, (ast.Return, ast.Raise))]
+        node.body = node.body[:ends[0]] if ends else node.body
+        return node
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
+        """A table of checks without those that hold."""
+        node = self.generic_visit(node)
+        holds = lambda e: (isinstance(e, ast.Tuple) and len(e.elts) == 2 and isinstance(
+            e.elts[0], ast.Constant) and e.elts[0].value is True)
+        node.elts = [e for e in node.elts if not holds(e)]
+        return node
+
+
+def without_unused(tree: ast.Module) -> ast.Module:
+    """The module without top-level definitions, constants and imports that nothing reads."""
+    while True:
+        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
+                and isinstance(n.ctx, ast.Load)} | {*KEPT, "annotations"}
+
+        def used(node: ast.AST) -> bool:
+            """True for what is read by name, and for statements that are no definition."""
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                return node.name in read
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                node.names = [n for n in node.names
+                              if (n.asname or n.name.split(".")[0]) in read]
+                return bool(node.names)
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [t.id for t in targets if isinstance(t, ast.Name)]
+            return len(names) < len(targets) or any(name in read for name in names)
+
+        kept = [node for node in tree.body if used(node)]
+        if len(kept) == len(tree.body):
+            return tree
+        tree.body = kept
+
+
+# Decorators of Python and torch, which do not look at a function as Triton and torch.library do.
+BLIND = {"property", "classmethod", "staticmethod", "torch.no_grad()"}
+
+
+class Undocumented(ast.NodeTransformer):
+    """Removes docstrings and annotations, and makes parameters positional-only, so that they may be
+    renamed, where no call names them.
+
+    Functions under other decorators than BLIND keep their signatures; so do the fields of
+    dataclasses, while those of NamedTuples only need some annotation."""
+
+    def __init__(self, tree: ast.AST):
+        """Finds which names calls give to parameters: of a function that is only ever called by its
+        own name just those of such calls, of others any keyword or text in `tree`."""
+        nodes = [*ast.walk(tree)]
+        calls = [n for n in nodes if isinstance(n, ast.Call)]
+        heads, self.own = {id(c.func) for c in calls}, {}
+        self.shared = {n.value for n in nodes if isinstance(n, ast.Constant)}
+        self.aliased = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in heads}
+        for call in calls:
+            words, name = {k.arg for k in call.keywords}, getattr(call.func, "id", "")
+            self.shared |= words
+            self.own.setdefault(name, set()).update(words)
+            self.aliased |= {name} if None in words else set()
+        for n in nodes:
+            if getattr(n, "name", "") in KEPT:
+                self.shared |= {a.arg for a in ast.walk(n) if isinstance(a, ast.arg)}
+                self.aliased.add(n.name)
+            if isinstance(n, ast.ClassDef):
+                self.aliased |= {getattr(f, "name", "") for f in n.body}
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        """The function or lambda without what only readers need."""
+        if {ast.unparse(d) for d in getattr(node, "decorator_list", ())} <= BLIND:
+            a, name, node.returns = node.args, getattr(node, "name", ""), None
+            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs,
+                              *filter(None, (a.vararg, a.kwarg))):
                 parameter.annotation = None
+            named = self.own.get(name, ()) if name and name not in self.aliased else self.shared
+            while a.args and a.args[0].arg not in named:
+                a.posonlyargs.append(a.args.pop(0))
         return self.undocument(node)
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
     def undocument(self, node: ast.AST) -> ast.AST:
-        """The function or class without its docstring, children included."""
-        if ast.get_docstring(node, clean=False) is not None:
+        """The node without its docstring, children included."""
+        if not isinstance(node, ast.Lambda) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign):
+                    line.annotation = ast.Constant(0)
         return self.generic_visit(node)
 
     visit_ClassDef = undocument
 
 
-def minified(source: str) -> str:
-    """The text that the packed script runs: no comments, docstrings or long names of ours.
+def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
+    """The text that the packed script runs: no comments, docstrings or long names of ours, and no
+    code that the values of the knobs `fixed` leave dead.
 
-    Attributes, keyword arguments, parameters, classes, imports and KEPT keep their names. Literals
-    and builtins are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or
-    `A=range` would break a Triton kernel. The module's docstring stays where `__doc__` is read.
-    Warns, and returns longer text, where python_minifier is not installed."""
-    tree = Undocumented().visit(ast.parse(source))
+    Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
+    are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
+    break a Triton kernel. The module's docstring stays where `__doc__` is read. Warns, and returns
+    longer text, where python_minifier is not installed."""
+    tree = without_unused(Specialised(fixed).visit(ast.parse(source)))
+    tree = Undocumented(tree).visit(tree)
     nodes = [*ast.walk(tree)]
     if ast.get_docstring(tree) and "__doc__" not in {getattr(node, "id", "") for node in nodes}:
         tree.body = tree.body[1:]
@@ -3444,18 +4546,21 @@ def minified(source: str) -> str:
         return text
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
     classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
-    parameters = {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self", "cls"}
-    return python_minifier.minify(text,
+    watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
+        ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
+        if isinstance(a, ast.arg)]
+    text = python_minifier.minify(text,
                                   rename_globals=True,
                                   hoist_literals=False,
                                   convert_posargs_to_args=False,
                                   preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
-                                  preserve_locals=sorted(parameters),
+                                  preserve_locals=watched_names,
                                   remove_annotations=python_minifier.RemoveAnnotationsOptions(
                                       remove_variable_annotations=True,
                                       remove_return_annotations=False,
                                       remove_argument_annotations=False,
                                       remove_class_attribute_annotations=False))
+    return re.sub(r",/(?=[,:)])", "", text)    # the marks have served
 
 
 def literal(data: bytes) -> bytes:
@@ -3469,39 +4574,49 @@ def literal(data: bytes) -> bytes:
     return min(quoted, key=len)
 
 
-def pack_source(source: str) -> bytes:
-    """The packed script: a Python file that behaves like `source` without its unpacked regions.
+def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {}) -> bytes:
+    """The packed script: a Python file that behaves like `source` without its unpacked regions,
+    knows the recipes `rows`, and has the code of optional mechanisms only where rows["run"] turns
+    them.
 
     Equal sources give equal bytes under equal Pythons; the file needs the Python version that
     packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
-    text = minified(shipped(source)).encode()
-    coder = dict(id=lzma.FILTER_LZMA1,
-                 preset=9 | lzma.PRESET_EXTREME,
-                 lp=0,
-                 pb=0,
-                 depth=1000,
-                 dict_size=1 << max(12,
-                                    len(text).bit_length()))
-    grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
-    literals = [
-        literal(
-            lzma.compress(text,
-                          lzma.FORMAT_ALONE,
-                          filters=[coder | dict(lc=context, nice_len=length, mf=finder)]))
-        for context, length, finder in grid
-    ]
-    return PACKED + UNPACKER % min(literals, key=len)
+    fixed = {f.name: f.default for f in fields(Hyperparameters)
+             if "optional" in f.metadata and f.name not in rows.get("run", ())}
+    known = f"\nRECIPES.update({rows})\nif __name__" if rows else "\nif __name__"
+    text = minified(shipped(source).replace("\nif __name__", known), fixed).encode()
+    if brotli:
+        coder = "brotli"
+        tried = [brotli.compress(text, brotli.MODE_TEXT, 11, bits) for bits in range(16, 25)]
+    else:
+        coder = "lzma"
+        grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
+        tried = [
+            lzma.compress(text, lzma.FORMAT_ALONE,
+                          filters=[dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lp=0,
+                                        pb=0, depth=1000, lc=context, nice_len=length, mf=finder,
+                                        dict_size=1 << max(12, len(text).bit_length()))])
+            for context, length, finder in grid
+        ]
+    return PACKED + UNPACKER.replace(b"CODER", coder.encode()) % min(map(literal, tried), key=len)
+# <<< not packed
 
 
-def running_source(path: str | Path) -> tuple[str | None, bytes]:
-    """(readable text, packed bytes) of the script at `path`.
+def running_source(path: str | Path,
+                   h: Hyperparameters | None = None) -> tuple[str | None, bytes]:
+    """(readable text, packed bytes) of the script at `path`, for a run of `h`.
 
-    The text is None where that script is itself packed: its own bytes are then what counts."""
+    The text is None where that script is itself packed: its own bytes are then what counts. The
+    packed script knows the run, less its seed, as the recipe `run`, which it takes where RECIPE is
+    not set."""
     raw = Path(path).read_bytes()
     if raw.startswith(PACKED):
         return None, raw
-    source = raw.decode()
-    return source, pack_source(source)
+    source, own = raw.decode(), h.changed() if h else {}
+    own.pop("seed", None)    # all seeds of a record share one script
+    names = h.recipe.split(",") if own else ()
+    rows = {n: RECIPES[n] for n in names} | dict(run=own) if own else {}
+    return source, pack_source(source, rows)
 
 
 # ==================================================================================================
@@ -3773,7 +4888,8 @@ class Learners:
         self.fresh = self.cache.fresh if self.cache else []
         logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
         n = torch.arange(logs.size(-1) + 1, device=self.device)
-        ago = n - n[:-1, None]    # tokens from place s to place t, which may know s if it is above 0
+        # tokens from place s to place t, which may know s if it is above 0
+        ago = n - n[:-1, None]
         decay = self.model.h.ttt_mix_decay
         known = self.belief[..., None] * decay**n + logs @ torch.where(ago > 0, decay**ago, 0.0)
         self.belief = known[..., -1]
@@ -3835,7 +4951,8 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
         begin, end = edges[part:part + 2]
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, Log(world, quiet=True))
+            quiet = Log(world, quiet=True)
+            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, quiet)
         else:
             batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride),
                               h.eval_batch_tokens, h.eval_seq_len)
@@ -3863,20 +4980,22 @@ def sgd_shares(model: GPT) -> list[Tensor]:
     whole = torch.ones(2, device=device)
     whole[1] = float(h.ttt_freeze_blocks == 0)
     return [
-        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else whole[int(name == "embed")]
+        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else
+        whole[int(name == "embed")]
         for name, p in model.bank.items()
     ]
 
 
 def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
-                world: World) -> None:
-    """TTT_EPOCHS passes over one scored chunk of (n,) tokens in sequences of TRAIN_SEQ_LEN;
-    leftovers are not used."""
+                world: World, epochs: int | None = None) -> None:
+    """`epochs`, else TTT_EPOCHS, passes over one scored chunk of (n,) tokens in sequences of
+    TRAIN_SEQ_LEN; leftovers are not used."""
     h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
-    weights, shares = list(model.bank.values()), sgd_shares(model)
-    for _ in range(h.ttt_epochs):
+    weights = list(model.bank.values())
+    shares = sgd_shares(model) if epochs is None else [1.0] * len(weights)
+    for _ in range(h.ttt_epochs if epochs is None else epochs):
         for lo in range(0, rows, h.ttt_batch_seqs):
             count = min(h.ttt_batch_seqs, rows - lo)
             sgd.zero_grad(set_to_none=True)
@@ -3895,14 +5014,75 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             sgd.step()
 
 
+def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tensor]:
+    """(data without it, (n + 1,) tokens) of the text that weights adapt to before GPTQ: the end of
+    the last training shard, or validation, which breaks rule C3."""
+    if h.prequant_ttt_data == "val":
+        log("compliant:false rule C3 (PREQUANT_TTT_DATA=val learns what it will score)")
+        return data, data.val.tokens
+    count = min(h.prequant_ttt_tokens, len(data.train[-1]) // 2)
+    *shards, last = data.train
+    kept = len(last) - count
+    return data._replace(train=[*shards, last[:kept]]), torch.from_numpy(
+        last[kept:].astype(np.int64))
+
+
+def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
+    """Trains all weights on `tokens` (n + 1,) before GPTQ (#1364), or by SGD after it (#398).
+
+    Steps of TTT_BATCH_SEQS sequences clipped to TTT_GRAD_CLIP; the rate of layer l is that of the
+    epoch times PREQUANT_TTT_BLOCK_LR_START + (1 - that) * l / (L - 1), zero if frozen (#1351).
+    """
+    h, weights, lr = model.h, list(model.bank.values()), model.h.prequant_ttt_lr
+    adamw = h.prequant_ttt_optim == "adamw"
+    optimiser = (torch.optim.AdamW(weights, lr, weight_decay=0.0) if adamw else
+                 torch.optim.SGD(weights, lr, h.ttt_momentum))
+    rates = torch.linspace(h.prequant_ttt_block_lr_start, 1, h.num_layers, device=world.device)
+    rates[:h.prequant_ttt_freeze_blocks] = 0
+    layered = [model.bank[name] for name in Layer._fields if name in model.bank]
+    before: list[Tensor] = []
+
+    def remember(*_: Any) -> None:
+        """Keeps the weights before a step."""
+        before[:] = [p.detach().clone() for p in layered]
+
+    @torch.no_grad()
+    def move_by_layer(*_: Any) -> None:
+        """Takes back a share of the step just made."""
+        for p, old in zip(layered, before):
+            p.copy_(old.lerp(p, rates.view(-1, *[1] * (p.dim() - 1))))
+
+    optimiser.register_step_pre_hook(remember)
+    optimiser.register_step_post_hook(move_by_layer)
+    tokens = tokens.to(world.device)
+    for epoch in range(epochs):
+        if adamw:
+            optimiser.param_groups[0]["lr"] = lr * (
+                0.55 + 0.45 * math.cos(math.pi * epoch / h.prequant_ttt_epochs))
+        learn_chunk(model, optimiser, tokens[:-1], tokens[1:], world, 1)
+    model.zero_grad(set_to_none=True)
+
+
+def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
+    """Adapts to one batch of training text; returns seconds of the clock that `held` will take."""
+    h = t.h
+    few = torch.from_numpy(data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
+    for _ in range(2):    # the first one compiles
+        watch = Stopwatch(t.world)
+        adapt_early(t.model, few, t.world, 1)
+    if h.prequant_ttt_data == "val":
+        return 0.0
+    return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
+
+
 def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
     """The steps per chunk, TTT_STEPS at most, with which `targets` targets are scored within
     EVAL_BUDGET_S, by the seconds that training text takes here."""
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
-    took_s = world.share(score_by_name("ttt", model, text, world,
-                                       Log(world, quiet=True))[0]["seconds"])
+    took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
+    took_s = world.share(took["seconds"])
     rows, C = tiles(h, text.documents, h.ttt_steps, world)
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
@@ -3925,8 +5105,6 @@ def legality(h: Hyperparameters) -> list[str]:
          "weights learn in stream order")
     ]
 
-
-SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -4010,31 +5188,62 @@ def wanted_scores(h: Hyperparameters) -> list[str]:
     ]
 
 
-def preflight(h: Hyperparameters, world: World) -> None:
-    """Checks what later stages need, before anything costs time; raises one `Refusal` that lists
-    all that is missing."""
-    wrong = []
+def least_gpu_bytes(h: Hyperparameters) -> int:
+    """Memory that training cannot do without: weights, gradient, average, optimiser and the
+    rehearsal's copies of them; q, k, v and the MLP's input of every step of one micro-batch."""
+    weights = sum(math.prod(r.shape) for r in roles(h).values())
+    width = 3 * h.model_dim + h.mlp_dim
+    return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
+
+
+def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
+    """The data. Checks what later stages need before anything costs time; raises one `Refusal` that
+    lists all that is wrong."""
+    wrong, folder = [], Path(h.logs_dir).absolute() / h.run_id
+
+    def check(work: Callable, *arguments: Any) -> Any:
+        """What the work returns; a refusal joins the list."""
+        try:
+            return work(*arguments)
+        except Refusal as error:
+            wrong.append(str(error))
+
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(
-            f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
-    folder = Path(h.logs_dir).absolute()
+        wrong.append(f"COMPRESSOR={h.compressor} needs " +
+                     ("the program lrzip" if h.compressor == "lrzip" else
+                      f"the package {package} (pip install {package})"))
+    if h.run_id:
+        check(refuse_used, folder)
+        found = check(read_checkpoint, folder)
+        if found and found[2:4] != [world.size, h.changed()]:
+            wrong.append(f"RUN_ID={h.run_id}: its checkpoint was made by {found[2]} ranks with "
+                         f"{found[3]}, not by {world.size} with {h.changed()}")
     while not folder.exists():
         folder = folder.parent
-    if h.run_id and (Path(h.logs_dir) / h.run_id).exists():
-        wrong.append(f"RUN_ID={h.run_id} was used before in {h.logs_dir}; choose another, "
-                     "no run is ever overwritten")
     need_bytes = 4 * h.budget_bytes
     if (free_bytes := shutil.disk_usage(folder).free) < need_bytes:
         wrong.append(
             f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}"
         )
-    try:
-        accumulation(h, world)
-    except Refusal as error:
-        wrong.append(str(error))
+    if not os.access(folder, os.W_OK):
+        wrong.append(f"LOGS_DIR={h.logs_dir}: {folder} cannot be written")
+    if 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds:
+        wrong.append(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
+                     f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}")
+    if world.device.type == "cuda":
+        need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
+        if free_bytes < need_bytes:
+            wrong.append(f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than "
+                         f"{need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
+        if (kernel := attention_kernel(world.device)) != "fa3":
+            log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
+                "slower)")
+    check(accumulation, h, world)
+    data = None if wrong and must_build(h) else check(find_dataset, h, world, log)
     if wrong:
         raise Refusal("; ".join(wrong))
+    return data
 
 
 def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
@@ -4045,24 +5254,30 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
-def rehearse(t: Trainer, data: Dataset, log: Log) -> float:
+def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
-    for calibration.
+    for calibration and for adapting to `held` tokens.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
     touched.
     """
     h, watch, before = t.h, Stopwatch(t.world), t.snapshot()
+    points = {end for end, _ in h.contexts} if h.train_seq_schedule or h.late_qat_threshold else {}
     for looped in sorted({False, h.num_loops > 0}):
-        for number in range(h.rehearsal_steps):
-            t.step(number, 0.0, looped)
-    second_moments(t.model, t.world, t.loader, t.world.size)
-    calibration = Stopwatch(t.world)
-    moments = second_moments(t.model, t.world, t.loader, t.world.size)
-    rounds = -(-h.gptq_calibration_batches // t.world.size)
-    reserve_s = h.gptq_reserve_seconds or 1.3 * rounds * t.world.share(calibration.read_s())
-    stored = quantise(t.model, moments)
-    _, again = unpack(pack(h, stored, quick=True)[0])
+        for progress in sorted({0.0, *points}):
+            for number in range(h.rehearsal_steps):
+                t.step(number, progress, looped)
+    adaptation_s = rehearse_adaptation(t, data, held) if h.prequant_ttt_epochs else 0.0
+    for _ in range(2):    # the first time compiles
+        calibration = Stopwatch(t.world)
+        moments = second_moments(t.model, t.world, t.loader, t.world.size)
+        rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
+        moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
+        factors = inverse_factors(h, moments)
+        step_damage(t.model, t.world, t.loader, factors)
+        calibration_s = moments_s + calibration.read_s()
+    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
+    _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
     fake = rehearsal_text(h, data)
     quiet = Log(t.world, quiet=True)
@@ -4085,11 +5300,31 @@ def build_model(h: Hyperparameters, world: World) -> GPT:
 
 def measured_score(name: str, model: GPT, data: Dataset, world: World,
                    log: Log) -> dict[str, float]:
-    """`score_by_name` with its line of the log."""
-    result, _ = score_by_name(name, model, data.val, world, log)
+    """`score_by_name` with its line of the log; a run keeps the nats of each document beside it."""
+    result, ledger = score_by_name(name, model, data.val, world, log)
     log(f"final_{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
         f"eval_time:{result['seconds'] * 1e3:.0f}ms")
+    starts = data.val.documents
+    nats = np.add.reduceat(ledger.targets_nats(), starts[:-1], dtype=float)
+    if log.folder and world.main:
+        write_atomically(
+            log.folder / f"documents_{name}.txt", b"targets bytes nats\n",
+            *(b"%d %d %.6f\n" % row for row in zip(
+                np.diff(starts), np.add.reduceat(data.val.bytes, starts[:-1]), nats)))
     return result
+
+
+def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor]:
+    """Adapts the averaged weights to `held` where PREQUANT_TTT_EPOCHS asks for it, then returns the
+    second moments; what reads no training data is off the clock."""
+    h, watch = t.h, Stopwatch(t.world)
+    if h.prequant_ttt_epochs and h.prequant_ttt_optim == "adamw":
+        adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
+    clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))
+    watch = Stopwatch(t.world)
+    moments = second_moments(t.model, t.world, t.loader, h.gptq_calibration_batches)
+    clock.pause(watch.read_s() * (h.calibration == "self"))
+    return moments
 
 
 def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float) -> dict[str, Any]:
@@ -4101,14 +5336,15 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
         """Books the seconds of a stage."""
         seconds[name] = round(watch.read_s(), 3)
 
+    data, held = hold_out(h, data, log) if h.prequant_ttt_epochs else (data, None)
     model = build_model(h, world)
     announce(h, model, world, data, log)
-    source, code = running_source(__file__) if world.main else (None, b"")
+    source, code = running_source(__file__, h) if world.main else (None, b"")
     mode = compile_mode(h, world.device, log)
     model.compile(mode)
     trainer = Trainer.of(h, world, model, data)
     watch = Stopwatch(world)
-    reserve_s = rehearse(trainer, data, log) if h.rehearsal_steps else h.gptq_reserve_seconds
+    reserve_s = rehearse(trainer, data, log, held) if h.rehearsal_steps else h.gptq_reserve_seconds
     if h.rehearsal_steps:
         h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
             h, data), len(data.val.bytes), world, log))
@@ -4117,7 +5353,9 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
-    moments = second_moments(model, world, trainer.loader, h.gptq_calibration_batches)
+    moments = calibrate(trainer, held, clock)
+    factors = inverse_factors(h, moments)
+    damage = step_damage(model, world, trainer.loader, factors)
     clock_s = clock.read_s()
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)"
@@ -4130,10 +5368,9 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     }
 
     watch = Stopwatch(world)
-    stored = quantise(model, moments) if world.main else {}
+    blob, ledger = fit_budget(model, factors, damage, len(code), log) if world.main else (b"", {})
     stage("quantise", watch)
     watch = Stopwatch(world)
-    blob, ledger = pack(h, stored) if world.main else (b"", {})
     if world.main:
         write_atomically(log.folder / "model.bin", blob)
         write_atomically(log.folder / "train_gpt.py", code)
@@ -4142,6 +5379,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     blob = world.share(blob)
     load_stored(model, unpack(blob)[1])
     stage("pack", watch)
+    if h.prequant_ttt_epochs and h.prequant_ttt_optim == "sgd":
+        adapt_early(model, held, world, h.prequant_ttt_epochs)
     for name in wanted_scores(h):
         if name != "prequant":
             scores[name] = measured_score(name, model, data, world, log)
@@ -4203,11 +5442,15 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     """Writes result.json and the table of scores; raises `Refusal` afterwards if the artifact is
     over the budget."""
     violations = []
+    if h.prequant_ttt_epochs and h.prequant_ttt_data == "val":
+        violations.append("rule C3: PREQUANT_TTT_DATA=val learns validation text before its score")
     if sizes["total"] > h.budget_bytes:
         violations.append(f"bytes: {sizes['total']} is over BUDGET_BYTES={h.budget_bytes}")
     if h.max_wallclock_seconds and clock_s > h.max_wallclock_seconds:
         violations.append(f"time: {clock_s:.2f} s of training data is over MAX_WALLCLOCK_SECONDS="
                           f"{h.max_wallclock_seconds:g}")
+    if trained.resumed and h.max_wallclock_seconds:
+        violations.append(f"time: resumed at step {trained.resumed}, which the clock cannot show")
     tokens = trained.steps * h.train_batch_tokens
     result = dict(run_id=h.run_id,
                   seed=h.seed,
@@ -4232,13 +5475,17 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     log("score          val_loss     val_bpb      seconds")
     for name, s in scores.items():
         log(f"{name:14} {s['val_loss']:.8f}   {s['val_bpb']:.8f}   {s['seconds']:.1f}")
-    if world.main:
-        write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
     log("RESULT " + json.dumps(result))
+    if world.main:    # the last file to appear: a run is finished when it is there
+        write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
+        for path in checkpoints(log.folder):
+            path.unlink()
     if sizes["total"] > h.budget_bytes:
         raise Refusal(
             f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
-            f"{log.folder}, but it cannot be submitted: raise MATRIX_CLIP_SIGMAS or MUON_WD")
+            f"{log.folder}, but it cannot be submitted: " +
+            ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
+             "this is the smallest possible size of this model"))
     return result
 
 
@@ -4270,6 +5517,8 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
     model = build_model(h, world)
     model.compile(compile_mode(h, world.device, log))
     load_stored(model, stored)
+    if h.prequant_ttt_epochs and h.prequant_ttt_optim == "sgd":
+        adapt_early(model, data.val.tokens, world, h.prequant_ttt_epochs)
     scores = {
         name: measured_score(name, model, data, world, log)
         for name in wanted_scores(h) if name != "prequant"
@@ -4277,23 +5526,26 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
     log("RESULT " + json.dumps(dict(artifact=str(path), bytes=path.stat().st_size, scores=scores)))
 
 
+VERBS = ("data", "eval", "submit", "verify", "report", "sweep")
+TOOLS: dict[str, Callable[[list[str], Mapping[str, str]], int]] = {}    # section 16 fills it
+
+
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """The command line; returns the exit status. A `Refusal` is one sentence on standard error and
     status 2."""
     if arguments and arguments[0] in ("--help", "-h", "help"):
-        print(help_text())
+        print("recipes" in arguments and RECIPE_TEXT or help_text())
         return 0
     world = None
     try:
-        if arguments and arguments[0] == "data":
-            if not make_data:
-                raise Refusal("this packed script makes no data; use the readable train_gpt.py")
-            make_data(list(arguments[1:]))
-            return 0
-        if arguments and arguments[0] != "eval":
-            raise Refusal(f"unknown verb {arguments[0]!r}" +
-                          nearest(arguments[0], ("data", "eval")) +
-                          "; expected data, eval, --help, or nothing for a run")
+        verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
+        if verb not in ("", *VERBS):
+            raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
+                          f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+        if verb not in ("", "eval"):
+            if not TOOLS:
+                raise Refusal(f"{verb}: not in this packed script; use the readable train_gpt.py")
+            return TOOLS[verb](list(arguments[1:]), env)
         world = World.from_env(env)
         tune_process(world.device)
         if arguments:
@@ -4301,22 +5553,1145 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             world.leave()
             return 0
         small = world.device.type != "cuda" and not env.get("RECIPE")
-        h, log = Hyperparameters.from_env(env, "demo" if small else "record"), Log(world)
+        small = small and "run" not in RECIPES
+        default = "run" if "run" in RECIPES else "demo" if small else "record"
+        h, log = Hyperparameters.from_env(env, default), Log(world)
         if small:
             log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
-        preflight(h, world)
         watch = Stopwatch(world)
-        data = find_dataset(h, world, log)
+        data = preflight(h, world, log)
         h = named_run(h, world)
         log.claim(Path(h.logs_dir) / h.run_id)
         run(h, world, log, data, watch.read_s())
         world.leave()
         return 0
-    except Refusal as error:
+    except (Refusal, OSError) as error:    # a full disk may meet standard output too
         rank = f" (rank {world.rank})" if world and world.size > 1 else ""
         print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
 
+
+# >>> not packed
+# ==================================================================================================
+# 16. Tools
+# Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs,
+# `verify` reviews a folder or a run as a stranger would, `report` compares runs, `sweep` makes a
+# grid of them. All of them read what a run left and never change it.
+# ==================================================================================================
+CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
+TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
+RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
+PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
+BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
+# Names that a script for the leaderboard has no business with.
+FORBIDDEN = {"eval", "exec", "compile", "globals", "pickle", "torch.load", "np.load", "os.system",
+             "socket", "urllib", "requests", "http", "marshal", "dill"}
+
+
+class Finding(NamedTuple):
+    """One line of a review: what it belongs to, whether it is as it must be, and what was seen."""
+
+    group: str
+    good: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one finished run, in its own folder or in a records folder."""
+
+    name: str    # as messages call it
+    result: dict[str, Any]
+    log: str
+    artifact: Path
+    documents: dict[str, Path]    # score -> table of the nats of every document
+    code: Path    # the packed script that was counted
+    readable: Path    # its source
+
+    @property
+    def final(self) -> str:
+        """The score that counts: the last one of the pipeline."""
+        return final_score(self.result)
+
+    @property
+    def score(self) -> dict[str, float]:
+        """The entry of the final score."""
+        return self.result["scores"][self.final]
+
+
+def final_score(result: Mapping[str, Any]) -> str:
+    """The last of SCORES that a result holds."""
+    return [name for name in SCORES if name in result["scores"]][-1]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises `Refusal` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: cannot be read ({brief(error)})") from None
+
+
+def read_json(text: str, place: object) -> Any:
+    """What JSON text says; raises `Refusal` that names `place`."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Refusal(f"{place}: not JSON ({brief(error)})") from None
+
+
+RESULT_FIELDS = dict(seed=int, knobs=dict, changed_knobs=dict, device=str, world_size=int,
+                     torch=str, steps=int, train_seconds=float, tokens_per_second=float,
+                     bytes=dict, scores=dict, seconds=dict, compliant=bool, violations=list)
+SCORE_FIELDS = ("val_loss", "val_bpb", "tokens", "bytes", "seconds")
+
+
+def logged_result(text: str, place: object) -> dict[str, Any]:
+    """The object of the last RESULT line of a log; raises `Refusal` where a field is missing."""
+    lines = re.findall(r"^RESULT (.*)$", text, re.M)
+    if not lines:
+        raise Refusal(f"{place}: no RESULT line, the run is not finished")
+    result = read_json(lines[-1], place)
+    for name, kind in RESULT_FIELDS.items():
+        if not isinstance(result, dict) or not isinstance(result.get(name), kind):
+            raise Refusal(f"{place}: the RESULT line has no {name} of type {kind.__name__}")
+    scores, sizes = result["scores"], result["bytes"]
+    whole = all(isinstance(s, dict) and all(isinstance(s.get(n), (int, float)) and
+                                            math.isfinite(s[n]) for n in SCORE_FIELDS)
+                for s in scores.values())
+    if not set(scores) & set(SCORES) or not whole:
+        raise Refusal(f"{place}: the RESULT line has no complete score")
+    if not all(isinstance(sizes.get(n), int) for n in ("model", "code", "total", "limit")):
+        raise Refusal(f"{place}: the RESULT line has no complete bytes")
+    return result
+
+
+def read_run(folder: Path) -> Evidence:
+    """A run's folder; raises `Refusal` where it is unfinished or broken."""
+    if not folder.is_dir():
+        raise Refusal(f"{folder}: there is no such folder")
+    if not (folder / "result.json").exists():
+        raise Refusal(f"{folder}: no result.json, the run is not finished")
+    log = read_text(folder / "log.txt")
+    result = logged_result(log, folder / "log.txt")
+    if result != read_json(read_text(folder / "result.json"), folder / "result.json"):
+        raise Refusal(f"{folder}: result.json is not what the log's last line says")
+    tables = {name: folder / f"documents_{name}.txt" for name in result["scores"]}
+    return Evidence(str(folder), result, log, folder / "model.bin", tables,
+                    folder / "train_gpt.py", Path(__file__))
+
+
+def read_record(folder: Path) -> list[Evidence]:
+    """The runs of a records folder, by its logs in the order of their seeds."""
+    logs = {int(m[1]): path for path in folder.glob("train_seed*.log")
+            if (m := re.fullmatch(r"train_seed(\d+)\.log", path.name))}
+    if not logs:
+        raise Refusal(f"{folder}: neither a run (result.json) nor a records folder "
+                      "(train_seed*.log)")
+    found = []
+    for seed, path in sorted(logs.items()):
+        log = read_text(path)
+        result = logged_result(log, path)
+        if result["seed"] != seed:
+            raise Refusal(f"{path}: the log of SEED={result['seed']}")
+        tables = {n: folder / f"documents_seed{seed}_{n}.txt" for n in result["scores"]}
+        found.append(Evidence(path.name, result, log, folder / f"model_seed{seed}.bin", tables,
+                              folder / "train_gpt.py", folder / "train_gpt_readable.py"))
+    return found
+
+
+def knobs_of(e: Evidence) -> Hyperparameters:
+    """The hyperparameters of a run; raises `Refusal` where this script has other knobs."""
+    try:
+        return Hyperparameters(**e.result["knobs"])
+    except TypeError as error:
+        raise Refusal(f"{e.name}: made by another version of this script ({brief(error)})"
+                      ) from None
+
+
+def run_data(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `data`."""
+    make_dataset(arguments)
+    return 0
+
+
+# -- what a log must say ---------------------------------------------------------------------------
+def check_log(e: Evidence) -> Iterator[Finding]:
+    """The lines of a log agree with its RESULT, and the RESULT with itself."""
+    r, log, h = e.result, e.log, knobs_of(e)
+    wanted = wanted_scores(h)
+    yield Finding("log", list(r["scores"]) == wanted, f"scores complete: {', '.join(wanted)}")
+    said = dict(re.findall(r"^final_(\w+)_exact (val_loss:\S+ val_bpb:\S+)", log, re.M))
+    mine = {n: f"val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}"
+            for n, s in r["scores"].items()}
+    yield Finding("log", said == mine, "the lines final_*_exact and the RESULT line agree")
+    for name, s in r["scores"].items():
+        bpb = s["val_loss"] * s["tokens"] / max(s["bytes"], 1) / math.log(2)
+        yield Finding("log", math.isclose(bpb, s["val_bpb"], rel_tol=1e-9),
+                      f"{name}: val_bpb {s['val_bpb']:.8f} = val_loss x tokens / bytes / ln 2")
+    lines = re.findall(r"^knobs:(.*)$", log, re.M)
+    yield Finding("log", bool(lines) and read_json(lines[-1], e.name) == r["knobs"]
+                  and r["changed_knobs"] == h.changed(), "the knobs in it are those of the RESULT")
+    steps = re.findall(r"^step:(\d+)/\d+ train_loss", log, re.M)
+    yield Finding("log", not r["steps"] or bool(steps) and int(steps[-1]) == r["steps"],
+                  f"{r['steps']} steps")
+    yield Finding("rules", r["compliant"] and not r["violations"],
+                  "compliant" if r["compliant"] else f"not compliant: {r['violations']}")
+
+
+def check_bytes(e: Evidence) -> Iterator[Finding]:
+    """Sizes as logged, as they lie on the disk, and under the decimal cap."""
+    sizes = e.result["bytes"]
+    for name, path in (("model", e.artifact), ("code", e.code)):
+        size = path.stat().st_size if path.is_file() else None
+        yield Finding("bytes", size == sizes[name], f"{path.name}: {size} bytes, {sizes[name]} in "
+                      "the log")
+    said = re.findall(r"^Total submission size \w+: (\d+) bytes", e.log, re.M)
+    yield Finding("bytes", said[-1:] == [str(sizes["model"] + sizes["code"])] == [
+        str(sizes["total"])], f"total {sizes['total']} = {sizes['model']} + {sizes['code']}")
+    yield Finding("bytes", sizes["total"] <= CAP_BYTES,
+                  f"total {sizes['total']:,} of {CAP_BYTES:,} bytes")
+
+
+def check_time(e: Evidence, track: str) -> Iterator[Finding]:
+    """The training clock, calibration included, and the final score's seconds."""
+    r, limit_s = e.result, e.result["knobs"].get("max_wallclock_seconds", 0)
+    clock_s = r["seconds"].get("train", math.inf) + r["seconds"].get("calibration", math.inf)
+    if limit_s:
+        yield Finding("time", clock_s <= limit_s,
+                      f"{clock_s:.2f} s on the training clock of {limit_s:g} s")
+    if track == RECORD:
+        yield Finding("time", 0 < limit_s <= TRACK_SECONDS,
+                      f"MAX_WALLCLOCK_SECONDS={limit_s:g} of {TRACK_SECONDS:g} s")
+        yield Finding("time", e.score["seconds"] <= TRACK_SECONDS,
+                      f"{e.final} took {e.score['seconds']:.1f} of {TRACK_SECONDS:g} s")
+
+
+def read_documents_nats(path: Path) -> np.ndarray:
+    """(documents, 3) targets, bytes and nats of each document; raises `Refusal` if damaged."""
+    head, *lines = read_text(path).splitlines() or [""]
+    try:
+        table = np.array([line.split() for line in lines], float)
+    except ValueError:
+        table = np.empty(0)
+    if head != "targets bytes nats" or table.ndim != 2 or table.shape[1] != 3:
+        raise Refusal(f"{path}: not a table of targets, bytes and nats")
+    return table
+
+
+def check_documents(e: Evidence) -> Iterator[Finding]:
+    """The nats of the documents add up to each score."""
+    for name, path in e.documents.items():
+        table, s = read_documents_nats(path), e.result["scores"][name]
+        targets, size, nats = table.sum(0)
+        yield Finding("log", (targets, size) == (s["tokens"], s["bytes"]) and math.isclose(
+            nats, s["val_loss"] * s["tokens"], rel_tol=1e-6),
+            f"{len(table)} documents of {path.name} add up to {name}")
+
+
+def check_alike(runs: Sequence[Evidence]) -> Iterator[Finding]:
+    """At least three seeds of one configuration, one code and one machine."""
+    seeds = [e.result["seed"] for e in runs]
+    yield Finding("runs", len(runs) >= 3, f"{len(runs)} runs, at least 3 are needed")
+    yield Finding("runs", len(set(seeds)) == len(seeds), f"seeds {seeds}")
+    first = runs[0].result
+    for e in runs[1:]:
+        mixed = [f"{n.upper()}={e.result['knobs'].get(n)} not {value}"
+                 for n, value in first["knobs"].items()
+                 if n not in (*PLACES, "seed") and e.result["knobs"].get(n) != value]
+        mixed += [f"{n} {e.result[n]} not {first[n]}" for n in ("device", "world_size", "torch")
+                  if e.result[n] != first[n]]
+        yield Finding("runs", not mixed, f"{e.name} is configured as {runs[0].name}" +
+                      (": " + ", ".join(mixed) if mixed else ""))
+        yield Finding("runs", e.code.read_bytes() == runs[0].code.read_bytes(),
+                      f"{e.name} ran the code of {runs[0].name}")
+
+
+def unpacked(raw: bytes, place: object) -> str:
+    """The text inside a packed script, which is read and not run; `Refusal` for another file."""
+    try:
+        calls = [n for n in ast.walk(ast.parse(raw)) if isinstance(n, ast.Constant)
+                 and isinstance(n.value, str) and len(n.value) > 1000]
+        body = calls[0].value.encode("latin-1")
+        coder = brotli if b"brotli.decompress" in raw else lzma
+        return coder.decompress(body).decode()
+    except (SyntaxError, ValueError, IndexError, lzma.LZMAError, getattr(
+            brotli, "error", lzma.LZMAError)) as error:
+        raise Refusal(f"{place}: not a packed script ({brief(error)})") from None
+
+
+def check_code(e: Evidence) -> Iterator[Finding]:
+    """The counted bytes are what the readable source packs to, and use nothing forbidden."""
+    raw = e.code.read_bytes()
+    text = unpacked(raw, e.code)
+    names = {ast.unparse(n.func) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)}
+    names |= {a.name.split(".")[0] for n in ast.walk(ast.parse(text))
+              if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    used = sorted(names & FORBIDDEN)
+    yield Finding("code", not used, f"{len(text):,} characters unpacked" +
+                  (f", which use {', '.join(used)}" if used else ", nothing forbidden in them"))
+    h = Hyperparameters(**e.result["knobs"] | dict(recipe=e.result["recipe"]))
+    same = running_source(e.readable, h)[1] == raw
+    yield Finding("code", same, f"{e.readable.name} " + (
+        f"packs to the {len(raw):,} bytes that were counted" if same else
+        "does not pack to the counted bytes (another source, Python or python-minifier)"))
+
+
+def bad(findings: Iterable[Finding]) -> list[str]:
+    """What is wrong, as text."""
+    return [f"{f.group}: {f.text}" for f in findings if not f.good]
+
+
+# -- submit ----------------------------------------------------------------------------------------
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation."""
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
+def welch(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[float, float, float]:
+    """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`.
+
+    `a`, `b` are mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of
+    Student's t is cos(angle)^(dof - 1), whose tail is summed here."""
+    shares = [std**2 / n for _, std, n in (a, b)]
+    if not sum(shares):
+        return math.copysign(math.inf, a[0] - b[0]), math.inf, float(a[0] >= b[0])
+    t = (a[0] - b[0]) / math.sqrt(sum(shares))
+    dof = sum(shares)**2 / sum(v**2 / (n - 1) for v, (_, _, n) in zip(shares, (a, b)) if v)
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    mass = np.diff(np.sin(angle)) * np.cos(middle)**(dof - 2)    # cos^(dof-1) d angle
+    return t, dof, float(mass[middle < math.atan(t / math.sqrt(dof))].sum() / mass.sum())
+
+
+def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
+    """(knob, value, meaning, source) of every knob in use whose meaning cites where it is from."""
+    return [(f.name.upper(), knobs[f.name], f.metadata["meaning"], ", ".join(cited))
+            for f in fields(Hyperparameters)
+            if (cited := re.findall(r"#\d+|arXiv:? ?[\d.]+\d", f.metadata["meaning"]))
+            and knobs.get(f.name)]
+
+
+def seed_result(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of one seed in submission.json."""
+    scores, final = result["scores"], final_score(result)
+    before = scores.get("sliding", scores.get("quantized")) if final == "ttt" else None
+    entry = dict(val_loss=scores[final]["val_loss"], val_bpb=scores[final]["val_bpb"],
+                 artifact_bytes=result["bytes"]["total"], steps=result["steps"],
+                 step_avg_ms=round(result["train_seconds"] * 1e3 / max(result["steps"], 1), 3),
+                 train_time_s=result["train_seconds"], eval_time_s=scores[final]["seconds"])
+    if before:
+        entry |= dict(pre_ttt_val_bpb=before["val_bpb"],
+                      ttt_gain_bpb=before["val_bpb"] - scores[final]["val_bpb"])
+    return entry
+
+
+def submission(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """submission.json: the fields of merged records, every number from the results.
+
+    `about` gives track, name, author, github_id, date and blurb. Without results each is null."""
+    results = sorted(results, key=lambda r: r["seed"])
+    seeds = {str(r["seed"]): seed_result(r) for r in results}
+    column = lambda name: [entry[name] for entry in seeds.values()]
+    over = lambda work, name: work(column(name)) if results else None
+    loss, bpb = (spread(column(n)) if results else (None, None) for n in ("val_loss", "val_bpb"))
+    clocks = [r["seconds"]["train"] + r["seconds"]["calibration"] for r in results]
+    first = results[0] if results else None
+    return dict(
+        **about,
+        val_loss=loss[0], val_loss_std=loss[1], val_bpb=bpb[0], val_bpb_std=bpb[1],
+        seeds=[r["seed"] for r in results], seed_results=seeds,
+        bytes_total=over(max, "artifact_bytes"),
+        bytes_code=first and first["bytes"]["code"],
+        artifact_bytes_mean=over(lambda sizes: sum(sizes) / len(sizes), "artifact_bytes"),
+        artifact_bytes_max=over(max, "artifact_bytes"),
+        hardware=f"{first['world_size']}x {first['device']}" if first else
+        "8xH100 80GB SXM (not measured)",
+        pytorch_version=first and first["torch"],
+        technique_summary=first and "; ".join(
+            f"{name}={value} ({source})" for name, value, _, source in sourced(first["knobs"])),
+        compliance=dict(
+            training_under_600s=all(s <= TRACK_SECONDS for s in clocks) if results else None,
+            artifact_under_16000000_bytes=over(lambda sizes: max(sizes) <= CAP_BYTES,
+                                               "artifact_bytes"),
+            eval_under_600s=over(lambda times: max(times) <= TRACK_SECONDS, "eval_time_s"),
+            score_before_update=BEFORE_UPDATE))
+
+
+def environment(knobs: Mapping[str, Any]) -> str:
+    """The variables that make these knobs, for a shell."""
+    text = {True: "1", False: "0"}
+    return " ".join(f"{n.upper()}={text.get(v, v) if isinstance(v, bool) else v}"
+                    for n, v in knobs.items() if n != "seed")
+
+
+def rows(head: str, lines: Iterable[Sequence[Any]]) -> list[str]:
+    """A table in Markdown: the titles joined by bars, then a row per line."""
+    return [f"| {head} |", "|" + "---|" * (head.count("|") + 1),
+            *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
+
+
+def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
+    """The draft of a records folder's README: scores, ledgers, components, conditions, command."""
+    first = runs[0].result
+    sized = re.findall(r"^bytes:(\w+) (\d+)", runs[0].log, re.M)
+    scores = [n for n in SCORES if n in first["scores"]]
+    command = f"RECIPE=record {environment(first['changed_knobs'])} "
+    command += (f"torchrun --standalone --nproc_per_node={first['world_size']} train_gpt.py"
+                if first["world_size"] > 1 else "python train_gpt.py")
+    table = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
+              f"{e.score['val_loss']:.8f}", e.result["bytes"]["total"], e.result["steps"],
+              f"{e.score['seconds']:.1f}") for e in runs]
+    return "\n".join([
+        f"# {entry['name']}", "",
+        f"**val_bpb {entry['val_bpb']:.5f}** (mean of {len(runs)} seeds, sample standard "
+        f"deviation {entry['val_bpb_std']:.5f}), {entry['bytes_total']:,} bytes at most, "
+        f"{entry['hardware']}.", "", *([against, ""] if against else []),
+        "## Scores (BPB by stage)",
+        *rows("seed | " + " | ".join(scores) + " | val_loss | bytes | steps | eval s", table),
+        "## Bytes (seed " + f"{first['seed']})",
+        *rows("part | bytes", [*sized, ("packed code", first["bytes"]["code"]),
+                               ("total", first["bytes"]["total"])]),
+        "## Seconds (seed " + f"{first['seed']})",
+        *rows("stage | s", [*first["seconds"].items(),
+                            *((f"score {n}", first["scores"][n]["seconds"]) for n in scores)]),
+        "## Components", *rows("knob | value | meaning | source", sourced(first["knobs"])),
+        "## Changed from the defaults", "`" + environment(first["changed_knobs"]) + "`", "",
+        "## Compliance",
+        "- C1 causal: one forward with causal attention; checked by `verify` on this artifact.",
+        "- C2 normalised: log-softmax over the whole vocabulary; summed to 1 by `verify`.",
+        f"- C3 score before update: {BEFORE_UPDATE}.",
+        "- C4 one pass: `Ledger` refuses a target scored twice and a missing one.",
+        f"- Training clock, calibration included: {first['seconds']['train']:.1f} + "
+        f"{first['seconds']['calibration']:.1f} s.", "",
+        "## Reproduce", "```", f"SEED={first['seed']} {command}", "```",
+        "`train_gpt.py` is the packed script whose bytes are counted, `train_gpt_readable.py` its "
+        "source, `model_seed*.bin` the artifacts.", ""])
+
+
+def requirements(torch_version: str) -> str:
+    """requirements.txt with the versions of this installation and the runs' torch."""
+    names = ("numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return "".join(f"{n}=={v}\n" for n, v in [("torch", torch_version.split("+")[0])] + [
+        (n, found[n]) for n in names if n in found])
+
+
+def compare(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
+    """The difference to `mean,std,n` of another record, in BPB and nats, with Welch's test."""
+    try:
+        mean, std, count = (float(part) for part in against.split(","))
+        if std < 0 or count < 2 or not math.isfinite(mean + std):
+            raise ValueError(against)
+    except ValueError:
+        raise Refusal(f"--against {against}: expected mean,std,n of another record, such as "
+                      "1.05651,0.00036,3") from None
+    t, dof, p = welch((entry["val_bpb"], entry["val_bpb_std"], len(runs)),
+                      (mean, std, int(count)))
+    s = runs[0].score
+    gap = entry["val_bpb"] - mean
+    return (f"Against {mean:.5f} (std {std:.5f}, n {int(count)}): {gap:+.5f} BPB, "
+            f"{gap * s['bytes'] / s['tokens'] * math.log(2):+.5f} nats per token; Welch's test, "
+            f"one side: t {t:.2f}, {dof:.1f} degrees of freedom, p {p:.4g}.")
+
+
+def submit(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `submit`: a records folder of three or more runs that differ in their seed only.
+
+    Raises one `Refusal` that says of every run what is wrong with it."""
+    parser = argparse.ArgumentParser("train_gpt.py submit", description="runs to a records folder")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders logs/<RUN_ID> of three seeds")
+    parser.add_argument("--to", required=True, type=Path, help="new folder")
+    parser.add_argument("--name", required=True, help="title of the submission")
+    parser.add_argument("--author", required=True)
+    parser.add_argument("--github-id", required=True)
+    parser.add_argument("--blurb", default="", help="one sentence")
+    parser.add_argument("--track", choices=(RECORD, NON_RECORD),
+                        help="chosen by hardware and clock unless given")
+    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
+    parser.add_argument("--against", default="", help="mean,std,n of the record to beat")
+    options = parser.parse_args(arguments)
+    if options.to.exists() and (not options.to.is_dir() or any(options.to.iterdir())):
+        raise Refusal(f"--to {options.to}: already there and not empty, expected a new folder")
+    runs, wrong = [], []
+    for folder in options.runs:
+        try:
+            runs.append(read_run(folder))
+        except Refusal as error:
+            wrong.append(str(error))
+    if wrong:
+        raise Refusal("; ".join(wrong))
+    runs.sort(key=lambda e: e.result["seed"])
+    first = runs[0].result
+    track = options.track or (RECORD if first["world_size"] == 8 and "H100" in first["device"]
+                              else NON_RECORD)
+    wrong = bad(check_alike(runs)) + bad(check_code(runs[0]))
+    for e in runs:
+        checks = (check_log(e), check_bytes(e), check_time(e, track), check_documents(e),
+                  check_artifact(e))
+        wrong += [f"{e.name}: {text}" for text in bad(itertools.chain(*checks))]
+    if wrong:
+        raise Refusal("; ".join(wrong))
+    entry = submission([e.result for e in runs], dict(
+        track=track, name=options.name, author=options.author, github_id=options.github_id,
+        date=options.date, blurb=options.blurb))
+    against = compare(entry, runs, options.against) if options.against else ""
+    write_record(options.to, entry, runs, against)
+    print(f"{options.to}: val_bpb {entry['val_bpb']:.8f} std {entry['val_bpb_std']:.8f} of seeds "
+          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {track}")
+    if against:
+        print(against)
+    return 0
+
+
+def write_record(out: Path, entry: Mapping[str, Any], runs: Sequence[Evidence],
+                 against: str) -> None:
+    """Makes the records folder, which appears complete or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
+        folder = Path(workshop) / "record"
+        folder.mkdir()
+        for e in runs:
+            seed = e.result["seed"]
+            shutil.copyfile(e.artifact, folder / f"model_seed{seed}.bin")
+            for name, path in e.documents.items():
+                shutil.copyfile(path, folder / f"documents_seed{seed}_{name}.txt")
+            (folder / f"train_seed{seed}.log").write_text(e.log, encoding="utf-8")
+        shutil.copyfile(runs[0].code, folder / "train_gpt.py")
+        shutil.copyfile(runs[0].readable, folder / "train_gpt_readable.py")
+        for name, text in (("submission.json", json.dumps(entry, indent=2) + "\n"),
+                           ("README.md", record_readme(entry, runs, against)),
+                           ("requirements.txt", requirements(entry["pytorch_version"]))):
+            (folder / name).write_text(text, encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        os.rename(folder, out)
+
+
+# -- verify ----------------------------------------------------------------------------------------
+def check_artifact(e: Evidence) -> Iterator[Finding]:
+    """The artifact's checksum, sizes and knobs, by this script's own reader."""
+    try:
+        h, _ = unpack(e.artifact.read_bytes(), e.artifact.name)
+    except (OSError, Refusal) as error:
+        yield Finding("bytes", False, brief(error))
+        return
+    made, ran = h.changed(), knobs_of(e).changed()
+    yield Finding("bytes", made == ran, f"{e.artifact.name}: checksum right, made by " +
+                  ("the knobs of the log" if made == ran else f"other knobs: {made}, not {ran}"))
+
+
+def check_record(folder: Path, runs: Sequence[Evidence]) -> Iterator[Finding]:
+    """The files of a records folder, and submission.json made again from its logs."""
+    missing = [n for n in ("README.md", "submission.json", "requirements.txt", "train_gpt.py",
+                           "train_gpt_readable.py") if not (folder / n).is_file()]
+    missing += [p.name for e in runs for p in (e.artifact, *e.documents.values())
+                if not p.is_file()]
+    yield Finding("files", not missing, "complete" if not missing else
+                  f"missing: {', '.join(missing)}")
+    if missing:
+        return
+    entry = read_json(read_text(folder / "submission.json"), "submission.json")
+    about = ("track", "name", "author", "github_id", "date", "blurb")
+    again = submission([e.result for e in runs], {n: entry.get(n) for n in about})
+    differ = [n for n in {**entry, **again} if entry.get(n) != again.get(n)]
+    yield Finding("files", not differ, "submission.json: every number follows from the logs"
+                  if not differ else f"submission.json: {', '.join(differ)} not as in the logs")
+    yield from check_alike(runs)
+
+
+def load_script(path: Path, name: str) -> Any:
+    """The script at `path` as a module called `name`."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Ears:
+    """Hears which files, sockets and processes the code opens while it listens."""
+
+    def __init__(self):
+        """Installs an audit hook, which stays for the life of the process."""
+        self.listening, self.files, self.others = False, [], []
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple) -> None:
+        """Keeps what belongs to a file, a socket or a process."""
+        if not self.listening:
+            return
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            self.files.append(os.fsdecode(arguments[0]))
+        elif event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.fork",
+                               "os.posix_spawn", "ctypes.dlopen")):
+            self.others.append(f"{event} {str(arguments)[:60]}")
+
+    def findings(self) -> Iterator[Finding]:
+        """No socket, no process, no file but those of Python and its packages."""
+        ours = tuple({*sysconfig.get_paths().values(), sys.prefix, "/proc/", "/sys/", "/dev/"})
+        foreign = sorted({f for f in self.files if not os.path.abspath(f).startswith(ours)})
+        yield Finding("C1", not foreign, f"files opened while scoring: {len(self.files)} of "
+                      f"Python's own, others: {', '.join(foreign) or 'none'}")
+        yield Finding("C1", not self.others, "sockets and processes opened while scoring: " +
+                      (", ".join(sorted(set(self.others))) or "none"))
+
+
+def check_build(packed: Any, e: Evidence) -> Iterator[Finding]:
+    """The packed script imports, builds its model on a CPU, and guesses before it is trained."""
+    h = packed.Hyperparameters(**e.result["changed_knobs"])
+    torch.manual_seed(0)
+    ids = torch.randint(2, h.vocab_size, (2, min(h.train_seq_len, 64)))
+    with torch.no_grad():
+        loss = float(packed.GPT(h)(ids, ids.roll(-1, 1)))
+    guess = math.log(h.vocab_size)
+    yield Finding("code", abs(loss / guess - 1) < 0.1,
+                  f"the packed script builds; untrained loss {loss:.3f}, ln V is {guess:.3f}")
+
+
+def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
+                sizes: np.ndarray) -> np.ndarray:
+    """Nats (N,) of every target of the stream tokens (N + 1,) under one score of `module`."""
+    world = module.World(0, 1, next(model.parameters()).device)
+    val = module.Validation.of(tokens, sizes)
+    return module.score_by_name(name, model, val, world, module.Log(world, quiet=True))[1
+                                                                                 ].targets_nats()
+
+
+def small_steps(h: Any) -> dict[str, Any]:
+    """Knobs that make the same scorers run on streams of a few hundred tokens."""
+    T = min(h.eval_seq_len, 32)
+    wanted = dict(eval_seq_len=T, eval_stride=max(1, min(h.eval_stride, T // 2)),
+                  eval_batch_tokens=4 * T, train_seq_len=T, micro_batch_tokens=T,
+                  train_batch_tokens=T, ttt_chunk_tokens=T, ttt_stream_chunk=max(1, T // 2),
+                  compile="off")
+    return {name: value for name, value in wanted.items() if hasattr(h, name)}
+
+
+def apart(name: str, h: Any) -> bool:
+    """True for a score that gives a document the same nats whatever stands beside it."""
+    return name in ("documents", "stream") or (
+        name == "ttt" and getattr(h, "ttt", "chunk") in ("stream", "recompute"))
+
+
+def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
+    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay."""
+    count = min(6 * model.h.eval_seq_len, len(val.bytes))
+    tokens, sizes = val.tokens[:count + 1].numpy(), val.bytes[:count]
+    rng, before = np.random.default_rng(0), stream_nats(module, model, name, tokens, sizes)
+    # GPUs may add in another order from run to run; on CPUs not one bit may differ.
+    slack, worst = (1e-4 if next(model.parameters()).is_cuda else 0.0), 0.0
+    for cut in (int(count * share) for share in (0.33, 0.52, 0.81)):
+        later = rng.integers(2, model.h.vocab_size, count - cut)
+        later[tokens[cut + 1:] == BOS] = BOS    # documents stay where they are
+        changed = np.concatenate([tokens[:cut + 1], later])
+        after = stream_nats(module, model, name, changed, sizes)
+        worst = max(worst, float(np.abs(after[:cut] - before[:cut]).max()))
+    for group in ("C1", "C3") if name == "ttt" else ("C1", ):
+        yield Finding(group, worst <= slack, f"{name}: later tokens replaced at 3 of {count} "
+                      f"places move earlier scores by {worst:.3g} nats at most")
+
+
+PROBE_SECONDS = 60.0    # for all tokens of a vocabulary, one after the other
+
+
+def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
+    """C2: the probabilities of all V tokens after the same others, each scored as if it were the
+    real one, sum to 1. By the whole scorer where that takes a minute, else by a document for each
+    token where documents do not see each other, else by the model alone."""
+    h, V = model.h, model.h.vocab_size
+    # The last one ends a window, and learners have made a step before it.
+    count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
+    tokens, sizes = val.tokens[:count + 1].numpy().copy(), val.bytes[:count]
+    begin_s = time.perf_counter()
+    stream_nats(module, model, name, tokens, sizes)
+    if V * (time.perf_counter() - begin_s) < PROBE_SECONDS:
+        nats, what = np.empty(V), f"{name}: probabilities of all {V} tokens after {count} others"
+        for token in range(V):
+            tokens[-1] = token
+            nats[token] = stream_nats(module, model, name, tokens, sizes)[-1]
+    elif apart(name, h):
+        tokens[1:][tokens[1:] == BOS] = BOS + 1    # one document, opened once
+        tokens[0] = BOS
+        stream = np.append(np.tile(tokens, V), BOS)
+        stream[count:-1:count + 1] = np.arange(V)
+        nats = stream_nats(module, model, name, stream, np.ones(len(stream) - 1))
+        nats = nats[count - 1::count + 1]
+        what = f"{name}: probabilities of all {V} tokens, each after the same {count} others"
+    else:
+        nats = model_nats(module, model, val.tokens[:8])
+        what = f"model: probabilities of all {V} tokens (all of {name} would take too long)"
+    total = float(np.exp(-nats.astype(float)).sum())
+    yield Finding("C2", abs(total - 1) < 1e-3, f"{what} sum to {total:.6f}")
+
+
+@torch.no_grad()
+def model_nats(module: Any, model: Any, ids: Tensor) -> np.ndarray:
+    """Nats (V,) of every token behind the ids (T,), by the model without a scorer."""
+    ids = ids.to(next(model.parameters()).device)[None]
+    plan, losses = module.depth_plan(model.h, looped=True), []
+    for some in torch.arange(model.h.vocab_size, device=ids.device).split(256):
+        targets = ids.repeat(len(some), 1)
+        targets[:, -1] = some
+        losses.append(model.nats(ids.expand(len(some), -1), targets, plan)[:, -1])
+    return torch.cat(losses).cpu().numpy()
+
+
+def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | None:
+    """Targets of a beginning of the stream whose first `count` documents get the scores they get in
+    the whole stream; None where only the whole stream gives them."""
+    N = int(documents[-1])
+    end = int(documents[min(count, len(documents) - 1)])
+    if apart(name, h):
+        return end
+    if name == "ttt":
+        return N if end == N else None
+    T, stride = h.eval_seq_len, h.eval_stride if name == "sliding" else h.eval_seq_len
+    return min(N, T + -(-max(0, end - T) // stride) * stride)
+
+
+def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any,
+                 count: int) -> Iterator[Finding]:
+    """The first `count` documents scored again and compared with the run's table; a score that
+    needs the whole stream is compared where the sample is all of it."""
+    starts = val.documents
+    like = np.array_equal(table[:, 0], np.diff(starts)) and np.array_equal(
+        table[:, 1], np.add.reduceat(val.bytes, starts[:-1]))
+    yield Finding("C4", like, f"{name}: {len(table)} documents in the order and with the sizes of "
+                  "the validation set")
+    end = sample_end(name, model.h, starts, count)
+    if not like or end is None:
+        yield Finding("score", like, f"{name} needs all {len(table)} documents: not scored again "
+                      f"here (--documents {len(table)} does)")
+        return
+    nats = stream_nats(module, model, name, val.tokens[:end + 1].numpy(), val.bytes[:end])
+    whole = int(np.searchsorted(starts, end, "right")) - 1    # documents that end inside
+    again = np.add.reduceat(nats[:starts[whole]], starts[:whole], dtype=float)
+    targets, _, said = table[:whole].T
+    mean, worst = abs(again.sum() - said.sum()) / targets.sum(), np.abs((again - said) / targets)
+    yield Finding("score", mean < 2e-3 and worst.max() < 0.1,
+                  f"{name}: {whole} documents scored again, {mean:.2g} nats per token from the "
+                  f"log, {worst.max():.2g} in the worst document")
+
+
+def check_data(ours: Dataset, theirs: Any, e: Evidence,
+               texts: Sequence[str] | None) -> Iterator[Finding]:
+    """The validation set as this script reads it: tokens, order, bytes; raw text where given."""
+    val, s = ours.val, e.score
+    same = torch.equal(val.tokens, theirs.val.tokens)
+    yield Finding("data", same, f"{len(val.bytes)} targets, read in the order of the shards"
+                  if same else "the script reads other validation tokens than the shards hold")
+    same = np.array_equal(val.bytes, theirs.val.bytes)
+    total, other = int(val.bytes.sum()), int(theirs.val.bytes.sum())
+    yield Finding("data", same, f"{total} bytes of text by {ours.byte_rule}" +
+                  ("" if same else f", the script counts {other}"))
+    yield Finding("data", (len(val.bytes), total) == (s["tokens"], s["bytes"]),
+                  f"the log scored {s['tokens']} targets of {s['bytes']} bytes")
+    if texts is not None:
+        raw = [len(text.encode()) for text in texts]
+        counted_ = np.add.reduceat(val.bytes, val.documents[:-1]).tolist()
+        yield Finding("data", raw == counted_, f"{sum(raw)} bytes in {len(raw)} raw documents, "
+                      f"{sum(counted_)} counted in {len(counted_)}")
+    hashes = lambda tokens: {d.tobytes() for d in np.split(
+        tokens, np.flatnonzero(tokens == BOS)) if len(d) > 16}
+    held = hashes(val.tokens.numpy().astype(np.uint16))
+    shared = held & hashes(np.asarray(ours.train[0][:4_000_000]))
+    yield Finding("data", len(shared) <= 0.05 * len(held), f"{len(shared)} of {len(held)} "
+                  "validation documents stand in the beginning of the training shards")
+
+
+def raw_texts(paths: Sequence[Path], h: Hyperparameters) -> list[str] | None:
+    """The validation documents as text: the given files, or the embedded corpus itself."""
+    if paths:
+        return list(read_documents(paths))
+    if must_build(h):
+        return [text for name, text in embedded_documents() if held_out(name)]
+    return None
+
+
+def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
+            heard: Ears) -> Iterator[Finding]:
+    """Everything of a review that runs the submitted code."""
+    place = {n: env.get(n.upper(), e.result["knobs"][n]) for n in PLACES[2:5]}
+    values = e.result["knobs"] | place | dict(compile="off")
+    heard.files, heard.others = [], []
+    yield from check_build(load_script(e.code, "packed_script"), e)
+    theirs = load_script(e.readable, "readable_script")
+    h, world = theirs.Hyperparameters(**values), theirs.World(0, 1, World.claim_device(0))
+    quiet = Log(World(), quiet=True)
+    mine = Hyperparameters(**values)
+    data = find_dataset(mine, World(), quiet)
+    other = theirs.find_dataset(h, world, quiet)
+    yield from check_data(data, other, e, raw_texts(texts, mine))
+    stored = theirs.unpack(e.artifact.read_bytes())[1]
+    models = [theirs.build_model(k, world) for k in (h, replace(h, **small_steps(h)))]
+    for model in models:
+        theirs.load_stored(model, stored)
+    tables = {n: read_documents_nats(path) for n, path in e.documents.items() if n != "prequant"}
+    heard.listening = True
+    for name, table in tables.items():
+        yield from check_scores(theirs, models[0], name, table, other.val, count)
+        yield from check_causality(theirs, models[1], name, data.val)
+    yield from check_normalised(theirs, models[1], e.final, data.val)
+    heard.listening = False
+    yield from heard.findings()
+
+
+def verify(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `verify`: the checklist of a review; 0 if everything passes, 1 if not.
+
+    What can be read is read first; only if all of it is right is the code run, in a new process."""
+    parser = argparse.ArgumentParser("train_gpt.py verify", description="review a submission")
+    parser.add_argument("target", type=Path, help="records folder, or logs/<RUN_ID>")
+    parser.add_argument("--documents", type=int, default=50, help="documents to score again")
+    parser.add_argument("--text", nargs="+", type=Path, default=[],
+                        help="raw validation documents (.jsonl, .jsonl.zst, .txt)")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)    # new process
+    options = parser.parse_args(arguments)
+    target = options.target
+    is_run = (target / "result.json").exists()
+    runs = [read_run(target)] if is_run else read_record(target)
+    if options.alone:
+        heard = Ears()
+        for e in runs:
+            for f in examine(e, env, options.documents, options.text, heard):
+                print("FINDING " + json.dumps((f.group, bool(f.good), f"{e.name}: {f.text}")))
+        return 0
+    if not is_run:
+        track = read_json(read_text(target / "submission.json"), "submission.json").get("track")
+    findings = [] if is_run else [*check_record(target, runs)]
+    if not bad(findings):
+        findings += check_code(runs[0])
+        for e in runs:
+            checks = (check_log(e), check_bytes(e), check_artifact(e), check_documents(e),
+                      check_time(e, "" if is_run else track))
+            findings += [f._replace(text=f"{e.name}: {f.text}") for f in itertools.chain(*checks)]
+    if not bad(findings):
+        findings += in_new_process(arguments, env)
+    for f in findings:
+        print(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.text}")
+    wrong = len(bad(findings))
+    print(f"{target}: " + (f"FAILS, {wrong} of {len(findings)} checks" if wrong else
+                           f"passes all {len(findings)} checks"))
+    return int(wrong > 0)
+
+
+def in_new_process(arguments: list[str], env: Mapping[str, str]) -> list[Finding]:
+    """What `examine` finds in a process of its own, which writes no byte code beside the code."""
+    done = subprocess.run(
+        [sys.executable, "-B", __file__, "verify", *arguments, "--alone"],
+        env={n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")},
+        text=True, capture_output=True)
+    found = [Finding(*json.loads(row)) for row in re.findall(r"^FINDING (.*)$", done.stdout, re.M)]
+    if done.returncode or not found:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        found.append(Finding("code", False, f"it ended with status {done.returncode}: {last}"))
+    return found
+
+
+# -- report ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Story:
+    """What a report tells of one run: its result, its curves, its bytes, its documents."""
+
+    name: str
+    result: dict[str, Any]
+    curve: np.ndarray    # (lines, 4) step, seconds, training nats, validation BPB; NaN where absent
+    sizes: dict[str, int]    # bytes of every part
+    documents: dict[str, np.ndarray]    # score -> (documents, 3) targets, bytes, nats
+
+
+def read_story(folder: Path) -> Story:
+    """A finished run; raises `Refusal` for an unfinished or broken one."""
+    e = read_run(folder)
+    number = r"([\d.]+|nan|inf)"
+    lines = re.findall(rf"^step:(\d+)/\d+ (?:train_loss:{number}|val_loss:\S+ val_bpb:{number}) "
+                       rf"train_time:(\d+)ms", e.log, re.M)
+    curve = np.array([(int(step), int(ms) / 1e3, float(loss or "nan"), float(bpb or "nan"))
+                      for step, loss, bpb, ms in lines]).reshape(-1, 4)
+    tables = {n: read_documents_nats(path) for n in SCORES
+              if (path := folder / f"documents_{n}.txt").exists()}
+    return Story(folder.name, e.result, curve,
+                 {n: int(v) for n, v in re.findall(r"^bytes:(\w+) (\d+)", e.log, re.M)}, tables)
+
+
+def read_stories(paths: Sequence[Path]) -> tuple[list[Story], list[str]]:
+    """The finished runs among the folders, or inside them, and what is wrong with the others."""
+    folders, stories, broken = [], [], []
+    for path in paths:
+        inside = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+        folders += [path] if (path / "log.txt").exists() or not inside else inside
+    for folder in folders:
+        try:
+            stories.append(read_story(folder))
+        except Refusal as error:
+            broken.append(str(error))
+    stories.sort(key=lambda s: s.result["scores"][final_score(s.result)]["val_bpb"])
+    return stories, broken
+
+
+def differing(stories: Sequence[Story]) -> list[str]:
+    """The knobs in which the runs differ, places left out."""
+    known = [s.result["knobs"] for s in stories]
+    return [n for n in known[0] if n not in PLACES and
+            any(k.get(n) != known[0][n] for k in known)] if known else []
+
+
+def report_table(stories: Sequence[Story]) -> list[list[str]]:
+    """Titles, then one row per run: the knobs that differ, BPB by stage, bytes, speed, seconds."""
+    knobs = differing(stories)
+    stages = [n for n in SCORES if any(n in s.result["scores"] for s in stories)]
+    table = [["run", *(n.upper() for n in knobs), *(f"{n} bpb" for n in stages), "bytes", "steps",
+              "tok/s", "train s", "total s"]]
+    for s in stories:
+        r = s.result
+        table.append([s.name, *(str(r["knobs"].get(n, "-")) for n in knobs),
+                      *(f"{r['scores'][n]['val_bpb']:.5f}" if n in r["scores"] else "-"
+                        for n in stages), str(r["bytes"]["total"]), str(r["steps"]),
+                      f"{r['tokens_per_second']:.0f}", f"{r['train_seconds']:.1f}",
+                      f"{r['seconds'].get('total', math.nan):.1f}"])
+    return table
+
+
+def text_table(table: Sequence[Sequence[str]]) -> str:
+    """Columns wide enough for their widest cell; the first one flush left."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths))) for row in table)
+
+
+MOST_NAMED = 10    # runs that a legend can hold; more are coloured by their final score
+
+
+def draw_curves(axes: Sequence[Any], stories: Sequence[Story], colour: Callable) -> None:
+    """Training loss and validation BPB, each against steps and against seconds."""
+    grid = ((0, 2, "steps", "training loss (nats per token)"), (1, 2, "seconds of training", ""),
+            (0, 3, "steps", "validation BPB"), (1, 3, "seconds of training", ""))
+    for ax, (x, y, across, up) in zip(axes, grid):
+        for i, s in reversed([*enumerate(stories)]):    # the best one on top
+            seen = s.curve[~np.isnan(s.curve[:, y])]
+            ax.plot(seen[:, x], seen[:, y], color=colour(i), lw=1, marker="." if len(seen) < 3
+                    else "", label=s.name)
+        ax.set(xlabel=across, ylabel=up or ax.get_ylabel())
+        ax.grid(alpha=0.3)
+        if y == 3:    # the final scores end the curves
+            for i, s in enumerate(stories):
+                last = s.result["steps"] if x == 0 else s.result["train_seconds"]
+                ax.plot(last, s.result["scores"][final_score(s.result)]["val_bpb"], "*",
+                        color=colour(i), ms=9 if len(stories) <= MOST_NAMED else 4)
+            ax.set_title("stars: final score", fontsize="small")
+
+
+def draw_waterfall(ax: Any, s: Story) -> None:
+    """BPB from stage to stage of one run: what quantisation costs, what scoring wins."""
+    stages = [(n, v["val_bpb"]) for n, v in s.result["scores"].items()]
+    names = dict(prequant="averaged\nweights", ttt="TTT")
+    values = [bpb for _, bpb in stages]
+    low = min(values) - 0.15 * (max(values) - min(values) + 1e-3)
+    for i, (name, bpb) in enumerate(stages):
+        last = values[i - 1] if i else low
+        shade = "tab:gray" if not i else "tab:red" if bpb > last else "tab:green"
+        ax.bar(i, abs(bpb - last), bottom=min(bpb, last), color=shade, width=0.6)
+        ax.annotate(f"{bpb:.4f}" + (f"\n({bpb - last:+.4f})" if i else ""), (i, max(bpb, last)),
+                    ha="center", va="bottom", fontsize="small")
+        if i:
+            ax.plot((i - 1.3, i + 0.3), (last, last), color="black", lw=0.6)
+    ax.set_xticks(range(len(stages)), [names.get(n, n) for n, _ in stages])
+    ax.ticklabel_format(axis="y", useOffset=False)
+    ax.set(ylabel="BPB (the axis does not start at 0)", title=f"BPB by stage: {s.name}",
+           ylim=(low, max(values) + 0.25 * (max(values) - low)))
+
+
+def draw_bytes(ax: Any, s: Story) -> None:
+    """Bytes of every part of the artifact and of the code, largest on top."""
+    parts = sorted({**s.sizes, "packed code": s.result["bytes"]["code"]}.items(),
+                   key=lambda item: item[1])
+    sizes = [size / 1e3 for _, size in parts]
+    ax.barh([n for n, _ in parts], sizes, color="tab:blue")
+    for i, size in enumerate(sizes):
+        ax.annotate(f" {size:,.1f}", (max(size, 0), i), va="center", fontsize="small")
+    ax.set(xlabel="thousand bytes", xlim=(0, 1.18 * max(sizes)),
+           title=f"{s.result['bytes']['total']:,} bytes: {s.name}")
+
+
+def draw_gain(axes: Sequence[Any], s: Story) -> None:
+    """What the final score wins over the one before: along the stream, and by document length."""
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    stages = [n for n in s.result["scores"] if n in s.documents]
+    if len(stages) < 2 or len(s.documents[stages[-1]]) != len(s.documents[stages[-2]]):
+        for ax in axes:
+            ax.set_title("gain: this run has no two scores by document", fontsize="small")
+        return
+    (targets, size, before), after = s.documents[stages[-2]].T, s.documents[stages[-1]][:, 2]
+    gain = (before - after) / math.log(2)
+    axes[0].plot(targets.cumsum(), gain.cumsum() / size.cumsum().clip(1), color="tab:green")
+    axes[0].set(xlabel="validation tokens scored", ylabel="mean gain so far (BPB)",
+                title=f"{stages[-1]} over {stages[-2]}: {s.name}")
+    each = gain / size.clip(1)
+    axes[1].scatter(targets, each, s=5, alpha=0.3, color="tab:gray", label="one document")
+    order = np.argsort(targets)
+    groups = [g for g in np.array_split(order, min(20, len(order))) if len(g)]
+    axes[1].plot([np.median(targets[g]) for g in groups],
+                 [gain[g].sum() / max(size[g].sum(), 1) for g in groups], color="tab:red",
+                 marker="o", ms=3, label="mean of a twentieth")
+    low, high = np.quantile(each, (0.005, 0.995))
+    axes[1].axhline(0, color="black", lw=0.6)
+    axes[1].set(xscale="log", xlabel="tokens of the document", ylabel="gain (BPB)",
+                ylim=(low - 1e-6, high + 1e-6), title="gain by length")
+    axes[1].legend(fontsize="small")
+
+
+def draw(stories: Sequence[Story], figure: Any, shades: Any) -> None:
+    """The whole picture on an empty figure: curves of all runs, then the best one in detail."""
+    axes = figure.subplots(4, 2)
+    many = len(stories) > MOST_NAMED
+    finals = [s.result["scores"][final_score(s.result)]["val_bpb"] for s in stories]
+    low, high = finals[0], max(finals[-1], finals[0] + 1e-9)
+    tint = shades.colormaps["viridis"]
+    colour = (lambda i: tint((finals[i] - low) / (high - low))) if many else (lambda i: f"C{i}")
+    draw_curves([*axes[0], *axes[1]], stories, colour)
+    if many:
+        scale = shades.cm.ScalarMappable(shades.colors.Normalize(low, high), "viridis")
+        figure.colorbar(scale, ax=axes[:2], label=f"final BPB of {len(stories)} runs")
+    else:
+        handles, names = axes[0, 1].get_legend_handles_labels()
+        axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
+    draw_waterfall(axes[2, 0], stories[0])
+    draw_bytes(axes[2, 1], stories[0])
+    draw_gain(axes[3], stories[0])
+
+
+def page(table: Sequence[Sequence[str]], broken: Sequence[str], picture: bytes) -> str:
+    """report.html: the table, what is missing, and the picture inside it."""
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
+    image = base64.b64encode(picture).decode()
+    return "\n".join([
+        "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
+        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
+        "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
+        "</style>", f"<h1>{len(table) - 1} runs, best first</h1>",
+        f"<table><tr>{cells(table[0], 'th')}</tr>",
+        *(f"<tr>{cells(row, 'td')}</tr>" for row in table[1:]), "</table>",
+        *(["<h2>Not shown</h2><ul>", *(f"<li>{html.escape(b)}</li>" for b in broken), "</ul>"]
+          if broken else []),
+        f"<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,{image}\">"
+        if picture else "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"])
+
+
+def report(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `report`: a table on the terminal, report.html and, with matplotlib, report.png."""
+    parser = argparse.ArgumentParser("train_gpt.py report", description="compare runs")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of those")
+    parser.add_argument("--to", type=Path, help="folder of the report; else beside the first run")
+    options = parser.parse_args(arguments)
+    stories, broken = read_stories(options.runs)
+    if stories:
+        print(text_table(report_table(stories)))
+    for line in broken:
+        print(f"not shown: {line}")
+    if not stories:
+        raise Refusal(f"report: no finished run in {', '.join(map(str, options.runs))}")
+    first = options.runs[0]
+    out = options.to or (first.parent if (first / "log.txt").exists() else first)
+    out.mkdir(parents=True, exist_ok=True)
+    picture, shades = io.BytesIO(), optional("matplotlib")
+    if shades and optional("matplotlib.figure"):
+        figure = shades.figure.Figure(figsize=(13, 17), layout="constrained")
+        draw(stories, figure, shades)
+        figure.savefig(picture, format="png", dpi=100)
+        write_atomically(out / "report.png", picture.getvalue())
+    write_atomically(out / "report.html", page(report_table(stories), broken,
+                                               picture.getvalue()).encode())
+    print(f"report: {out / 'report.html'}" + ("" if picture.getvalue() else
+                                              " (install matplotlib for pictures)"))
+    return 0
+
+
+# -- sweep -----------------------------------------------------------------------------------------
+def grid(text: str) -> list[dict[str, str]]:
+    """The points of SWEEP="A=1,2;B=x,y" as variables; raises `Refusal` for a name that is no knob.
+    """
+    axes = {}
+    known = [f.name.upper() for f in fields(Hyperparameters)]
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        name, _, values = part.partition("=")
+        if name not in known or name == "RUN_ID":
+            raise Refusal(f"SWEEP: {name} is no knob to sweep" + nearest(name, known))
+        if name in axes or not all(values.split(",")):
+            raise Refusal(f"SWEEP: {part!r}: expected NAME=value,value once for each name")
+        axes[name] = values.split(",")
+    if not axes:
+        raise Refusal(f"SWEEP={text!r}: expected NAME=value,value;NAME=value,value")
+    return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+
+
+def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """RUN_ID -> environment of every run of SWEEP, all of them checked."""
+    prefix, recipe = env.get("RUN_ID") or "sweep", env.get("RECIPE")
+    recipe = recipe or ("record" if torch.cuda.is_available() else "demo")
+    runs = {}
+    for point in grid(env["SWEEP"]):
+        name = "-".join([prefix, *(re.sub(r"[^\w.+-]", "+", f"{n.lower()}{v}")
+                                   for n, v in point.items())])
+        if name in runs:
+            raise Refusal(f"SWEEP={env['SWEEP']}: {name} comes twice")
+        runs[name] = {**env, "RECIPE": recipe, **point, "RUN_ID": name}
+        del runs[name]["SWEEP"]
+        Hyperparameters.from_env(runs[name])
+    return runs
+
+
+def set_aside(folder: Path) -> None:
+    """Renames the folder of a run that died after its artifact and cannot be resumed: nothing of
+    it is lost, and its name is free."""
+    if (folder / "model.bin").exists() and not checkpoints(folder):
+        number = next(n for n in itertools.count(1)
+                      if not folder.with_name(f"{folder.name}.unfinished{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.unfinished{number}"))
+
+
+def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
+    as they are, then the report. 1 if a run failed, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
+    parser.add_argument("--print", action="store_true", help="only print the commands")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
+    options = parser.parse_args(arguments)
+    if not env.get("SWEEP"):
+        raise Refusal("sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
+    if "RANK" in env:
+        raise Refusal("SWEEP under torchrun: start it with python and sweep --nproc N instead")
+    runs, logs = sweep_runs(env), Path(env.get("LOGS_DIR", "logs"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
+    command = [sys.executable, *(torchrun if options.nproc > 1 else []), __file__]
+    failed = []
+    for number, (name, variables) in enumerate(runs.items(), 1):
+        if options.print:
+            mine = {n: v for n, v in variables.items() if env.get(n) != v}
+            print(" ".join([*(f"{n}={shlex.quote(v)}" for n, v in mine.items()),
+                            shlex.join(command)]))
+            continue
+        done = (logs / name / "result.json").exists()
+        print(f"sweep: run {number} of {len(runs)}: {name}" + (" is finished" if done else ""),
+              flush=True)
+        if not done:
+            set_aside(logs / name)
+            process = subprocess.Popen(command, env=variables)
+            try:
+                failed += [name] if process.wait() else []
+            except KeyboardInterrupt:    # which the run has heard too: it may be saving
+                process.wait()
+                print("sweep: stopped; the same command goes on from here")
+                return 130
+    if options.print:
+        return 0
+    if failed:
+        print(f"sweep: failed: {', '.join(failed)}")
+    return report([*(str(logs / n) for n in runs), "--to", str(logs)], env) or int(bool(failed))
+
+
+TOOLS = dict(data=run_data, submit=submit, verify=verify, report=report, sweep=sweep)
+# <<< not packed
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], os.environ))

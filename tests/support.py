@@ -52,6 +52,11 @@ def moments_of(model: t.GPT, world: t.World = WORLD, batches: int = 4) -> dict:
     return t.second_moments(model, world, loader, batches)
 
 
+def factors_of(model: t.GPT) -> dict:
+    """GPTQ's factors of `moments_of`."""
+    return t.inverse_factors(model.h, moments_of(model))
+
+
 class Half(t.World):
     """One of two ranks whose sums stay its own: adding up what two of them find simulates two
     processes."""
@@ -70,3 +75,17 @@ class Lines(t.Log):
     def __call__(self, line: str) -> None:
         """Keeps one line."""
         self.lines.append(line)
+
+
+def remembering(work):
+    """`work`, which computes an answer only once for equal arguments: packing takes a second."""
+    answers = {}
+
+    def remembered(*arguments):
+        """The answer, new or old."""
+        key = repr(arguments)
+        if key not in answers:
+            answers[key] = work(*arguments)
+        return answers[key]
+
+    return remembered

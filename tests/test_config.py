@@ -66,7 +66,7 @@ OUT_OF_RANGE += [(name, 1.0) for name in ("muon_momentum", "muon_momentum_warmup
 OUT_OF_RANGE += [(name, 0) for name in (
     "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base", "qk_gain_init",
     "gate_window", "logit_softcap", "tied_embed_init_std", "train_batch_tokens", "micro_batch_tokens", "adam_eps",
-    "train_log_every", "gptq_calibration_batches", "gptq_damping", "matrix_clip_sigmas", "embed_clip_sigmas",
+    "train_log_every", "gptq_calibration_batches", "gptq_damping", "bigram_dim", "muon_backend_steps", "prequant_ttt_tokens",
     "budget_bytes", "eval_stride", "eval_batch_tokens", "ttt_chunk_tokens", "ttt_batch_seqs", "ttt_grad_clip",
     "ttt_lora_rank")]
 OUT_OF_RANGE += [("vocab_size", 3), ("vocab_size", 65537), ("train_seq_len", 1), ("eval_seq_len", 1), ("matrix_bits", 1),
@@ -191,7 +191,8 @@ def test_refusals_reach_the_user(tmp_path):
     """One sentence on standard error, status 2, no traceback, nothing left behind."""
     for env, args, sentence in [
             (dict(RECIPE="demo", NUM_LAYER=3), (), "NUM_LAYER is no knob; did you mean NUM_LAYERS? (it is set to '3')"),
-            ({}, ("evl", "x"), "unknown verb 'evl'; did you mean 'eval'?; expected data, eval, --help, or nothing for a run")]:
+            ({}, ("evl", "x"), "unknown verb 'evl'; did you mean 'eval'?; expected data, eval, submit, verify, report, sweep, "
+             "--help, or nothing for a run")]:
         done = run_script(env, *args, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"train_gpt.py: error: {sentence}"
         assert "Traceback" not in done.stderr and not done.stdout
@@ -217,7 +218,7 @@ def test_readme_names_only_knobs_that_exist():
     groups = re.findall(r"^\|[^|`]+\| `([A-Z][A-Z0-9_ ]+)` \|$", text, re.M)
     listed, declared = " ".join(groups).split(), [name.upper() for name in FIELDS]
     hints = {n: difflib.get_close_matches(n, declared, 1) for n in {*listed, *re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", text)}
-             - set(declared) - {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "WORLD_SIZE", "RESULT", "BENCH"}}
+             - set(declared) - {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "WORLD_SIZE", "RESULT", "BENCH", "SWEEP"}}
     assert not hints
     assert len(listed) == len(set(listed)) > 30
     for group in groups:

@@ -358,7 +358,7 @@ def test_missing_shards_are_refused_or_embedded(tiny, tmp_path, monkeypatch):
         with pytest.raises(c.Refusal, match=r"no file fineweb_train_\*.bin there"):
             c.find_dataset(h, c.World(), SILENT)
     built = write_dataset(tmp_path / "built", tiny)
-    monkeypatch.setattr(c, "build_corpus", lambda folder, V, say: built)
+    monkeypatch.setattr(c, "build_corpus", lambda folder, V, say, caseops: built)
     said = []
     c.find_dataset(replace(tiny, data_dir=str(tmp_path)), c.World(), said.append)
     assert said == [f"corpus: no shards in {tmp_path}/datasets/fineweb10B_sp64; CORPUS=embedded is used "

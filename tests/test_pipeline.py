@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, TINY, clean_env, run_script, write_dataset
 
-from support import settings, t
+from support import remembering, settings, t
 
 SMALL = dict(VOCAB_SIZE=512,
              NUM_LAYERS=2,
@@ -42,6 +43,7 @@ SMALL = dict(VOCAB_SIZE=512,
              COMPILE="off",
              PRECISION="fp32",
              EMA_DECAY=0.8)
+FILES = ["log.txt", "model.bin", "result.json", "train_gpt.py"]
 RESULT_KEYS = [
     "run_id", "seed", "recipe", "changed_knobs", "knobs", "device", "world_size", "torch", "params",
     "steps", "train_seconds", "train_tokens", "tokens_per_second", "bytes", "scores", "seconds",
@@ -59,13 +61,16 @@ def finished(tmp_path_factory) -> tuple[Path, str, dict]:
     return folder, done.stdout, json.loads((folder / "result.json").read_text())
 
 
-def test_a_run_leaves_four_files(finished):
-    """log.txt, result.json, the artifact and the packed code; beside the data cache nothing else is
-    written."""
+def left(folder: Path, scores: str) -> list[str]:
+    """The files that a run with these scores leaves."""
+    return sorted([*FILES, *(f"documents_{name}.txt" for name in scores.split(","))])
+
+
+def test_a_run_leaves_its_files_and_no_others(finished):
+    """log.txt, result.json, the artifact, the packed code and the nats of each document; beside the
+    data cache nothing else is written."""
     folder = finished[0]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "log.txt", "model.bin", "result.json", "train_gpt.py"
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == left(folder, "prequant,quantized,sliding,ttt")
     assert sorted(p.name for p in folder.parents[1].iterdir()) == ["data", "logs"]
     assert [p.name for p in (folder.parents[1] / "data").iterdir()] == ["cache"]
 
@@ -168,9 +173,7 @@ def test_eval_reproduces_the_scores(finished, script, names):
     assert exact(done.stdout) == wanted
     last = done.stdout.splitlines()[-1]
     assert last.startswith("RESULT ") and set(json.loads(last[7:])["scores"]) == set(wanted)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "log.txt", "model.bin", "result.json", "train_gpt.py"
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == left(folder, "prequant,quantized,sliding,ttt")
 
 
 def refused(capsys, arguments: list, env: dict[str, str]) -> str:
@@ -243,22 +246,169 @@ def test_over_the_budget_everything_is_saved_and_the_status_says_so(tmp_path, ca
     sentence, folder = refused(capsys, [], env), tmp_path / "logs" / "fat"
     result = json.loads((folder / "result.json").read_text())
     assert "BUDGET_BYTES=1000" in sentence and str(result["bytes"]["total"]) in sentence
+    assert "smallest possible size" in sentence
     assert result["compliant"] is False and "over BUDGET_BYTES=1000" in result["violations"][0]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "log.txt", "model.bin", "result.json", "train_gpt.py"
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == left(folder, "prequant,quantized,sliding,ttt")
     assert list(t.unpack((folder / "model.bin").read_bytes())[1]) == list(t.roles(settings()))
     assert (folder / "log.txt").read_text().splitlines()[-1] == "RESULT " + json.dumps(result)
 
 
-def test_what_is_missing_is_said_before_the_training(tmp_path, capsys, monkeypatch):
-    """A compressor without its package and a batch that does not divide: both in one sentence,
-    before any data."""
-    monkeypatch.setattr(t, "brotli", None)
-    monkeypatch.setattr(t, "accumulation", lambda h, world:
-                        (_ for _ in ()).throw(t.Refusal("TRAIN_BATCH_TOKENS=9")))
-    sentence = refused(capsys, [], clean_env(LOGS_DIR=tmp_path, COMPRESSOR="brotli"))
-    assert "pip install brotli" in sentence and "TRAIN_BATCH_TOKENS=9" in sentence
+def checked(tmp_path, world=t.World(), **changes) -> list[str]:
+    """What preflight says of the tiny model with shards in tmp_path: lines of the log, then the
+    parts of its refusal."""
+    data = tmp_path / "shards"
+    h = settings(**dict(logs_dir=str(tmp_path / "logs"), data_path=str(data)) | changes)
+    if not data.exists():
+        write_dataset(data, settings())
+    lines = []
+    try:
+        assert t.preflight(h, world, lines.append).val.bytes.sum()
+    except t.Refusal as error:
+        return lines + str(error).split("; ")
+    return lines
+
+
+def test_a_sound_machine_is_not_complained_about(tmp_path):
+    """Nothing is said and nothing is written."""
+    assert checked(tmp_path) == [] and not (tmp_path / "logs").exists()
+
+
+def lacking(patch, tmp_path) -> dict[str, tuple[dict, str]]:
+    """What can be missing -> (knobs, the one sentence it deserves), with the machine made so."""
+    disk, coders = shutil.disk_usage, t.coders
+    small = lambda folder: disk(folder)._replace(free=5)
+    few = lambda: {name: coder for name, coder in coders().items() if name != "brotli"}
+    return {
+        "brotli": (dict(compressor="brotli"), lambda: patch.setattr(t, "coders", few), "pip install brotli"),
+        "disk": ({}, lambda: patch.setattr(t.shutil, "disk_usage", small), "5 bytes are free"),
+        "shards": (dict(data_path="/nowhere"), lambda: None, "DATA_PATH=/nowhere: no file fineweb_train"),
+        "clock": (dict(max_wallclock_seconds=5.0, gptq_reserve_seconds=6.0), lambda: None, "leaves no time"),
+        "ranks": (dict(train_batch_tokens=64 * 3), lambda: None, "TRAIN_BATCH_TOKENS=192"),
+        "logs": ({}, lambda: patch.setattr(t.os, "access", lambda *_: False), "cannot be written"),
+        "tokenizer": (dict(tokenizer_path="/no.model"), lambda: [
+            p.unlink() for p in (tmp_path / "shards").glob("fineweb_val_bytes*")], "tokenizer /no.model"),
+    }
+
+
+@pytest.mark.parametrize("names", [["brotli"], ["disk"], ["shards"], ["clock"], ["ranks"], ["logs"], ["tokenizer"],
+                                   ["brotli", "disk", "shards", "clock", "ranks", "logs"]])
+def test_preflight_lists_exactly_what_is_missing(names, tmp_path, monkeypatch):
+    """Each alone, and all at once in one refusal."""
+    checked(tmp_path)
+    table = lacking(monkeypatch, tmp_path)
+    changes = {}
+    for name in names:
+        table[name][1]()
+        changes |= table[name][0]
+    said = checked(tmp_path, t.World(0, 2 if "ranks" in names else 1), **changes)
+    assert len(said) == len(names), said
+    for name in names:
+        assert sum(table[name][2] in sentence for sentence in said) == 1, (name, said)
+
+
+@pytest.mark.parametrize("kernel, free, words", [("varlen", 1 << 40, ["attention:varlen"]), ("fa3", 1 << 40, []), (
+    "fa3", 1000, ["MICRO_BATCH_TOKENS=64 needs more than"]), ("blocks", 1000, ["attention:blocks", "MICRO_BATCH"])])
+def test_preflight_looks_at_the_gpu(kernel, free, words, tmp_path, monkeypatch):
+    """Memory that cannot suffice is an error; a slower attention is announced."""
+    monkeypatch.setattr(t, "attention_kernel", lambda device: kernel)
+    monkeypatch.setattr(t.torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    said = checked(tmp_path, t.World(0, 1, t.torch.device("cuda", 0)))
+    assert len(said) == len(words) and all(a.startswith(b) for a, b in zip(said, words))
+
+
+def test_least_memory_is_below_what_the_submission_takes():
+    """More than 10 GB and less than the 80 GB of an H100."""
+    assert 10e9 < t.least_gpu_bytes(t.Hyperparameters()) < 40e9
+
+
+def test_nothing_is_built_where_something_is_wrong(tmp_path, capsys, monkeypatch):
+    """The embedded corpus takes half a minute: it waits until the rest is right."""
+    monkeypatch.setattr(t, "build_corpus", None)
+    monkeypatch.setattr(t, "coders", dict)
+    sentence = refused(capsys, [], clean_env(LOGS_DIR=tmp_path, DATA_DIR=tmp_path, COMPRESSOR="brotli"))
+    assert "pip install brotli" in sentence and "embedded" not in sentence and not list(tmp_path.iterdir())
+
+
+def test_a_changed_validation_file_is_refused(tmp_path):
+    """Where the folder has a manifest, validation shard, sidecar and tokenizer are held to it."""
+    checked(tmp_path)
+    data = tmp_path / "shards"
+    files = {p.name: t.file_sha256(p) for p in data.iterdir()}
+    (data / "manifest.json").write_text(json.dumps(dict(files=files)))
+    assert checked(tmp_path) == []
+    for name, bad in (("fineweb_train_000000.bin", False), ("fineweb_val_bytes_000000.bin", True)):
+        raw = bytearray((data / name).read_bytes())
+        raw[-2] ^= 1
+        (data / name).write_bytes(raw)
+        assert [bool(re.search("not what manifest.json says", line)) for line in checked(tmp_path)] == [True] * bad
+
+
+def test_an_unfinished_run_goes_on_only_as_it_was(tmp_path):
+    """Its checkpoint belongs to its knobs and its number of ranks; an artifact without a checkpoint
+    is never overwritten; a folder that holds only a log is used again."""
+    folder, h = tmp_path / "logs" / "r", settings(checkpoint_every_s=1e-9, iterations=1)
+    world = t.World()
+    data = write_dataset(tmp_path / "shards", h)
+    trained = t.Trainer.of(h, world, t.build_model(h, world), t.find_dataset(
+        dataclasses.replace(h, data_path=str(data)), world, print))
+    log = t.Log(world, folder, quiet=True)
+    t.train(trained, 0.0, log, lambda: "")
+    log.lock.close()
+    same = dict(run_id="r", checkpoint_every_s=1e-9, iterations=1)
+    assert checked(tmp_path, **same) == []
+    (sentence, ) = checked(tmp_path, **same | dict(matrix_lr=0.5))
+    assert "RUN_ID=r: its checkpoint was made by 1 ranks" in sentence and "'matrix_lr': 0.5" in sentence
+    assert "not by 2" in checked(tmp_path, t.World(0, 2), **same)[0]
+    (folder / "model.bin").touch()
+    assert checked(tmp_path, **same) == []
+    for path in t.checkpoints(folder):
+        path.unlink()
+    assert "RUN_ID=r was used before" in checked(tmp_path, **same)[0]
+    (folder / "model.bin").unlink()
+    assert checked(tmp_path, **same) == []
+
+
+def test_two_processes_with_one_run_id(tmp_path, capsys):
+    """The second is refused while the first lives, and leaves its files alone."""
+    log = t.Log(t.World(), tmp_path / "logs" / "two", quiet=True)
+    data = write_dataset(tmp_path / "shards", settings())
+    env = clean_env(**upper(TINY), RUN_ID="two", LOGS_DIR=tmp_path / "logs", DATA_PATH=data, RECIPE="record")
+    assert "RUN_ID=two: another process is at work" in refused(capsys, [], env)
+    assert [p.name for p in log.folder.iterdir()] == ["log.txt"] and (log.folder / "log.txt").read_text() == ""
+    log.lock.close()
+
+
+def test_after_kill_9_the_same_command_goes_on(tmp_path, monkeypatch):
+    """A process killed in mid-training leaves a good checkpoint; the next one makes the artifact
+    that was to be made, and clears the checkpoints away."""
+    monkeypatch.setattr(t, "pack_source", remembering(t.pack_source))
+    data = write_dataset(tmp_path / "shards", settings())
+    env = clean_env(**upper(TINY) | dict(ITERATIONS=12, CHECKPOINT_EVERY_S="1e-9", LOGS_DIR=tmp_path / "logs",
+                                         RECIPE="record", DATA_PATH=data, SCORES="quantized"))
+    assert t.main([], env | dict(RUN_ID="whole")) == 0
+    process = subprocess.Popen([sys.executable, str(REPO / "train_gpt.py")], env=env | dict(RUN_ID="cut"),
+                               stdout=subprocess.PIPE, text=True)
+    folder = tmp_path / "logs" / "cut"
+    assert any(line.startswith("step:3/") for line in process.stdout)
+    process.kill()
+    process.communicate()
+    assert t.checkpoints(folder) and not (folder / "result.json").exists()
+    (folder / ".model.bin.1.partial").touch()    # what a process killed while it writes leaves
+    assert t.main([], env | dict(RUN_ID="cut")) == 0
+    assert (folder / "model.bin").read_bytes() == (tmp_path / "logs/whole/model.bin").read_bytes()
+    assert re.search(r"^resumed:step \d+ ", (folder / "log.txt").read_text(), re.M)
+    assert sorted(p.name for p in folder.iterdir()) == left(folder, "quantized")
+
+
+def test_a_clock_that_was_interrupted_does_not_comply(tmp_path):
+    """With MAX_WALLCLOCK_SECONDS a resumed run is marked: what was lost is on no clock."""
+    for resumed, limit, marked in ((0, 5.0, False), (3, 5.0, True), (3, 0.0, False)):
+        h = settings(max_wallclock_seconds=limit, run_id="r")
+        folder = tmp_path / f"{resumed}{limit}"
+        log = t.Log(t.World(), folder, quiet=True)
+        result = t.conclude(h, t.World(), t.GPT(h), t.Trained(4, 1.0, resumed), 1.0,
+                            dict(model=1, code=1, total=2, limit=9), {}, {}, log)
+        assert result["compliant"] is not marked and ("resumed at step 3" in str(result["violations"])) == marked
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "empty"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import on_ranks
 from support import Lines, WORLD, dataset, repetitive, settings, stream, t
 
 
@@ -283,8 +284,169 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         trained, _ = trainer(settings(micro_batch_tokens=micro))
         trained.loader.arrange(0)
         trained.loader.order = np.arange(trained.loader.blocks)
-        trained.optimiser.step = lambda factor, momentum: None
+        trained.optimiser.step = lambda *_: None
         trained.step(0, 0.0, True)
         grads.append([p.grad for p in trained.model.bank.values()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+def saving(folder, stop=None, **changes):
+    """(trained, weights and average at the end) of 6 steps in a run's folder with a checkpoint at
+    every step; dies in front of step `stop`."""
+    trained, _ = trainer(settings(checkpoint_every_s=1e-9, **changes))
+    step = trained.step
+
+    def mortal(number, progress, looped):
+        """The ordinary step, or the end."""
+        if number == stop:
+            raise Killed
+        return step(number, progress, looped)
+
+    trained.step = mortal
+    log = t.Log(WORLD, folder, quiet=True)
+    try:
+        return t.train(trained, 0.0, log, lambda: "")[0], trained.snapshot()
+    finally:
+        log.lock.close()
+
+
+def names(folder) -> list[str]:
+    """The checkpoints that lie in a folder."""
+    return [path.name for path in t.checkpoints(folder)]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_ends_with_the_same_bits(stop, tmp_path):
+    """Weights, average, optimiser, loader and generator, wherever it was interrupted."""
+    _, whole = saving(tmp_path / "whole")
+    with pytest.raises(Killed):
+        saving(tmp_path / "cut", stop)
+    done, state = saving(tmp_path / "cut")
+    assert done == t.Trained(6, done.seconds, stop) and same(whole, state)
+    assert names(tmp_path / "cut") == ["checkpoint000000005.bin", "checkpoint000000006.bin"]
+    again, state = saving(tmp_path / "cut")    # from the end of training: what dies while scoring
+    assert again.resumed == again.steps == 6 and same(whole["weights"], state["weights"])
+
+
+def test_the_clock_goes_on_where_it_stood(tmp_path, monkeypatch):
+    """Seconds of the first part count: with 10 s a step, 45 s and a stop in front of the third, two
+    more are made."""
+    knobs = dict(iterations=0, max_wallclock_seconds=50.0)
+    now = [0.0]
+    monkeypatch.setattr(t.time, "perf_counter", lambda: now[0])
+    step = t.Trainer.step
+    monkeypatch.setattr(t.Trainer, "step", lambda *arguments: now.__setitem__(0, now[0] + 10) or step(*arguments))
+    whole = saving(tmp_path / "whole", **knobs)
+    with pytest.raises(Killed):
+        saving(tmp_path / "cut", 2, **knobs)
+    now[0] += 1000
+    cut = saving(tmp_path / "cut", **knobs)
+    assert whole[0].seconds == cut[0].seconds == 10.0 * whole[0].steps and same(whole[1], cut[1])
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    """The one before it serves; where all are damaged the run is refused, not begun anew."""
+    with pytest.raises(Killed):
+        saving(tmp_path / "cut", 4)
+    for count, path in enumerate(reversed(t.checkpoints(tmp_path / "cut")), 1):
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+        if count == 1:
+            assert t.read_checkpoint(tmp_path / "cut")[0] == 3
+    with pytest.raises(t.Refusal, match="checkpoint000000003.bin: damaged"):
+        saving(tmp_path / "cut")
+    for path in t.checkpoints(tmp_path / "cut"):
+        path.write_bytes(b"")
+    with pytest.raises(t.Refusal, match="damaged"):
+        saving(tmp_path / "cut")
+
+
+def test_a_checkpoint_is_one_line_of_json_and_numbers(tmp_path):
+    """Nothing in it can be executed: the state is described in JSON, the rest are the tensors' own
+    bytes and SHA-256."""
+    _, state = saving(tmp_path / "r")
+    path = t.checkpoints(tmp_path / "r")[-1]
+    raw = path.read_bytes()
+    line, rest = raw.split(b"\n", 1)
+    step, seconds, ranks, knobs, described = t.json.loads(line)
+    assert (step, ranks, knobs["num_layers"]) == (6, 1, 4) and seconds > 0
+    stored = [x for x in tensors(state) if x.dim() or x.is_floating_point()]
+    assert len(rest) == 32 + sum(x.numel() * x.element_size() for x in stored)
+    assert t.read_checkpoint(tmp_path / "r")[4]["optimiser"]["adam"]["state"][0]["exp_avg"].shape == (64, 32)
+    assert described["weights"] == [dict(dtype="float32", shape=[*x.shape]) for x in state["weights"]]
+
+
+@pytest.mark.parametrize("every, limit, on", [(600, 600, False), (600, 599, False), (600, 601, True), (600, 0, True),
+                                              (0, 0, False), (0, 700, False)])
+def test_checkpoints_are_for_runs_longer_than_their_distance(every, limit, on, tmp_path):
+    """None in the 10-minute track, and none at CHECKPOINT_EVERY_S=0; then no signal is caught."""
+    trained, _ = trainer(settings(checkpoint_every_s=every, max_wallclock_seconds=limit))
+    saves = t.Checkpoints(trained, t.Clock(WORLD), tmp_path)
+    assert bool(saves.on) == on == bool(saves.before)
+    for number, handler in saves.before.items():
+        t.signal.signal(number, handler)
+    saves = t.Checkpoints(trained, t.Clock(WORLD), None)
+    assert not saves.on, "without a folder nothing is saved"
+
+
+@pytest.mark.parametrize("number", [t.signal.SIGTERM, t.signal.SIGINT])
+def test_a_signal_saves_and_stops(number, tmp_path):
+    """The step ends, its checkpoint is whole, the sentence says how to go on; then the signals are
+    what they were."""
+    _, whole = saving(tmp_path / "whole")
+    h = settings(checkpoint_every_s=1e9)
+    trained, _ = trainer(h)
+    step, log = trained.step, t.Log(WORLD, tmp_path / "cut", quiet=True)
+    before = t.signal.getsignal(number)
+    trained.step = lambda n, *rest: (t.os.kill(t.os.getpid(), number) if n == 2 else None, step(n, *rest))[1]
+    with pytest.raises(t.Refusal, match="stopped by a signal at step 3.*RUN_ID=cut goes on from there"):
+        t.train(trained, 0.0, log, lambda: "")
+    log.lock.close()
+    t.signal.signal(number, before)
+    assert names(tmp_path / "cut") == ["checkpoint000000003.bin"]
+    done, state = saving(tmp_path / "cut")
+    assert done.resumed == 3 and same(whole, state)
+    assert t.signal.getsignal(number) == before
+
+
+def resumed_on_ranks(world, folder) -> None:
+    """Six steps at a stretch and six with a stop in front of the fourth, on these ranks."""
+    tokens = stream(3000)
+    for name, stop in (("whole", None), ("cut", 3), ("cut", None)):
+        h = settings(checkpoint_every_s=1e-9)
+        trained = t.Trainer.of(h, world, t.build_model(h, world), dataset(tokens))
+        step = trained.step
+
+        def mortal(number, progress, looped):
+            """The ordinary step, or the end."""
+            if number == stop:
+                raise Killed
+            return step(number, progress, looped)
+
+        trained.step = mortal
+        log = t.Log(world, folder / name, quiet=True)
+        try:
+            t.train(trained, 0.0, log, lambda: "")
+            torch.save(trained.snapshot(), folder / f"{name}{world.rank}.pt")
+        except Killed:
+            trained.loader.thread.join()
+        if world.main:
+            log.lock.close()
+        world.wait()
+
+
+def test_two_ranks_resume_to_the_same_bits(tmp_path):
+    """One file holds the momenta of both, and each takes its own share of them."""
+    on_ranks(2, resumed_on_ranks, tmp_path)
+    states = {(name, rank): torch.load(tmp_path / f"{name}{rank}.pt", weights_only=False)
+              for name in ("whole", "cut") for rank in (0, 1)}
+    for rank in (0, 1):
+        assert same(states["whole", rank], states["cut", rank])
+    assert same(states["cut", 0]["weights"], states["cut", 1]["weights"])

@@ -26,12 +26,14 @@ def rehearsed_run(world: tg.World, folder: Path) -> None:
     world.share_tensors(p.data for p in model.bank.values())
     loader = tg.Loader(h, world, data.train)
     moments = tg.second_moments(model, world, loader, h.gptq_calibration_batches)
-    blob, _ = tg.pack(h, tg.quantise(model, moments))
+    factors = tg.inverse_factors(h, moments)
+    damage = tg.step_damage(model, world, loader, factors)
+    blob, _ = tg.fit_budget(model, factors, damage, 0, silent)
     scores, nats = {}, {}
     for name in ("quantized", "sliding", "documents", "ttt"):
         result, ledger = tg.score_by_name(name, model, data.val, world, silent)
         scores[name], nats[name] = result, ledger.targets_nats()
-    torch.save(dict(losses=losses, initial=initial, trained=trained, blob=blob, scores=scores, nats=nats,
+    torch.save(dict(losses=losses, initial=initial, trained=trained, blob=blob, scores=scores, nats=nats, damage=damage,
                     momenta=[s.momentum.shape[0] for s in trainer.optimiser.stacks],
                     collectives=collectives(world)), folder / f"{world.size}-{world.rank}.pt")
 
@@ -185,7 +187,8 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
 
 
 def test_log(tmp_path, capsys):
-    """Rank 0 prints and keeps each line; other ranks and quiet logs say nothing; no folder is claimed twice."""
+    """Rank 0 prints and keeps each line; other ranks and quiet logs say nothing; a folder has one owner at a time, and none
+    once its run is finished."""
     folder = tmp_path / "logs" / "r"
     log = tg.Log(tg.World(), folder)
     log("one")
@@ -195,8 +198,14 @@ def test_log(tmp_path, capsys):
     tg.Log(tg.World(), None)("no file")
     assert capsys.readouterr().out == "one\ntwo\nno file\n"
     assert (folder / "log.txt").read_text() == "one\ntwo\n"
+    with pytest.raises(tg.Refusal, match=re.escape(f"RUN_ID=r: another process is at work in {folder}")):
+        tg.Log(tg.World(), folder)
+    log.lock.close()
+    tg.Log(tg.World(), folder)("three")
+    (folder / "result.json").touch()
     with pytest.raises(tg.Refusal, match=re.escape(f"RUN_ID=r was used before: {folder} exists")):
         tg.Log(tg.World(), folder)
+    assert (folder / "log.txt").read_text() == "one\ntwo\nthree\n"
     (tmp_path / "file").touch()
     with pytest.raises(tg.Refusal, match="LOGS_DIR=.*file cannot be written"):
         tg.Log(tg.World(), tmp_path / "file" / "r")
