@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import Half, Lines, WORLD, model_of, repetitive, settings, stream, t, validation
 
@@ -117,7 +118,7 @@ def total_probability(score, place: int = 33) -> float:
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(ttt_learners=3, ttt_steps=2), dict(ttt_learners=3, ttt_mix_decay=1.0),
+    dict(), dict(ttt_learners=2), dict(ttt_learners=4), dict(ttt_learners=3, ttt_steps=2), dict(ttt_learners=3, ttt_mix_decay=1.0),
     dict(ttt="recompute"), dict(ttt="phased", ttt_lr=0.05), dict(ttt="chunk", ttt_lr=0.05)
 ])
 def test_every_form_predicts_a_distribution(changes):
@@ -403,6 +404,34 @@ def live_bytes() -> int:
 
 LONG = dict(vocab_size=16, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, xsa_last_n=1,
             num_loops=0, parallel_start_layer=1, eval_seq_len=64, eval_batch_tokens=128)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self):
+        """None yet."""
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs an operation, noting its name if its result goes to the host or sizes a tensor."""
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("form", ["stream", "steps", "recompute"])
+def test_the_host_waits_for_no_chunk(form):
+    """Ten times as many chunks make the host wait no more often for the device: it only queues
+    work."""
+    found = []
+    for N in (60, 600):
+        with Waits() as waits:
+            nats("ttt", stream(N, document=40), FORMS[form])
+        found.append(len(waits.found))
+    assert found[0] == found[1] <= 8, found
 
 
 def test_memory_is_flat_and_long_documents_work(monkeypatch):
