@@ -323,7 +323,7 @@ class Hyperparameters:
     ttt_batch_seqs: int = knob(
         32, "sequences of TRAIN_SEQ_LEN per test-time training step over all ranks", positive)
     ttt_grad_clip: float = knob(1.0, "largest global gradient norm of test-time training", positive)
-    ttt_lora_rank: int = knob(16, "rank R of the per-row adapters", positive)
+    ttt_lora_rank: int = knob(32, "rank R of the per-row adapters", positive)
     ttt_lora_alpha: float = knob(
         16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
 
