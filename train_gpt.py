@@ -294,8 +294,8 @@ class Hyperparameters:
     ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
     ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over the chunks n",
                                natural)
-    ttt_learners: int = knob(3, "predictors per document, mixed by past losses; the last of several "
-                             "never learns", positive)
+    ttt_learners: int = knob(3, "predictors per document, mixed by past losses; the last of "
+                             "several never learns", positive)
     ttt_lr_spread: float = knob(2.0, "ratio of the rates of neighbouring learners", positive)
     ttt_mix_decay: float = knob(0.8, "decay per token of the losses that weigh them", fraction)
     ttt_beta2: float = knob(0.99, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
