@@ -292,16 +292,17 @@ class Hyperparameters:
         lambda v: set(v.split(",")) <= {"", *SCORES})
     ttt: str = mechanism("stream", "form of test-time training: stream, phased, recompute or chunk",
                     among("stream", "phased", "recompute", "chunk"))
-    ttt_stream_chunk: int = knob(48, "tokens of a document scored before its adapters learn",
+    ttt_stream_chunk: int = knob(16, "tokens of a document scored before its adapters learn",
                                  positive)
     ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
-    ttt_lora_lr: float = knob(0.01, "Adam rate of the fastest learner's adapters", natural)
+    ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
     ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over the chunks n",
                                natural)
-    ttt_learners: int = knob(2, "learners per document, mixed by their past losses", positive)
-    ttt_lr_spread: float = knob(3.0, "ratio of the rates of neighbouring learners", positive)
-    ttt_mix_decay: float = knob(0.9, "decay per token of the losses that weigh them", fraction)
-    ttt_beta2: float = knob(0.95, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
+    ttt_learners: int = knob(3, "predictors per document, mixed by past losses; the last of "
+                             "several never learns", positive)
+    ttt_lr_spread: float = knob(2.0, "ratio of the rates of neighbouring learners", positive)
+    ttt_mix_decay: float = knob(0.8, "decay per token of the losses that weigh them", fraction)
+    ttt_beta2: float = knob(0.99, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
     ttt_targets: str = knob("q,v,o,mlp,head", "adapted maps, of q k v o mlp head",
                             lambda v: set(v.split(",")) <= set("q k v o mlp head".split()))
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
@@ -326,7 +327,7 @@ class Hyperparameters:
     ttt_batch_seqs: int = knob(
         32, "sequences of TRAIN_SEQ_LEN per test-time training step over all ranks", positive)
     ttt_grad_clip: float = knob(1.0, "largest global gradient norm of test-time training", positive)
-    ttt_lora_rank: int = knob(8, "rank R of the per-row adapters", positive)
+    ttt_lora_rank: int = knob(32, "rank R of the per-row adapters", positive)
     ttt_lora_alpha: float = knob(
         16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
 
@@ -533,6 +534,7 @@ RECIPES["demo"] = dict(
     eval_seq_len=256,
     eval_batch_tokens=4096,
     ttt_chunk_tokens=8192,
+    ttt_lora_lr=0.016,
     ttt_lr=0.01,
     ttt_epochs=2,
     ttt_batch_seqs=16,
@@ -634,7 +636,7 @@ PR1539 = SP8192 | PREQUANT | dict(smear_gate=True,
 PR1855 = dict(caseops_enabled=True, qk_gain_init=5.0, matrix_clip_sigmas=12.0, trellis_states=0,
               step_search="uniform", compressor="brotli", ttt="phased", ttt_lora_rank=80,
               ttt_lora_alpha=144.0, ttt_lora_lr=1e-4, ttt_lr_decay=0.0, ttt_learners=1,
-              ttt_targets="q,k,v,o,mlp,head")
+              ttt_stream_chunk=48, ttt_targets="q,k,v,o,mlp,head")
 ON_TRAIN = dict(prequant_ttt_data="train")
 FLOOR = "row scales without the floor of 1/31 that ruins small models; every target scored once"
 BANKED = ("; whole layers freeze or slow down (published: scalars only), QAT rounds the matrices "
@@ -2756,7 +2758,7 @@ class AdapterBank:
         out = dict(q=table["wq"].shape[1], k=table["wk"].shape[1], v=table["wv"].shape[1],
                    o=D, mlp=D, head=h.vocab_size)
         self.h, self.S, self.names = h, len(plan), h.ttt_targets.split(",")
-        self.shapes, start, rates = [], [], []
+        self.shapes, start = [], []
         seeded = torch.Generator().manual_seed(h.seed)
         for name in self.names:
             S = 1 if name == "head" else self.S
@@ -4917,7 +4919,9 @@ class Learners:
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
         self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
         self.N = N = h.ttt_learners if steps and form == "stream" else 1
-        self.rates = (h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)).repeat(rows).to(device)
+        rates = h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)
+        rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
+        self.rates = rates.repeat(rows).to(device)
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
         self.cache = Cache(model, rows * N, C, self.plan) if form == "stream" else None
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
@@ -5067,7 +5071,8 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             mine = slice(lo + world.rank, lo + count, world.size)
             most = max(1, h.micro_batch_tokens // T)
             for x, y in zip(ids[mine].split(most), targets[mine].split(most)):
-                (model.run_nats(x, y, plan).mean(1).sum() / count).backward()
+                if len(x):    # fewer sequences than ranks leave some without
+                    (model.run_nats(x, y, plan).mean(1).sum() / count).backward()
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
             flat = world.sum(torch.cat([g.flatten() for g in grads]))
             for p, g in zip(weights, flat.split([p.numel() for p in weights])):

@@ -182,7 +182,7 @@ STAGE_OF = {knob: stage for stage, (_, knobs) in STAGES.items() for knob in knob
 # Tested with the data, at the switch further down, and in test_ttt.py.
 ELSEWHERE = {"vocab_size", "caseops_enabled", "recur_start_step", "ttt", "ttt_ema_decay", "ttt_freeze_blocks",
              "ttt_max_chunks", "ttt_lora_rank", "ttt_lora_alpha", "ttt_lora_lr", "ttt_lr_decay", "ttt_learners",
-             "ttt_targets", "ttt_phases"}
+             "ttt_stream_chunk", "ttt_targets", "ttt_phases"}
 # What must go with a knob when it returns to the submission's value, and values small enough for a tiny model.
 WITH = dict(ve_dim=dict(ve_layers=""), ve_layers=dict(ve_dim=0), trellis_states=dict(late_qat_threshold=0.0),
             prequant_ttt_data=dict(prequant_ttt_optim="adamw"), matrix_clip_sigmas=dict(clip_search=False),

@@ -2,18 +2,29 @@
 caught."""
 from __future__ import annotations
 
+import dataclasses
 import functools
+import gc
 
 import numpy as np
 import pytest
 import torch
 from conftest import on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import Half, Lines, WORLD, model_of, repetitive, settings, stream, t, validation
 
 # Tokens from here on are replaced: in the third chunk of 32, inside a window and a document.
 CUT = 75
 H = settings(ttt="chunk", ttt_lr=0.05, ttt_epochs=2)
+ADAPTERS = dict(ttt_stream_chunk=5, ttt_lora_lr=0.02)
+FORMS = dict(chunk=H,
+             average=settings(ttt="chunk", ttt_lr=0.05, ttt_ema_decay=0.5, ttt_freeze_blocks=1,
+                              ttt_max_chunks=3, ttt_lr_ramp=0.3),
+             stream=settings(**ADAPTERS, ttt_learners=2),
+             steps=settings(**ADAPTERS, ttt_learners=3, ttt_steps=2),
+             recompute=settings(ttt="recompute", **ADAPTERS),
+             phased=settings(ttt="phased", ttt_lr=0.05, ttt_epochs=1, **ADAPTERS))
 
 
 def nats(name: str, tokens: np.ndarray, h: t.Hyperparameters = H) -> np.ndarray:
@@ -41,12 +52,21 @@ def earlier_scores_agree(score, tokens: np.ndarray, keep_starts: bool = True) ->
     return first[:CUT - 1].tobytes() == second[:CUT - 1].tobytes()
 
 
-@pytest.mark.parametrize("name", ["quantized", "sliding", "documents", "ttt"])
+@pytest.mark.parametrize("name", ["quantized", "sliding", "documents", "stream"])
 @pytest.mark.parametrize("N", [128, 117])
 def test_later_tokens_cannot_reach_earlier_scores(name, N):
-    """Condition C3: all tokens after a mid-chunk position replaced, earlier scores the same bit for
+    """Condition C1: all tokens after a mid-chunk position replaced, earlier scores the same bit for
     bit."""
     assert earlier_scores_agree(functools.partial(nats, name), stream(N + 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("document", [11, 60])
+def test_later_tokens_cannot_reach_earlier_scores_of_learners(form, document):
+    """Conditions C1 and C3 for every form of test-time training, with short and with long
+    documents."""
+    score = functools.partial(nats, "ttt", h=FORMS[form])
+    assert earlier_scores_agree(score, stream(129, document=document))
 
 
 @pytest.mark.parametrize("name", ["quantized", "sliding", "ttt"])
@@ -55,12 +75,56 @@ def test_later_document_starts_cannot_reach_earlier_scores(name):
     assert earlier_scores_agree(functools.partial(nats, name), stream(129), keep_starts=False)
 
 
-def test_later_document_starts_move_documents_by_rounding_only():
-    """A document that ends elsewhere is padded to another width, which may round its scores
-    differently."""
+@pytest.mark.parametrize("form", ["documents", "stream", "steps", "recompute"])
+def test_later_document_starts_move_documents_by_rounding_only(form):
+    """A document that ends elsewhere changes which rows are scored together, which may round
+    scores of other documents differently, and nothing else. (Phases end where documents end.)"""
     tokens = stream(129)
-    first, second = nats("documents", tokens), nats("documents", replaced(tokens, False))
-    np.testing.assert_allclose(first[:CUT - 1], second[:CUT - 1], atol=1e-5)
+    score = functools.partial(nats, "documents" if form == "documents" else "ttt",
+                              h=FORMS.get(form, H))
+    first, second = score(tokens), score(replaced(tokens, False))
+    # the last document of the unchanged part may itself be cut, so that its chunks stay
+    np.testing.assert_allclose(first[:CUT - 1], second[:CUT - 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["stream", "steps", "recompute"])
+def test_documents_do_not_know_of_each_other(form):
+    """Condition C4 in any order: a document's scores stay the same bit for bit when the tokens of
+    all others change."""
+    tokens = stream(129, document=40)
+    edges = validation(tokens).documents
+    other = np.where(tokens == t.BOS, t.BOS, stream(129, document=1000, seed=3))
+    first = nats("ttt", tokens, FORMS[form])
+    for d, (b, e) in enumerate(zip(edges[:-1], edges[1:])):
+        mixed = other.copy()
+        mixed[b:e + 1] = tokens[b:e + 1]
+        assert nats("ttt", mixed, FORMS[form])[b:e].tobytes() == first[b:e].tobytes(), d
+
+
+SMALL_V = dict(vocab_size=10, **ADAPTERS)
+
+
+def total_probability(score, place: int = 33) -> float:
+    """The sum of exp(-nats) of one target over everything it could be, all before it unchanged: 1
+    for a distribution. The tokens after it are dropped."""
+    h = settings(**SMALL_V)
+    tokens = stream(place + 2, V=h.vocab_size, document=17, seed=8)
+    tokens[20:place + 1] = 2 + tokens[20:place + 1] % 5    # one long document at the end
+    total = 0.0
+    for v in range(h.vocab_size):
+        tokens[place + 1] = v
+        total += np.exp(-np.float64(score(tokens)[place]))
+    return total
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(ttt_learners=2), dict(ttt_learners=4), dict(ttt_learners=3, ttt_steps=2), dict(ttt_learners=3, ttt_mix_decay=1.0),
+    dict(ttt="recompute"), dict(ttt="phased", ttt_lr=0.05), dict(ttt="chunk", ttt_lr=0.05)
+])
+def test_every_form_predicts_a_distribution(changes):
+    """Condition C2 from outside: over all of V the probabilities of one place sum to one."""
+    h = settings(**SMALL_V | changes)
+    assert total_probability(functools.partial(nats, "ttt", h=h)) == pytest.approx(1, abs=1e-5)
 
 
 def cheat(tokens: np.ndarray, peek) -> np.ndarray:
@@ -118,6 +182,281 @@ def test_a_reversed_pass_is_seen():
         return ledger.targets_nats()
 
     assert not earlier_scores_agree(backwards, stream(129))
+
+
+class Hasty(t.Learners):
+    """A cheat: it learns from a chunk, then scores it."""
+
+    def nats_of(self, ids, targets):
+        """The mixture's nats after an update on the very targets."""
+        super().nats_of(ids, targets)
+        super().learn(ids, targets)
+        return super().nats_of(ids, targets)
+
+    def learn(self, ids, targets):
+        """Has learned already."""
+
+
+class Luckiest(t.Learners):
+    """A cheat: of several learners the one that was right counts, token by token."""
+
+    def nats_of(self, ids, targets):
+        """The least nats of any learner."""
+        super().nats_of(ids, targets)
+        return self.first.detach().view(self.rows, self.N, -1).amin(1)
+
+
+class Hindsight(t.Learners):
+    """A cheat: a mixture whose weights know the loss that they are about to weigh."""
+
+    def nats_of(self, ids, targets):
+        """Nats of sum of w_i p_i with w_i in proportion to p_i of the target itself."""
+        super().nats_of(ids, targets)
+        logs = -self.first.detach().view(self.rows, self.N, -1)
+        return -(logs.log_softmax(1) + logs).logsumexp(1)
+
+
+class Unshared(t.Learners):
+    """A cheat: the weights of the mixture sum to more than one."""
+
+    def nats_of(self, ids, targets):
+        """Nats of the sum of all p_i."""
+        super().nats_of(ids, targets)
+        return -(-self.first.detach().view(self.rows, self.N, -1)).logsumexp(1)
+
+
+class Hashed(t.Learners):
+    """A cheat: counts under a hash of the last token AND the target, looked up for the target
+    only."""
+
+    def nats_of(self, ids, targets):
+        """Nats of half the model, half the share of the hashed pair among earlier ones."""
+        nats = super().nats_of(ids, targets)
+        key = (ids * 31 + targets) % 7
+        before = torch.tril(torch.ones(ids.size(1), ids.size(1)), -1)
+        hits = ((key[:, :, None] == key[:, None]) * before).sum(-1)
+        return -torch.log(0.5 * torch.exp(-nats) + 0.5 * hits / before.sum(-1).clamp(min=1) + 1e-9)
+
+
+class Hoarder(t.Learners):
+    """A cheat against C4: adapters wander from one document to the next, longest first, while the
+    stream has another order."""
+
+    def follow(self, batches):
+        """The batches without a fresh start anywhere."""
+        self.bank.reset = lambda rows: None
+        yield from super().follow(batches)
+
+
+CHEATS = dict(learns_before_it_scores=Hasty, best_of_the_learners=Luckiest,
+              weights_with_hindsight=Hindsight, weights_over_one=Unshared,
+              target_in_the_hash_key=Hashed)
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_that_is_no_distribution_is_seen(name, monkeypatch):
+    """Whatever uses a target to predict it gives more than one of probability in all."""
+    monkeypatch.setattr(t, "Learners", CHEATS[name])
+    h = settings(**SMALL_V, ttt_learners=2)
+    assert total_probability(functools.partial(nats, "ttt", h=h)) > 1.0001
+
+
+def test_a_cheat_that_trains_a_stream_before_scoring_is_seen(monkeypatch):
+    """Learning from the chunk first also carries later tokens of the chunk to earlier scores."""
+    monkeypatch.setattr(t, "Learners", Hasty)
+    score = functools.partial(nats, "ttt", h=FORMS["stream"])
+    assert not earlier_scores_agree(score, stream(129, document=60))
+
+
+def test_a_cheat_that_carries_state_across_documents_is_seen(monkeypatch):
+    """The test of independent documents fails for a learner that is not reset."""
+    monkeypatch.setattr(t, "Learners", Hoarder)
+    with pytest.raises(AssertionError):
+        test_documents_do_not_know_of_each_other("stream")
+
+
+@pytest.mark.parametrize("reach", ["inputs", "lend", "tokens"])
+@pytest.mark.parametrize("when", ["nats_of", "learn"])
+def test_a_cheat_that_reads_ahead_is_refused(reach, when, monkeypatch):
+    """A scorer or learner that holds the ledger finds it sealed: no other batch, no loan, no
+    tokens."""
+    held = {}
+
+    class Ahead(t.Learners):
+        """Reads the tokens behind its batch."""
+
+    def peek(self, ids, targets):
+        """What comes next, by any of three ways."""
+        ledger = held["ledger"]
+        if reach == "inputs":
+            ledger.inputs(t.Windows(*np.array([[60], [5], [0], [5]]), 5))
+        elif reach == "lend":
+            ledger.lend(0, 1)
+        else:
+            ledger._tokens[60:65]
+
+    setattr(Ahead, when, peek)
+    keep = t.Ledger.__init__
+    monkeypatch.setattr(t.Ledger, "__init__",
+                        lambda self, *a: (keep(self, *a), held.update(ledger=self))[0])
+    monkeypatch.setattr(t, "Learners", Ahead)
+    with pytest.raises((RuntimeError, TypeError), match="on its own|NoneType"):
+        nats("ttt", stream(129), FORMS["stream"])
+
+
+class Poisoned(t.Ledger):
+    """A ledger in which every token is garbage that the current batch or loan does not cover."""
+
+    def poisoned(self, readable, read):
+        """What `read` finds while all that is not readable is garbage."""
+        true = self._tokens
+        garbage = torch.from_numpy(stream(len(true), seed=77))
+        self._tokens = torch.where(torch.from_numpy(readable), true, garbage)
+        try:
+            return read()
+        finally:
+            self._tokens = true
+
+    def inputs(self, w):
+        """The batch out of garbage."""
+        readable = np.zeros(len(self._tokens), bool)
+        for start, hi in zip(w.start, w.hi):
+            readable[start:start + hi + 1] = True
+        return self.poisoned(readable, lambda: super(Poisoned, self).inputs(w))
+
+    def lend(self, begin, end):
+        """The loan out of garbage, and only what is booked."""
+        readable = np.zeros(len(self._tokens), bool)
+        readable[begin:end + 1] = True
+        assert self._scored[begin:end].all()
+        return self.poisoned(readable, lambda: super(Poisoned, self).lend(begin, end))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_poison_beyond_the_chunk_changes_nothing(form, monkeypatch):
+    """Scorers and learners of every form read nothing but their batch and what is lent."""
+    tokens = stream(129, document=40)
+    clean = nats("ttt", tokens, FORMS[form])
+    monkeypatch.setattr(t, "Ledger", Poisoned)
+    assert nats("ttt", tokens, FORMS[form]).tobytes() == clean.tobytes()
+
+
+class Untouchable:
+    """A validation set that nobody may look at."""
+
+    def __getattr__(self, name):
+        """Refuses."""
+        raise AssertionError(f"validation data was read: {name}")
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_cheat_that_warms_up_on_validation_tokens_is_seen(honest, monkeypatch):
+    """The rehearsal runs through with a validation set that cannot be read; one that compiles on
+    validation text does not."""
+    h = settings(scores="quantized,sliding,documents,stream,ttt", eval_budget_s=1.0)
+    data = t.Dataset([stream(3000).astype(np.uint16)], Untouchable(), "test")
+    trainer = t.Trainer.of(h, WORLD, model_of(h), data)
+    if not honest:
+        monkeypatch.setattr(t, "rehearsal_text", lambda h, data: data.val)
+        with pytest.raises(AssertionError, match="was read"):
+            t.rehearse(trainer, data, Lines())
+        return
+    t.rehearse(trainer, data, Lines())
+    steps = t.affordable_steps(trainer.model, t.rehearsal_text(h, data), 100, WORLD, Lines())
+    assert 0 <= steps <= h.ttt_steps
+
+
+def test_the_budget_picks_the_steps(monkeypatch):
+    """A second more of budget buys steps; none at all leaves the plain stream; 0 asks for
+    nothing."""
+    tokens = stream(400, document=60)
+    monkeypatch.setattr(t, "score_by_name", lambda *a: (dict(seconds=2.0), None))
+    found = []
+    for budget_s in (0.0, 0.01, 2.3, 4.5, 6.9):
+        h, log = settings(**ADAPTERS, ttt_steps=3, eval_budget_s=budget_s), Lines()
+        cells = len(t.document_plan(validation(tokens).documents, 5, 2, WORLD)) * 5 * 2
+        found.append(t.affordable_steps(model_of(h), validation(tokens), 3 * cells, WORLD, log))
+        assert len(log.lines) == (budget_s > 0) and (not budget_s or "EVAL_BUDGET_S" in log.lines[0])
+    assert found == [3, 0, 1, 2, 3]
+
+
+def test_no_steps_are_the_plain_stream():
+    """Without a step of learning there is one learner, and the score is that of the cache."""
+    tokens, h = stream(129, document=40), settings(**ADAPTERS, ttt_steps=0)
+    np.testing.assert_allclose(nats("ttt", tokens, h), nats("stream", tokens, h), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_of_no_and_of_one_token(form):
+    """Starts that follow each other, and a stream of a single target, are scored in every form."""
+    for tokens in ([1, 1, 1, 5, 6, 1, 7, 1], [1, 9], [1, 1], [8, 3, 1, 1, 1, 1]):
+        found = nats("ttt", np.array(tokens), FORMS[form])
+        assert len(found) == len(tokens) - 1 and np.isfinite(found).all() and (found > 0).all()
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors alive."""
+    gc.collect()
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+    return sum(kept.values())
+
+
+LONG = dict(vocab_size=16, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, xsa_last_n=1,
+            num_loops=0, parallel_start_layer=1, eval_seq_len=64, eval_batch_tokens=128)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self):
+        """None yet."""
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs an operation, noting its name if its result goes to the host or sizes a tensor."""
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("form", ["stream", "steps", "recompute"])
+def test_the_host_waits_for_no_chunk(form):
+    """Ten times as many chunks make the host wait no more often for the device: it only queues
+    work."""
+    found = []
+    for N in (60, 600):
+        with Waits() as waits:
+            nats("ttt", stream(N, document=40), FORMS[form])
+        found.append(len(waits.found))
+    assert found[0] == found[1] <= 8, found
+
+
+def test_memory_is_flat_and_long_documents_work(monkeypatch):
+    """Over a document of 100,200 tokens nothing grows, and places far into it are scored as
+    exactly as near its start."""
+    h = settings(**LONG, ttt_stream_chunk=300, ttt_learners=2, eval_stride=60)
+    h = dataclasses.replace(h, eval_seq_len=300, eval_batch_tokens=600)
+    tokens = np.concatenate([[t.BOS], np.random.default_rng(0).integers(2, 16, 100_200)])
+    sizes, opened = [], t.Cache.open
+
+    def watched_open(self, behind):
+        """Notes what is alive now and then."""
+        if int(behind[0]) % 30_000 == 0:
+            sizes.append(live_bytes())
+        opened(self, behind)
+
+    monkeypatch.setattr(t.Cache, "open", watched_open)
+    found = nats("ttt", tokens, h)
+    assert len(found) == 100_200 and np.isfinite(found).all()
+    assert len(sizes) == 4 and max(sizes[1:]) - min(sizes[1:]) < 4096, sizes
+    # one layer sees 64 keys back, so the last targets need only what is near
+    h = settings(**LONG, eval_stride=60)
+    far = nats("stream", tokens, h)[-100:]
+    near = nats("stream", np.concatenate([[t.BOS], tokens[-201:]]), h)[-100:]
+    np.testing.assert_allclose(far, near, atol=1e-5)
 
 
 def test_the_first_chunk_is_scored_by_the_weights_of_the_artifact():
@@ -192,10 +531,10 @@ def scores_on_a_rank(world: t.World, folder: str) -> None:
     """Saves this rank's view of all nats of two streams that differ from CUT on, under two kinds of
     score."""
     tokens = stream(129)
-    for name in ("sliding", "ttt"):
-        for side, text in (("whole", tokens), ("replaced", replaced(tokens, False))):
-            found = t.score_by_name(name, model_of(H), validation(text), world,
-                                    Lines(world))[1].targets_nats()
+    for name, h in [("sliding", H), *FORMS.items()]:
+        for side, text in (("whole", tokens), ("replaced", replaced(tokens, True))):
+            found = t.score_by_name("sliding" if h is H and name == "sliding" else "ttt", model_of(h),
+                                    validation(text), world, Lines(world))[1].targets_nats()
             np.save(f"{folder}/{name}_{side}_{world.rank}.npy", found)
 
 
@@ -203,10 +542,36 @@ def test_two_processes_score_alike_and_causally(tmp_path):
     """Two gloo ranks agree with each other and with one process; later tokens reach no earlier
     score there either."""
     on_ranks(2, scores_on_a_rank, str(tmp_path))
-    for name in ("sliding", "ttt"):
+    for name in ("sliding", *FORMS):
         whole, other = (np.load(tmp_path / f"{name}_{side}_0.npy")
                         for side in ("whole", "replaced"))
         np.testing.assert_array_equal(whole, np.load(tmp_path / f"{name}_whole_1.npy"))
-        np.testing.assert_allclose(whole, nats(name, stream(129)), atol=1e-5)
+        alone = nats("sliding" if name == "sliding" else "ttt", stream(129), FORMS.get(name, H))
+        np.testing.assert_allclose(whole, alone, atol=2e-5)
         assert whole[:CUT - 1].tobytes() == other[:CUT - 1].tobytes() and not np.array_equal(
             whole[CUT:], other[CUT:])
+
+
+@pytest.mark.parametrize("form", ["stream", "steps", "recompute"])
+def test_the_whole_loss_compiles_as_one_graph(form, monkeypatch):
+    """What GPUs run, the loss of a chunk with adapters and cache as one graph, scores alike; the
+    number of graphs does not grow with the chunks."""
+    tokens, graphs = stream(60, document=40), []
+
+    def count(graph, inputs):
+        """Counts a graph and runs it as it is."""
+        graphs.append(graph)
+        return graph.forward
+
+    def compiled(h):
+        """The model with its loss compiled."""
+        model = model_of(h)
+        monkeypatch.setattr(model, "run_nats",
+                            torch.compile(model.nats, backend=count, fullgraph=True, dynamic=False))
+        return model
+
+    h = FORMS[form]
+    plain = nats("ttt", tokens, h)
+    found = t.score_by_name("ttt", compiled(h), validation(tokens), WORLD, Lines())[1].targets_nats()
+    np.testing.assert_allclose(found, plain, atol=1e-4)
+    assert len(graphs) <= 2, len(graphs)
