@@ -3680,8 +3680,9 @@ def expected_bits(h: Hyperparameters, banks: Mapping[str, Tensor]) -> str:
 
 def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, Tensor], code: int,
                log: Log) -> tuple[bytes, dict[str, int]]:
-    """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, after at most
-    three corrections. Without damages the steps are the uniform ones."""
+    """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, usually after
+    two or three passes; the smallest possible one where none fits. Without damages the steps are
+    the uniform ones."""
     h = model.h
     if not damage:
         return pack(h, quantise(model, factors))
@@ -3689,24 +3690,27 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
     sizes = {n: column_sizes(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
     weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
     room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
+    slack, low, high = (1 - ROOM_USED) * h.budget_bytes, FINEST, COARSEST
 
     def expected(shift: float) -> float:
         """Bytes of the codes when all steps are 2^shift times those of `base`."""
         return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
                    for n, o in base.items())
 
-    while len(tried) < 4:
-        low, shift = FINEST, COARSEST
+    # `low` is too fine and `high` fits once tried, so only steps between them are left.
+    while high > low + 1e-3 * (high in tried):
+        finer, shift = low, high
         for _ in range(24):
-            middle = (low + shift) / 2
-            over = ratio * expected(middle) + fixed > room - (1 - ROOM_USED) * h.budget_bytes
-            low, shift = (middle, shift) if over else (low, middle)
-        if shift in tried:
-            break
+            middle = (finer + shift) / 2
+            over = ratio * expected(middle) + fixed > room - slack
+            finer, shift = (middle, shift) if over else (finer, middle)
+        if len(tried) > 3:    # the estimate misleads: are the coarsest steps enough? then halve
+            shift = (low + high) / 2 if high in tried else high
         stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
         tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
-        if 0 <= room - len(blob) <= 2 * (1 - ROOM_USED) * h.budget_bytes:
+        if 0 <= room - len(blob) <= 2 * slack:
             break
+        low, high = (low, shift) if len(blob) <= room else (shift, high)
         fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
         ratio = (len(blob) - fixed) / expected(shift)
     free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
