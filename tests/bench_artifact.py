@@ -34,7 +34,7 @@ METHODS = {
     "a step per role": (dict(PLAIN, step_search="role"), True),
     "a step per role and layer": (PLAIN, True),
     "role and layer + column + row": (dict(trellis_states=0), True),
-    "percentile search": (dict(PLAIN, clip_search=True), False),
+    "role and layer + percentile search": (dict(PLAIN, clip_search=True), True),
     "trellis": (dict(PLAIN, trellis_states=8), False),
     DEFAULT: ({}, True),
 }
@@ -116,7 +116,7 @@ def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
         blob, seconds = uniform, 0.0
         if changes is not None:
             model.h = replace(h, budget_bytes=limit, **changes)
-            powers = (model.h.row_step_power, model.h.column_step_power)
+            powers = (model.h.row_step_power, model.h.column_step_power, model.h.clip_search)
             if measured and powers not in damages:
                 loader = t.Loader(h, WORLD, bench.data.train)
                 loader.position = bench.position    # the text that follows calibration's
@@ -130,7 +130,7 @@ def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
     def fit(reserve: int) -> bytes:
         """The default's artifact, `reserve` bytes smaller."""
         model.h = replace(h, budget_bytes=limit - reserve)
-        return t.fit_budget(model, factors, damages[h.row_step_power, h.column_step_power], 0, QUIET)[0]
+        return t.fit_budget(model, factors, damages[h.row_step_power, h.column_step_power, h.clip_search], 0, QUIET)[0]
 
     for name, method in methods(bench.position + 1).items():
         begin = time.perf_counter()
