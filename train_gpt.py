@@ -5295,6 +5295,10 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
     check(accumulation, h, world)
+# >>> not packed (a packed script builds no corpus)
+    if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
+        wrong.append("CORPUS=embedded needs the package sentencepiece (pip install sentencepiece)")
+# <<< not packed
     data = None if wrong and must_build(h) else check(find_dataset, h, world, log)
     if wrong:
         raise Refusal("; ".join(wrong))
@@ -6402,6 +6406,8 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
                         help="raw validation documents (.jsonl, .jsonl.zst, .txt)")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)    # new process
     options = parser.parse_args(arguments)
+    if options.documents < 1:
+        raise Refusal(f"--documents {options.documents}: expected 1 or more")
     target = options.target
     is_run = (target / "result.json").exists()
     runs = [read_run(target)] if is_run else read_record(target)
@@ -6552,7 +6558,8 @@ def draw_waterfall(ax: Any, s: Story) -> None:
             ax.plot((i - 1.3, i + 0.3), (last, last), color="black", lw=0.6)
     ax.set_xticks(range(len(stages)), [names.get(n, n) for n, _ in stages])
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set(ylabel="BPB (the axis does not start at 0)", title=f"BPB by stage: {s.name}",
+    ax.set(ylabel="BPB (the axis does not start at 0)",
+           title=f"BPB by stage: {s.name} (green better, red worse)",
            ylim=(low, max(values) + 0.25 * (max(values) - low)))
 
 
@@ -6582,10 +6589,13 @@ def draw_gain(axes: Sequence[Any], s: Story) -> None:
     axes[0].plot(targets.cumsum(), gain.cumsum() / size.cumsum().clip(1), color="tab:green")
     axes[0].set(xlabel="validation tokens scored", ylabel="mean gain so far (BPB)",
                 title=f"{stages[-1]} over {stages[-2]}: {s.name}")
+    axes[0].locator_params(axis="x", nbins=5)
+    axes[0].xaxis.set_major_formatter("{x:,.0f}")
     each = gain / size.clip(1)
     axes[1].scatter(targets, each, s=5, alpha=0.3, color="tab:gray", label="one document")
-    order = np.argsort(targets)
-    groups = [g for g in np.array_split(order, min(20, len(order))) if len(g)]
+    edges = np.unique(np.quantile(targets, np.arange(1, 20) / 20))    # equal lengths stay together
+    which = np.digitize(targets, edges)
+    groups = [which == number for number in np.unique(which)]
     axes[1].plot([np.median(targets[g]) for g in groups],
                  [gain[g].sum() / max(size[g].sum(), 1) for g in groups], color="tab:red",
                  marker="o", ms=3, label="mean of a twentieth")
@@ -6648,7 +6658,10 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
         raise Refusal(f"report: no finished run in {', '.join(map(str, options.runs))}")
     first = options.runs[0]
     out = options.to or (first.parent if (first / "log.txt").exists() else first)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--to {out}: no folder can be made there ({error.strerror})") from None
     picture, shades = io.BytesIO(), optional("matplotlib")
     if shades and optional("matplotlib.figure"):
         figure = shades.figure.Figure(figsize=(13, 17), layout="constrained")
@@ -6707,11 +6720,13 @@ def set_aside(folder: Path) -> None:
 
 def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
     """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
-    as they are, then the report. 1 if a run failed, 130 after Ctrl-C."""
+    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
     parser.add_argument("--print", action="store_true", help="only print the commands")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
     options = parser.parse_args(arguments)
+    if options.nproc < 1:
+        raise Refusal(f"--nproc {options.nproc}: expected 1 or more")
     if not env.get("SWEEP"):
         raise Refusal("sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
     if "RANK" in env:
@@ -6731,13 +6746,17 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
               flush=True)
         if not done:
             set_aside(logs / name)
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             process = subprocess.Popen(command, env=variables)
             try:
                 failed += [name] if process.wait() else []
-            except KeyboardInterrupt:    # which the run has heard too: it may be saving
-                process.wait()
+            except KeyboardInterrupt:    # Ctrl-C reaches the run too, SIGTERM only this process
+                process.terminate()
+                process.wait()    # it may be saving
                 print("sweep: stopped; the same command goes on from here")
                 return 130
+            finally:
+                signal.signal(signal.SIGTERM, before)
     if options.print:
         return 0
     if failed:

@@ -327,6 +327,9 @@ def test_nothing_is_built_where_something_is_wrong(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(t, "coders", dict)
     sentence = refused(capsys, [], clean_env(LOGS_DIR=tmp_path, DATA_DIR=tmp_path, COMPRESSOR="brotli"))
     assert "pip install brotli" in sentence and "embedded" not in sentence and not list(tmp_path.iterdir())
+    monkeypatch.setattr(t, "sentencepiece", None)
+    sentence = refused(capsys, [], clean_env(LOGS_DIR=tmp_path, DATA_DIR=tmp_path, COMPRESSOR="brotli"))
+    assert "pip install brotli" in sentence and "pip install sentencepiece" in sentence
 
 
 def test_a_changed_validation_file_is_refused(tmp_path):

@@ -176,7 +176,7 @@ def on_track(folder: Path) -> None:
 
 def forbidden(folder: Path) -> None:
     """A script that loads pickles, packed and counted as it is."""
-    code = t.pack_source(f"import pickle\nNOISE = '{np.random.default_rng(0).bytes(1000).hex()}'\n")
+    code = t.pack_source(f"import pickle\nprint(pickle, '{np.random.default_rng(0).bytes(1000).hex()}')\n")
     (folder / "train_gpt.py").write_bytes(code)
     for seed in (1, 2, 3):
         total = (folder / f"model_seed{seed}.bin").stat().st_size + len(code)
@@ -440,6 +440,13 @@ def test_report_of_nothing_is_refused(tmp_path, capsys):
     assert "no finished run" in capsys.readouterr().err
 
 
+def test_options_out_of_range_are_refused(bench, capsys):
+    """A sample without documents, and a report where no folder can be."""
+    logs = bench.root / "logs"
+    assert "--documents 0: expected 1" in refused(bench, capsys, "verify", logs / "s1", "--documents", 0)
+    assert "no folder can be made" in refused(bench, capsys, "report", logs / "s1", "--to", logs / "s1/log.txt/x")
+
+
 # ------------------------------------------------------------------------------------------- sweep
 @pytest.mark.parametrize("text, words", [
     ("MATRIX_RL=1,2", "MATRIX_RL is no knob to sweep; did you mean 'MATRIX_LR'"), ("SEED=1,,2", "expected NAME="),
@@ -488,6 +495,35 @@ def test_a_sweep_runs_what_is_not_finished(bench, tmp_path, capsys, monkeypatch)
     assert bench(**knobs) == 1 and started == names[3:], "the same command goes on where it stopped"
 
 
+def test_a_stopped_sweep_stops_its_run(bench, tmp_path, capsys, monkeypatch):
+    """SIGTERM is handed on to the run, which is waited for; no other run begins."""
+    heard = []
+
+    class Process:
+        """Stands for a run during which the sweep is told to stop."""
+
+        def __init__(self, command: list, env: dict):
+            """Notes that it began."""
+            heard.append("began")
+
+        def terminate(self) -> None:
+            """Notes that it was told."""
+            heard.append("told")
+
+        def wait(self) -> int:
+            """The signal comes during the first wait."""
+            if heard[-1] == "began":
+                t.os.kill(t.os.getpid(), t.signal.SIGTERM)
+            heard.append("waited")
+            return 2
+
+    monkeypatch.setattr(t.subprocess, "Popen", Process)
+    before = t.signal.getsignal(t.signal.SIGTERM)
+    assert bench(SWEEP="SEED=1,2", LOGS_DIR=tmp_path) == 130
+    assert heard == ["began", "told", "waited"] and t.signal.getsignal(t.signal.SIGTERM) == before
+    assert "the same command goes on" in capsys.readouterr().out
+
+
 def test_a_sweep_can_print_its_commands(bench, tmp_path, capsys):
     """One shell line per run, with torchrun for several processes."""
     capsys.readouterr()
@@ -500,3 +536,4 @@ def test_sweeps_under_torchrun_are_refused(bench, tmp_path, capsys):
     """Each rank would start its own."""
     assert "sweep --nproc" in refused(bench, capsys, SWEEP="SEED=1,2", RANK=0, LOGS_DIR=tmp_path)
     assert "SWEEP is not set" in refused(bench, capsys, "sweep", LOGS_DIR=tmp_path)
+    assert "--nproc 0: expected 1" in refused(bench, capsys, "sweep", "--nproc", 0, SWEEP="SEED=1", LOGS_DIR=tmp_path)
