@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from bench_model import Bench, bench_model
 from bench_model import tg as t
+from bench_rebuild import methods
 
 TARGETS = int(os.environ.get("BENCH_TARGETS", 120_000))
 WORLD, QUIET = t.World(), t.Log(t.World(), quiet=True)
@@ -33,6 +34,7 @@ METHODS = {
     "a step per role": (dict(PLAIN, step_search="role"), True),
     "a step per role and layer": (PLAIN, True),
     "role and layer + column + row": (dict(trellis_states=0), True),
+    "role and layer + percentile search": (dict(PLAIN, clip_search=True), True),
     "trellis": (dict(PLAIN, trellis_states=8), False),
     DEFAULT: ({}, True),
 }
@@ -92,6 +94,21 @@ def paired(nats: np.ndarray, base: np.ndarray, sizes: np.ndarray) -> tuple[float
 def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
     """(b) for one model: bytes, BPB lost and its standard error of every method at `limit` bytes."""
     model, h, read_back = bench.model, bench.h, copy.deepcopy(bench.model)
+
+    def judged(name: str, size: int, stored: dict, seconds: float, default: np.ndarray | None = None) -> np.ndarray:
+        """Nats of the documents with these banks, after the row of a method; paired with the default's where given."""
+        t.load_stored(read_back, stored)
+        nats = document_nats(read_back, bench.data.val)[0]
+        lost, se = paired(nats, base, sizes)
+        rows[name] = dict(bytes=size, bpb_lost=round(lost, 6), se=round(se, 6))
+        words = f"{name:42}{size:11,}{lost:10.5f} ({se:.5f}){100 * lost / rows[UNIFORM]['bpb_lost']:7.1f}%{seconds:7.1f} s"
+        if default is not None:
+            gain, se = paired(nats, default, sizes)
+            rows[name] |= dict(against_default=round(gain, 6), against_default_se=round(se, 6))
+            words += f"   against the default {gain:+.5f} ({se:.5f})"
+        print(words, flush=True)
+        return nats
+
     factors, rows, damages = t.inverse_factors(h, bench.moments), {}, {}
     base, sizes = document_nats(model, bench.data.val)
     print(f"\n(b) {len(base)} documents, {sizes.sum():,} bytes, {base.sum() / sizes.sum() / math.log(2):.5f} BPB before")
@@ -99,7 +116,7 @@ def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
         blob, seconds = uniform, 0.0
         if changes is not None:
             model.h = replace(h, budget_bytes=limit, **changes)
-            powers = (model.h.row_step_power, model.h.column_step_power)
+            powers = (model.h.row_step_power, model.h.column_step_power, model.h.clip_search)
             if measured and powers not in damages:
                 loader = t.Loader(h, WORLD, bench.data.train)
                 loader.position = bench.position    # the text that follows calibration's
@@ -108,11 +125,17 @@ def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
             begin = time.perf_counter()
             blob, _ = t.fit_budget(model, factors, damages[powers] if measured else equal, 0, QUIET)
             seconds = time.perf_counter() - begin
-        t.load_stored(read_back, t.unpack(blob)[1])
-        lost, se = paired(document_nats(read_back, bench.data.val)[0], base, sizes)
-        rows[name] = dict(bytes=len(blob), bpb_lost=round(lost, 6), se=round(se, 6))
-        print(f"{name:42}{len(blob):11,}{lost:10.5f} ({se:.5f}){100 * lost / rows[UNIFORM]['bpb_lost']:7.1f}%{seconds:7.1f} s",
-              flush=True)
+        nats = judged(name, len(blob), t.unpack(blob)[1], seconds)
+
+    def fit(reserve: int) -> bytes:
+        """The default's artifact, `reserve` bytes smaller."""
+        model.h = replace(h, budget_bytes=limit - reserve)
+        return t.fit_budget(model, factors, damages[h.row_step_power, h.column_step_power, h.clip_search], 0, QUIET)[0]
+
+    for name, method in methods(bench.position + 1).items():
+        begin = time.perf_counter()
+        size, stored = method(bench, factors, fit)
+        judged(name, size, stored, time.perf_counter() - begin, nats)
     model.h = h
     return rows
 

@@ -339,6 +339,23 @@ def test_a_budget_out_of_reach_ends_at_the_last_steps(budget):
     assert ("finest" in log.lines[-1]) == (budget > 40_000)
 
 
+@pytest.mark.parametrize("power", [0.1, 4])
+@pytest.mark.parametrize("bits", [0.2, 0.5, 3.0])
+def test_the_search_needs_no_good_estimate(monkeypatch, power, bits):
+    """However wrong the expected bytes are, a reachable budget is filled, and the smallest size is
+    that of the coarsest steps, really packed."""
+    model, factors, damage = budget_model(1)
+    true = t.gaussian_bits
+    monkeypatch.setattr(t, "gaussian_bits", lambda size: true(size).clamp_min(0.01)**power)
+    budget = 30_000 + 8_000 + int(bits * sum(t.bank_of(model, n).numel() for n in damage) / 8)
+    model.h, log = replace(model.h, budget_bytes=budget), Lines()
+    blob, _ = t.fit_budget(model, factors, damage, 30_000, log)
+    if bits == 0.2:
+        assert "steps:x16.000" in log.lines[-1] and len(blob) + 30_000 > budget
+    else:
+        assert 0.999 * budget <= len(blob) + 30_000 <= budget
+
+
 def test_uniform_steps_are_packed_as_they_are(stored):
     """Without damages nothing is searched: the artifact is that of `quantise`."""
     h = settings(step_search="uniform")

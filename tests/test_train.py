@@ -35,10 +35,12 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_rehearsal_is_rewound_bit_for_bit(steps):
+@pytest.mark.parametrize("corrections", [0, 2])
+def test_a_rehearsal_is_rewound_bit_for_bit(steps, corrections):
     """Weights, optimiser, average, loader and generator are as before, at step zero and in mid-
     run."""
-    h = settings(scores="prequant,quantized,sliding,documents,ttt", rehearsal_steps=2)
+    h = settings(scores="prequant,quantized,sliding,documents,ttt", rehearsal_steps=2,
+                 bias_correction_steps=corrections)
     trained, data = trainer(h)
     for number in range(steps):
         trained.step(number, 0.0, True)
