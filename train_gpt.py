@@ -126,6 +126,11 @@ def mechanism(default: Any, meaning: str, check: Callable[[Any], bool] = lambda 
     return field(default=default, metadata=dict(meaning=meaning, check=check, optional=True))
 
 
+def only(value: Any) -> Any:
+    """A mechanism of a packed script that takes the value of its run and no other."""
+    return knob(value, "", value.__eq__)
+
+
 def positive(value: float) -> bool:
     """True above zero."""
     return value > 0
@@ -162,7 +167,7 @@ class Hyperparameters:
         "", "recipes joined by commas, applied left to right; single knobs override them")
     seed: int = knob(1337, "seed of every random generator", natural)
     logs_dir: str = knob("logs", "folder in which each run gets a folder of its own")
-    corpus: str = knob(
+    corpus: str = mechanism(
         "",
         "embedded: text of the running Python's library; shards: files; empty: shards if any",
         among("", "embedded", "shards"))
@@ -238,7 +243,7 @@ class Hyperparameters:
     ema_decay: float = knob(0.9965, "decay of the averaged weights, which are the ones exported",
                             lambda v: 0 <= v < 1)
     train_log_every: int = knob(500, "steps between two training lines of the log", positive)
-    val_loss_every: int = knob(0, "steps between two validation scores during training; 0: none",
+    val_loss_every: int = mechanism(0, "steps between two validation scores during training; 0: none",
                                natural)
     fused_kernels: bool = knob(True, "Triton kernels where they work (Hopper GPUs or later)")
     compile: str = knob(
@@ -278,7 +283,7 @@ class Hyperparameters:
     column_step_power: float = knob(
         0.5, "step of a column ~ its entry in GPTQ's factor to this power; 0 where uniform",
         natural)
-    compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
+    compressor: str = mechanism("rans", "coder of the codes; auto: whichever is shortest",
                            among("auto", "rans", "brotli", "zstd", "lzma", "zlib", "lrzip"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
@@ -4497,11 +4502,10 @@ class Specialised(ast.NodeTransformer):
         called = getattr(node.value, "func", None)
         if getattr(called, "id", "") in ("knob", "mechanism"):
             default, _, *check = node.value.args
-            if node.target.id in self.constants:
-                default = ast.Constant(self.constants[node.target.id])
-                check = [ast.Attribute(default, "__eq__", ast.Load())]
-            node.value = ast.Call(ast.Name("knob", ast.Load()), [default, ast.Constant(""), *check],
-                                  [])
+            fixed = node.target.id in self.constants
+            arguments = ([ast.Constant(self.constants[node.target.id])] if fixed else
+                         [default, ast.Constant(""), *check])
+            node.value = ast.Call(ast.Name("only" if fixed else "knob", ast.Load()), arguments, [])
         return self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
@@ -4652,7 +4656,7 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
     """The text that the packed script runs: no comments, docstrings or long names of ours, and no
     code that the values of the knobs `fixed` leave dead.
 
-    Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
+    Attributes, keyword arguments, imports and KEPT keep their names. Literals and builtins
     are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
     break a Triton kernel. Warns, and returns longer text, where python_minifier is not
     installed."""
@@ -4666,7 +4670,6 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
         warnings.warn("python_minifier is not installed: the packed script keeps its long names")
         return text
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
-    classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
     watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
         ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
         if isinstance(a, ast.arg)]
@@ -4674,7 +4677,7 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
                                   rename_globals=True,
                                   hoist_literals=False,
                                   convert_posargs_to_args=False,
-                                  preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
+                                  preserve_globals=[*KEPT, *imports, *dir(builtins)],
                                   preserve_locals=watched_names,
                                   remove_annotations=python_minifier.RemoveAnnotationsOptions(
                                       remove_variable_annotations=True,
@@ -4717,7 +4720,7 @@ def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {}) -> byte
     text = minified(shipped(source).replace("\nif __name__", known), fixed).encode()
     if brotli:
         coder = "brotli"
-        tried = [brotli.compress(text, brotli.MODE_TEXT, 11, bits) for bits in range(16, 25)]
+        tried = [brotli.compress(text, mode, 11, bits) for bits in range(16, 25) for mode in (0, 1)]
     else:
         coder = "lzma"
         grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
@@ -5305,7 +5308,7 @@ def fit_descriptors(arguments: dict) -> None:
 
 
 @tuned(["N", "K", "BACKWARD", "KEEP"], (128, 256, 64, 3, 8), (128, 128, 64, 4, 8),
-       (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), (64, 64, 32, 2, 4), pre_hook=fit_descriptors)
+       (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), pre_hook=fit_descriptors)
 @jit
 def mlp_kernel(a, b, pre, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
                KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -5336,8 +5339,7 @@ def launch_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, slope: float,
     keep = pre.numel() > 0
     matrices = [descriptors.TensorDescriptor.from_tensor(t.contiguous(), [1, 8])
                 for t in (a, b, pre if keep else out, out)]
-    chip = torch.cuda.get_device_properties(a.device) if a.is_cuda else None
-    programs = chip.multi_processor_count if chip else 4
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 4
     mlp_kernel[(programs,)](*matrices, *out.shape, a.size(1), programs, slope, BACKWARD=backward,
                             KEEP=keep)
 
@@ -5381,16 +5383,11 @@ def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
     constant + cap leaves the softmax alone and turns tanh into a sigmoid."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
-    # one block holds the whole row up to 8192 tokens; larger vocabularies rescale as they go
-    peak, total = -float("inf"), 0.0
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + column, mask=column < V, other=0.0).to(tl.float32)
-        z = tl.where(column < V, 2 * cap * tl.sigmoid(2 / cap * z), -float("inf"))
-        higher = tl.maximum(peak, tl.max(z))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher))
-        peak = higher
-    log_sum = peak + tl.log(total)
+    column = tl.arange(0, BLOCK)
+    z = tl.load(logits + column, mask=column < V, other=0.0).to(tl.float32)
+    z = tl.where(column < V, 2 * cap * tl.sigmoid(2 / cap * z), -float("inf"))
+    peak = tl.max(z)
+    log_sum = peak + tl.log(tl.sum(tl.exp(z - peak)))
     chosen = tl.load(logits + tl.load(targets + row)).to(tl.float32)
     tl.store(lse + row, log_sum)
     tl.store(nats + row, log_sum - 2 * cap * tl.sigmoid(2 / cap * chosen))
@@ -5398,8 +5395,8 @@ def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
 
 @jit
 def nats_slope_kernel(logits, targets, lse, slope, out, V, cap, BLOCK: tl.constexpr):
-    """One block of a row: out = slope[row] * d nats / d logits, from the logits again."""
-    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """One row: out = slope[row] * d nats / d logits, from the logits again."""
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
     place = row.to(tl.int64) * V + column
     s = tl.sigmoid(2 / cap * tl.load(logits + place, mask=column < V, other=0.0).to(tl.float32))
     softmax = tl.exp(2 * cap * s - tl.load(lse + row))
@@ -5412,17 +5409,17 @@ def nats_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, T
     """(nats (N,), log sum exp of the shifted logits (N,)), both fp32."""
     N, V = logits.shape
     nats, lse = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
+    # a block holds a whole row: up to 64 numbers a thread at V = 16384
     nats_kernel[(N,)](logits, targets, nats, lse, V, cap, num_warps=8,
-                      BLOCK=min(8192, triton.next_power_of_2(V)))
+                      BLOCK=triton.next_power_of_2(V))
     return nats, lse
 
 
 def nats_slope(logits: Tensor, targets: Tensor, lse: Tensor, slope: Tensor, cap: float) -> Tensor:
     """Gradient (N, V) of the logits, in their type: slope (N,) times that of each row's nats."""
     (N, V), out = logits.shape, torch.empty_like(logits)
-    block = min(8192, triton.next_power_of_2(V))
-    nats_slope_kernel[(N, triton.cdiv(V, block))](logits, targets, lse, slope, out, V, cap,
-                                                  num_warps=8, BLOCK=block)
+    nats_slope_kernel[(N,)](logits, targets, lse, slope, out, V, cap, num_warps=8,
+                            BLOCK=triton.next_power_of_2(V))
     return out
 
 
@@ -5521,11 +5518,9 @@ def register_kernels() -> None:
 def kernels_trouble() -> str:
     """Why this machine computes without the fused kernels; empty where they work: each is compared
     with its plain twin once."""
-    if triton is None:
-        return "Triton is not installed"
-    if not INTERPRETED and not (torch.cuda.is_available()
-                                and torch.cuda.get_device_capability()[0] >= 9):
-        return "this is no Hopper GPU or later"
+    chip = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, )
+    if not triton or not (chip or INTERPRETED):
+        return "they need Triton and a Hopper GPU or later"
     try:
         register_kernels()
         device = torch.device("cpu" if INTERPRETED else "cuda")
@@ -5692,7 +5687,8 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
         moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
         factors = inverse_factors(h, moments)
         damage = step_damage(t.model, t.world, t.loader, factors)
-        fit_corrected(t, factors, damage, 0, Log(t.world, quiet=True))
+        if t.h.bias_correction_steps:
+            fit_corrected(t, factors, damage, 0, Log(t.world, quiet=True))
         calibration_s = moments_s + calibration.read_s()
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
@@ -5774,7 +5770,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     moments = calibrate(trainer, held, clock)
     factors = inverse_factors(h, moments)
     damage = step_damage(model, world, trainer.loader, factors)
-    fitted = fit_corrected(trainer, factors, damage, len(code), log)
+    fitted = (fit_corrected(trainer, factors, damage, len(code), log)
+              if h.bias_correction_steps else None)
     clock_s = clock.read_s()
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)")
