@@ -243,8 +243,8 @@ class Hyperparameters:
     ema_decay: float = knob(0.9965, "decay of the averaged weights, which are the ones exported",
                             lambda v: 0 <= v < 1)
     train_log_every: int = knob(500, "steps between two training lines of the log", positive)
-    val_loss_every: int = mechanism(0, "steps between two validation scores during training; 0: none",
-                               natural)
+    val_loss_every: int = mechanism(
+        0, "steps between two validation scores during training; 0: none", natural)
     fused_kernels: bool = knob(True, "Triton kernels where they work (Hopper GPUs or later)")
     compile: str = knob(
         "auto",
@@ -795,7 +795,8 @@ def help_text() -> str:
         for f in fields(Hyperparameters)
     ]
     return "\n".join([
-        (__doc__ or "A packed run of train_gpt.py").strip(), "", f"Recipes (RECIPE=a,b; --help recipes): {', '.join(RECIPES)}", "",
+        (__doc__ or "A packed run of train_gpt.py").strip(), "",
+        f"Recipes (RECIPE=a,b; --help recipes): {', '.join(RECIPES)}", "",
         f"  {'knob':28} {'type':6} {'default':14} meaning", *rows
     ])
 
@@ -2496,7 +2497,8 @@ class Head(nn.Module):
                 caps: Tensor | None = None) -> Tensor:
         """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
         the logits."""
-        z, cap = linear(x, embed, lora).flatten(0, 1), self.h.logit_softcap if caps is None else caps
+        z = linear(x, embed, lora).flatten(0, 1)
+        cap = self.h.logit_softcap if caps is None else caps
         return softcapped_nats(z, targets.flatten(), cap, self.h.fused_kernels).view_as(targets)
 
 
@@ -3211,7 +3213,7 @@ class Checkpoints:
         """Listens to the signals if it is on."""
         every_s, limit_s = t.h.checkpoint_every_s, t.h.max_wallclock_seconds
         self.t, self.clock, self.folder, self.saved_s = t, clock, folder, 0.0
-        self.on = folder and not 0 < limit_s <= every_s
+        self.on = folder and every_s and not 0 < limit_s <= every_s
         self.before = {s: signal.signal(s, clock.ask)
                        for s in (signal.SIGTERM, signal.SIGINT) if self.on}
 
@@ -4570,9 +4572,20 @@ class Specialised(ast.NodeTransformer):
         return node
 
 
+CALLED = {"forward", "backward"}    # methods that torch calls by itself
+
+
 def without_unused(tree: ast.Module) -> ast.Module:
-    """The module without top-level definitions, constants and imports that nothing reads."""
+    """The module without top-level definitions, constants and imports that nothing reads, and
+    without methods whose names nothing mentions."""
     while True:
+        nodes = [*ast.walk(tree)]
+        told = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {
+            n.value for n in nodes if isinstance(n, ast.Constant)} | CALLED
+        for node in nodes:
+            if isinstance(node, ast.ClassDef) and node.name not in KEPT:
+                node.body = [n for n in node.body if not isinstance(n, ast.FunctionDef)
+                             or n.name in told or n.name.startswith("__")] or [ast.Pass()]
         read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
                 and isinstance(n.ctx, ast.Load)} | {*KEPT, "annotations"}
 
@@ -4656,7 +4669,7 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
     """The text that the packed script runs: no comments, docstrings or long names of ours, and no
     code that the values of the knobs `fixed` leave dead.
 
-    Attributes, keyword arguments, imports and KEPT keep their names. Literals and builtins
+    Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
     are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
     break a Triton kernel. Warns, and returns longer text, where python_minifier is not
     installed."""
@@ -4669,6 +4682,7 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
     if python_minifier is None:
         warnings.warn("python_minifier is not installed: the packed script keeps its long names")
         return text
+    classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
     watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
         ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
@@ -4677,7 +4691,7 @@ def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
                                   rename_globals=True,
                                   hoist_literals=False,
                                   convert_posargs_to_args=False,
-                                  preserve_globals=[*KEPT, *imports, *dir(builtins)],
+                                  preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
                                   preserve_locals=watched_names,
                                   remove_annotations=python_minifier.RemoveAnnotationsOptions(
                                       remove_variable_annotations=True,
@@ -4714,9 +4728,9 @@ def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {}) -> byte
             fixed[f.name] = value
     limit_s, every_s = (own.get(n, getattr(Hyperparameters, n)) for n in (
         "max_wallclock_seconds", "checkpoint_every_s"))
-    if 0 < limit_s <= every_s:    # too short for checkpoints
+    if "run" in rows and 0 < limit_s <= every_s:    # too short for checkpoints
         fixed["checkpoint_every_s"] = 0.0
-    known = f"\nRECIPES.update({rows or dict(demo=RECIPES['demo'])})\nif __name__"
+    known = f"\nRECIPES.update({rows})\nif __name__" if rows else "\nif __name__"
     text = minified(shipped(source).replace("\nif __name__", known), fixed).encode()
     if brotli:
         coder = "brotli"
@@ -5808,8 +5822,8 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     log(f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}")
     log(f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
         f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} "
-        f"attention:{attention_kernel(world.device)} kernels:{'fused' if h.fused_kernels else 'plain'}"
-        )
+        f"attention:{attention_kernel(world.device)} "
+        f"kernels:{'fused' if h.fused_kernels else 'plain'}")
     log(f"knobs:{json.dumps(asdict(h))}")
     log(f"model_params:{sum(p.numel() for p in model.parameters())} "
         f"steps_of_depth:{len(depth_plan(h, False))}->{len(depth_plan(h, True))}")
