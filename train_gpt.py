@@ -498,8 +498,9 @@ class Hyperparameters:
 
     def changed(self) -> dict[str, Any]:
         """Name -> value of every knob that differs from the submission, those that only say where
-        things lie left out."""
-        places = {"run_id", "recipe", "logs_dir", "data_dir", "data_path", "tokenizer_path"}
+        things lie, or what the machine can do, left out."""
+        places = {"run_id", "recipe", "logs_dir", "data_dir", "data_path", "tokenizer_path",
+                  "fused_kernels"}
         return {
             f.name: getattr(self, f.name)
             for f in fields(self) if getattr(self, f.name) != f.default and f.name not in places
@@ -4487,9 +4488,9 @@ class Specialised(ast.NodeTransformer):
     Only knobs read through a name or attribute `h` are replaced, so that other attributes of the
     same name stay. Conditions, and checks that hold, go; their knobs refuse other values."""
 
-    def __init__(self, constants: Mapping[str, Any]):
-        """Keeps the values by knob."""
-        self.constants = constants
+    def __init__(self, constants: Mapping[str, Any], own: Mapping[str, Any]):
+        """Keeps the values by knob, and those that the run turned."""
+        self.constants, self.own = constants, own
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         """The knob's value where it is fixed."""
@@ -4500,14 +4501,16 @@ class Specialised(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """A knob's declaration without its meaning; a fixed one admits its value only."""
+        """A knob's declaration without its meaning; a mechanism admits the run's value only."""
         called = getattr(node.value, "func", None)
         if getattr(called, "id", "") in ("knob", "mechanism"):
-            default, _, *check = node.value.args
-            fixed = node.target.id in self.constants
-            arguments = ([ast.Constant(self.constants[node.target.id])] if fixed else
-                         [default, ast.Constant(""), *check])
-            node.value = ast.Call(ast.Name("only" if fixed else "knob", ast.Load()), arguments, [])
+            (default, _, *check), name = node.value.args, node.target.id
+            value = ast.Constant(self.constants.get(name))
+            plain = name in self.constants and ast.unparse(value) == ast.unparse(default)
+            if name in self.constants and name in self.own:
+                check = [ast.Attribute(value, "__eq__", ast.Load())]
+            node.value = ast.Call(ast.Name("only" if plain else "knob", ast.Load()),
+                                  [default] if plain else [default, ast.Constant(""), *check], [])
         return self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
@@ -4665,15 +4668,15 @@ class Undocumented(ast.NodeTransformer):
     visit_ClassDef = undocument
 
 
-def minified(source: str, fixed: Mapping[str, Any] = {}) -> str:
+def minified(source: str, fixed: Mapping[str, Any] = {}, own: Mapping[str, Any] = {}) -> str:
     """The text that the packed script runs: no comments, docstrings or long names of ours, and no
-    code that the values of the knobs `fixed` leave dead.
+    code that the values of the knobs `fixed` leave dead, some of which are the run's `own`.
 
     Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
     are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
     break a Triton kernel. Warns, and returns longer text, where python_minifier is not
     installed."""
-    tree = without_unused(Specialised(fixed).visit(ast.parse(source)))
+    tree = without_unused(Specialised(fixed, own).visit(ast.parse(source)))
     tree = Undocumented(tree).visit(tree)
     nodes = [*ast.walk(tree)]
     if ast.get_docstring(tree):
@@ -4712,14 +4715,15 @@ def literal(data: bytes) -> bytes:
     return min(quoted, key=len)
 
 
-def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {}) -> bytes:
+def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {},
+                plain: bool = False) -> bytes:
     """The packed script: a Python file that behaves like `source` without its unpacked regions,
     knows the recipes `rows`, and has the code of optional mechanisms only where rows["run"] turns
-    them.
+    them, and fused kernels unless the run was `plain`.
 
     Equal sources give equal bytes under equal Pythons; the file needs the Python version that
     packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
-    fixed, own = {}, rows.get("run", {})
+    fixed, own = dict(fused_kernels=False) if plain else {}, rows.get("run", {})
     for f in fields(Hyperparameters):
         value = own.get(f.name, f.default)
         # what the run turned off stays out too; numbers that it turned may be turned again
@@ -4731,7 +4735,7 @@ def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {}) -> byte
     if "run" in rows and 0 < limit_s <= every_s:    # too short for checkpoints
         fixed["checkpoint_every_s"] = 0.0
     known = f"\nRECIPES.update({rows})\nif __name__" if rows else "\nif __name__"
-    text = minified(shipped(source).replace("\nif __name__", known), fixed).encode()
+    text = minified(shipped(source).replace("\nif __name__", known), fixed, own).encode()
     if brotli:
         coder = "brotli"
         tried = [brotli.compress(text, mode, 11, bits) for bits in range(16, 25) for mode in (0, 1)]
@@ -4762,7 +4766,7 @@ def running_source(path: str | Path,
     source, own = raw.decode(), h.changed() if h else {}
     own.pop("seed", None)    # all seeds of a record share one script
     rows = {n: RECIPES[n] for n in h.recipe.split(",")} | dict(run=own) if h else {}
-    return source, pack_source(source, rows)
+    return source, pack_source(source, rows, h is not None and not h.fused_kernels)
 
 
 # ==================================================================================================

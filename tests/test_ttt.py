@@ -398,7 +398,7 @@ def live_bytes() -> int:
     """Bytes of all tensors alive."""
     gc.collect()
     kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-            for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+            for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)}
     return sum(kept.values())
 
 
