@@ -5836,8 +5836,8 @@ def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
     fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
     run_id, theirs = world.share([h.run_id or fresh, h.changed()])
     if odd := {n for n, _ in h.changed().items() ^ theirs.items()}:
-        raise Refusal(", ".join(f"{n.upper()}={getattr(h, n)}" for n in sorted(odd)) +
-                      " not as on rank 0")
+        raise Refusal(" ".join(f"{n.upper()}={getattr(h, n)}" for n in sorted(odd)) +
+                      ": rank 0 has other values; give every node the same knobs")
     return replace(h, run_id=run_id)
 
 
@@ -5913,9 +5913,9 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         world.leave()
         return 0
     except (Refusal, OSError) as error:    # a full disk may meet standard output too
-        nodes, size = (env.get(name, "1") for name in ("GROUP_WORLD_SIZE", "WORLD_SIZE"))
-        node = f", node {env.get('GROUP_RANK')} = {platform.node()}" if nodes != "1" else ""
-        rank = f" (rank {env.get('RANK')}{node})" if size != "1" else ""
+        node = (f", node {env.get('GROUP_RANK')} = {platform.node()}"
+                if env.get("GROUP_WORLD_SIZE", "1") != "1" else "")
+        rank = f" (rank {env.get('RANK')}{node})" if env.get("WORLD_SIZE", "1") != "1" else ""
         print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
 
