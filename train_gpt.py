@@ -5922,9 +5922,14 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
 
 
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
-    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings."""
+    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings.
+    Raises `Refusal` where this rank's knobs are not those of rank 0."""
     fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
-    return replace(h, run_id=world.share(h.run_id or fresh))
+    run_id, theirs = world.share([h.run_id or fresh, h.changed()])
+    if odd := {n for n, _ in h.changed().items() ^ theirs.items()}:
+        raise Refusal(" ".join(f"{n.upper()}={getattr(h, n)}" for n in sorted(odd)) +
+                      ": rank 0 has other values; give every node the same knobs")
+    return replace(h, run_id=run_id)
 
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
@@ -5999,7 +6004,9 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         world.leave()
         return 0
     except (Refusal, OSError) as error:    # a full disk may meet standard output too
-        rank = f" (rank {world.rank})" if world and world.size > 1 else ""
+        node = (f", node {env.get('GROUP_RANK')} = {platform.node()}"
+                if env.get("GROUP_WORLD_SIZE", "1") != "1" else "")
+        rank = f" (rank {env.get('RANK')}{node})" if env.get("WORLD_SIZE", "1") != "1" else ""
         print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
 
