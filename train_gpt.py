@@ -337,6 +337,8 @@ class Hyperparameters:
         16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
 
     # -- mechanisms of the published systems; the submission has all of them off
+    attention: str = mechanism("auto", "attention kernel: auto, fa3, fa2, varlen, sdpa, blocks",
+                               among("auto", "fa3", "fa2", "varlen", "sdpa", "blocks"))
     caseops_enabled: bool = mechanism(False, "shards of CaseOps text (#1729)")
     short_val_allowed: bool = mechanism(False, "take published CaseOps shards cut short")
     doc_mask: bool = mechanism(True, "attention stays inside documents")
@@ -1218,7 +1220,8 @@ class Loader:
         size = self.h.micro_batch_tokens
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
         check_tokens(tokens, self.h.vocab_size, "a training shard")
-        packed = attention_kernel(self.world.device) != "blocks"
+        kernel = attention_kernel(self.world.device, self.h.attention)
+        packed = kernel not in ("blocks", "sdpa")
         rows = 1 if packed else size // self.context
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
@@ -2184,14 +2187,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
 
 
-def attention_kernel(device: torch.device) -> str:
-    """The fastest causal attention this device and installation offer: fa3, fa2, varlen (torch >=
-    2.10) or blocks."""
-    if device.type != "cuda":
-        return "blocks"
-    if flash_attn_3 and torch.cuda.get_device_capability(device)[0] == 9:
-        return "fa3"
-    return "fa2" if flash_attn_2 else "varlen" if torch_varlen else "blocks"
+BLOCK_ATTENTION = True    # the packed script of a run with fused kernels goes without
+
+
+def attention_kernel(device: torch.device, wanted: str = "auto") -> str:
+    """ATTENTION, or with auto the fastest that this device and installation offer: fa3, fa2, varlen
+    (torch >= 2.10) or sdpa on GPUs, blocks on CPUs. Raises Refusal for what is not there."""
+    cuda = device.type == "cuda"
+    there = dict(fa3=cuda and flash_attn_3 and torch.cuda.get_device_capability(device)[0] == 9,
+                 fa2=cuda and flash_attn_2, varlen=cuda and torch_varlen,
+                 blocks=BLOCK_ATTENTION and not cuda, sdpa=True)
+    if wanted == "auto":
+        return next(name for name in there if there[name])
+    if not there[wanted] and (wanted != "blocks" or not BLOCK_ATTENTION):
+        raise Refusal(f"ATTENTION={wanted}: not on {device.type} with what is installed here")
+    return wanted
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") -> Tensor:
@@ -2199,8 +2209,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
 
     Softmax of q k / sqrt(E), by the named kernel; all of them compute the same.
     """
-    if kernel == "blocks":
+    if BLOCK_ATTENTION and kernel == "blocks":
         return BlockAttention.apply(q, k, v, docs.start)
+    if kernel in ("blocks", "sdpa"):
+        place = torch.arange(q.size(1), device=q.device)
+        seen = (place[:, None] >= place) & (place >= docs.start[..., None])
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
+                                              attn_mask=seen[:, None],
+                                              enable_gqa=True).transpose(1, 2)
     (B, T, H, E), ends, longest = q.shape, docs.bounds, docs.longest
     q, k, v = (t.reshape(B * T, -1, E) for t in (q, k, v))
     if kernel == "varlen":
@@ -4483,7 +4499,8 @@ def shipped(source: str) -> str:
 
 
 class Specialised(ast.NodeTransformer):
-    """Replaces the reads `h.knob` of `constants` by their values and drops what is then dead.
+    """Replaces the reads `h.knob` of `constants` by their values, and constants of the module named
+    there, and drops what is then dead.
 
     Only knobs read through a name or attribute `h` are replaced, so that other attributes of the
     same name stay. Conditions, and checks that hold, go; their knobs refuse other values."""
@@ -4499,6 +4516,11 @@ class Specialised(ast.NodeTransformer):
         if base == "h" and node.attr in self.constants and isinstance(node.ctx, ast.Load):
             return ast.Constant(self.constants[node.attr])
         return node
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """The value of a constant of the module."""
+        known = node.id.isupper() and node.id in self.constants and isinstance(node.ctx, ast.Load)
+        return ast.Constant(self.constants[node.id]) if known else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         """A knob's declaration without its meaning; a mechanism admits the run's value only."""
@@ -4719,11 +4741,14 @@ def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {},
                 plain: bool = False) -> bytes:
     """The packed script: a Python file that behaves like `source` without its unpacked regions,
     knows the recipes `rows`, and has the code of optional mechanisms only where rows["run"] turns
-    them, and fused kernels unless the run was `plain`.
+    them, and either fused kernels or,
+    for a run that was `plain`, attention by blocks.
 
     Equal sources give equal bytes under equal Pythons; the file needs the Python version that
     packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
-    fixed, own = dict(fused_kernels=False) if plain else {}, rows.get("run", {})
+    own, fixed = rows.get("run", {}), dict(fused_kernels=False) if plain else {}
+    if rows and not plain:
+        fixed["BLOCK_ATTENTION"] = False
     for f in fields(Hyperparameters):
         value = own.get(f.name, f.default)
         # what the run turned off stays out too; numbers that it turned may be turned again
@@ -5662,9 +5687,11 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         if free_bytes < need_bytes:
             wrong.append(f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than "
                          f"{need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
-        if (kernel := attention_kernel(world.device)) != "fa3":
+        if (kernel := check(attention_kernel, world.device, h.attention)) not in ("fa3", None):
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
+    elif h.attention != "auto":
+        check(attention_kernel, world.device, h.attention)
     check(accumulation, h, world)
 # >>> not packed (a packed script builds no corpus)
     if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
@@ -5724,7 +5751,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
 def build_model(h: Hyperparameters, world: World) -> GPT:
     """The initialised model on the device, equal on all ranks."""
     torch.manual_seed(h.seed)
-    model = GPT(h, compute_dtype(h, world.device), attention_kernel(world.device))
+    model = GPT(h, compute_dtype(h, world.device), attention_kernel(world.device, h.attention))
     model.to(world.device)
     world.share_tensors(p.data for p in model.bank.values())
     return model
@@ -5826,7 +5853,7 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     log(f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}")
     log(f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
         f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} "
-        f"attention:{attention_kernel(world.device)} "
+        f"attention:{attention_kernel(world.device, h.attention)} "
         f"kernels:{'fused' if h.fused_kernels else 'plain'}")
     log(f"knobs:{json.dumps(asdict(h))}")
     log(f"model_params:{sum(p.numel() for p in model.parameters())} "
@@ -5926,9 +5953,8 @@ def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
     Raises `Refusal` where this rank's knobs are not those of rank 0."""
     fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
     run_id, theirs = world.share([h.run_id or fresh, h.changed()])
-    if odd := {n for n, _ in h.changed().items() ^ theirs.items()}:
-        raise Refusal(" ".join(f"{n.upper()}={getattr(h, n)}" for n in sorted(odd)) +
-                      ": rank 0 has other values; give every node the same knobs")
+    if odd := h.changed().items() ^ theirs.items():
+        raise Refusal(f"rank 0 has other knobs, here or there {sorted(odd)}: give all the same")
     return replace(h, run_id=run_id)
 
 
@@ -6004,9 +6030,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         world.leave()
         return 0
     except (Refusal, OSError) as error:    # a full disk may meet standard output too
-        node = (f", node {env.get('GROUP_RANK')} = {platform.node()}"
-                if env.get("GROUP_WORLD_SIZE", "1") != "1" else "")
-        rank = f" (rank {env.get('RANK')}{node})" if env.get("WORLD_SIZE", "1") != "1" else ""
+        rank = (f" (rank {env.get('RANK')}, node {env.get('GROUP_RANK', 0)} = {platform.node()})"
+                if "RANK" in env else "")
         print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
 

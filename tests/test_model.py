@@ -132,7 +132,8 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor)
     (2, 16, 4, 2, 8, 8), (2, 21, 4, 2, 8, 8), (1, 5, 4, 1, 8, 8), (3, 1, 2, 2, 4, 8), (2, 17, 6, 3, 16, 8), (1, 33, 8, 2, 4, 32),
     (1, 300, 2, 1, 8, None)])
 @pytest.mark.parametrize("cut", [True, False])
-def test_attention_equals_torch(monkeypatch, tiny, B, T, H, K, E, block, cut):
+@pytest.mark.parametrize("kernel", ["blocks", "sdpa"])
+def test_attention_equals_torch(monkeypatch, tiny, B, T, H, K, E, block, cut, kernel):
     """Output and gradients of grouped heads inside pieces, for rows that are no multiple of the block; fp32 and bf16."""
     if block:
         monkeypatch.setattr(tg, "QUERY_BLOCK", block)
@@ -144,13 +145,24 @@ def test_attention_equals_torch(monkeypatch, tiny, B, T, H, K, E, block, cut):
         inputs, grad = (make(H), make(K), make(K)), make(H)
         twin = [t.clone().requires_grad_() for t in inputs]
         ours = [t.to(dtype).requires_grad_() for t in inputs]
-        expected, y = sdpa(*twin, docs.start), tg.attend(*ours, docs)
+        expected, y = sdpa(*twin, docs.start), tg.attend(*ours, docs, kernel)
         assert y.dtype == dtype and y.shape == (B, T, H, E)
         torch.testing.assert_close(y.float(), expected, **close)
         expected.backward(grad)
         y.backward(grad.to(dtype))
         for mine, theirs in zip(ours, twin):
             torch.testing.assert_close(mine.grad.float(), theirs.grad, **close)
+
+
+def test_attention_is_chosen_by_name():
+    """ATTENTION takes what is there; what is not is refused by its name."""
+    cpu = torch.device("cpu")
+    assert [tg.attention_kernel(cpu, name) for name in ("auto", "blocks", "sdpa")] == ["blocks", "blocks", "sdpa"]
+    for name in ("fa3", "fa2", "varlen"):
+        with pytest.raises(tg.Refusal, match=f"ATTENTION={name}: not on cpu"):
+            tg.attention_kernel(cpu, name)
+    with pytest.raises(tg.Refusal, match="ATTENTION"):
+        tg.Hyperparameters.from_env(dict(ATTENTION="flash"))
 
 
 def test_attention_gradients_numerically():

@@ -79,5 +79,5 @@ def test_nodes_with_other_knobs_are_refused(shards, tmp_path):
     ended = on_nodes(tmp_path, dict(DATA_PATH=shards), dict(DATA_PATH=shards, LOGS_DIR="elsewhere", MATRIX_LR=0.5))
     assert all(status for status, *_ in ended)
     said = refusals(ended[1][2])
-    assert said and all("MATRIX_LR=0.5" in line and "node 1" in line and "LOGS_DIR" not in line for line in said), said
+    assert said and all("('matrix_lr', 0.5)" in line and "node 1" in line and "logs_dir" not in line for line in said), said
     assert "step:" not in ended[0][1]

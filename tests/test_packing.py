@@ -10,6 +10,7 @@ import linecache
 import os
 import random
 import re
+import types
 import subprocess
 import sys
 import traceback
@@ -154,8 +155,23 @@ def shipped_script(tmp_path_factory):
     """(packed train_gpt.py as a module, its path)."""
     path = tmp_path_factory.mktemp("shipped") / "train_gpt.py"
     source = (REPO / "train_gpt.py").read_text()
-    path.write_bytes(t.pack_source(source, dict(demo=t.RECIPES["demo"])))
+    path.write_bytes(t.pack_source(source, dict(demo=t.RECIPES["demo"]), plain=True))
     return load(path, "shipped_train_gpt"), path
+
+
+def test_the_script_of_a_gpu_run_answers_on_a_cpu():
+    """It has torch's attention in the place of that by blocks; the loss is the same within rounding."""
+    source, found = (REPO / "train_gpt.py").read_text(), []
+    packed = types.ModuleType("packed_on_a_gpu")
+    packed.__file__ = "packed_on_a_gpu"
+    sys.modules[packed.__name__] = packed
+    exec(compile(t.pack_source(source, dict(run={})), packed.__file__, "exec"), vars(packed))
+    assert not hasattr(packed, "BlockAttention") and "BlockAttention" in source
+    ids = torch.arange(2, 34).view(2, 16)
+    for module in (t, packed):
+        torch.manual_seed(0)
+        found.append(module.GPT(module.Hyperparameters(**dataclasses.asdict(settings())))(ids, ids.roll(-1, 1)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("env", [dict(RECIPE="record"), dict(RECIPE="demo", FUSED_KERNELS="0")])

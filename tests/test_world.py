@@ -1,6 +1,7 @@
 """Section 3: collectives, one process = two processes, the log and what is written; gloo on the loopback interface."""
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_torchrun_refuses_too(tmp_path):
     done = run_script(dict(knobs, RUN_ID="r", RECIPE="record"), cwd=tmp_path, processes=2)
     assert done.returncode != 0
     for rank in (0, 1):
-        assert (f"train_gpt.py: error (rank {rank}): TRAIN_BATCH_TOKENS=64 is no multiple of 2 ranks x "
+        assert (f"train_gpt.py: error (rank {rank}, node 0 = {platform.node()}): TRAIN_BATCH_TOKENS=64 is no multiple of 2 ranks x "
                 "MICRO_BATCH_TOKENS=64: change either, or the number of processes") in done.stderr
     assert "step:" not in done.stdout and not (tmp_path / "logs" / "r" / "model.bin").exists()
 
