@@ -4790,7 +4790,7 @@ def running_source(path: str | Path,
         return None, raw
     source, own = raw.decode(), h.changed() if h else {}
     own.pop("seed", None)    # all seeds of a record share one script
-    rows = {n: RECIPES[n] for n in h.recipe.split(",")} | dict(run=own) if h else {}
+    rows = dict(run=own) if h else {}
     return source, pack_source(source, rows, h is not None and not h.fused_kernels)
 
 
