@@ -298,10 +298,8 @@ class Killed(BaseException):
     """Stands for the end of a process."""
 
 
-def saving(folder, stop=None, **changes):
-    """(trained, weights and average at the end) of 6 steps in a run's folder with a checkpoint at
-    every step; dies in front of step `stop`."""
-    trained, _ = trainer(settings(checkpoint_every_s=1e-9, **changes))
+def make_mortal(trained, stop):
+    """The trainer dies in front of step `stop`."""
     step = trained.step
 
     def mortal(number, progress, looped):
@@ -311,6 +309,13 @@ def saving(folder, stop=None, **changes):
         return step(number, progress, looped)
 
     trained.step = mortal
+
+
+def saving(folder, stop=None, **changes):
+    """(trained, weights and average at the end) of 6 steps in a run's folder with a checkpoint at
+    every step; dies in front of step `stop`."""
+    trained, _ = trainer(settings(checkpoint_every_s=1e-9, **changes))
+    make_mortal(trained, stop)
     log = t.Log(WORLD, folder, quiet=True)
     try:
         return t.train(trained, 0.0, log, lambda: "")[0], trained.snapshot()
@@ -424,15 +429,7 @@ def resumed_on_ranks(world, folder) -> None:
     for name, stop in (("whole", None), ("cut", 3), ("cut", None)):
         h = settings(checkpoint_every_s=1e-9)
         trained = t.Trainer.of(h, world, t.build_model(h, world), dataset(tokens))
-        step = trained.step
-
-        def mortal(number, progress, looped):
-            """The ordinary step, or the end."""
-            if number == stop:
-                raise Killed
-            return step(number, progress, looped)
-
-        trained.step = mortal
+        make_mortal(trained, stop)
         log = t.Log(world, folder / name, quiet=True)
         try:
             t.train(trained, 0.0, log, lambda: "")
