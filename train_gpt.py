@@ -1170,6 +1170,7 @@ class Loader:
                 f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
         self.epoch, self.order, self.stream = -1, np.empty(0), []
         self.thread, self.ready = None, {}
+        self.packed = attention_kernel(world.device, h.attention) not in ("blocks", "sdpa")
         self.context, self.since = h.contexts[0][1], -math.inf
 
     def cut(self, context: int) -> float:
@@ -1220,9 +1221,7 @@ class Loader:
         size = self.h.micro_batch_tokens
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
         check_tokens(tokens, self.h.vocab_size, "a training shard")
-        kernel = attention_kernel(self.world.device, self.h.attention)
-        packed = kernel not in ("blocks", "sdpa")
-        rows = 1 if packed else size // self.context
+        rows = 1 if self.packed else size // self.context
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
                      locate(ids if self.h.doc_mask else np.zeros_like(ids), self.context,
@@ -3694,6 +3693,12 @@ FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave 
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
 
 
+def damage_text(h: Hyperparameters, loader: Loader) -> Tensor:
+    """Ids (B, TRAIN_SEQ_LEN), DAMAGE_TOKENS in all, from the next micro-batch of training text."""
+    rows = max(1, DAMAGE_TOKENS // h.train_seq_len)
+    return loader.next().ids.view(-1, h.train_seq_len)[:rows]
+
+
 @torch.no_grad()
 def step_damage(model: GPT, world: World, loader: Loader,
                 factors: Mapping[str, Factor]) -> dict[str, Tensor]:
@@ -3702,10 +3707,8 @@ def step_damage(model: GPT, world: World, loader: Loader,
     h, damage, turn = model.h, {}, 0
     if h.step_search == "uniform":
         return damage
-    plan, batch = depth_plan(h, looped=True), loader.next()
-    world.share_tensors([batch.ids])
-    rows = max(1, DAMAGE_TOKENS // h.train_seq_len)
-    ids = batch.ids.view(-1, h.train_seq_len)[:rows]
+    plan, ids = depth_plan(h, looped=True), damage_text(h, loader)
+    world.share_tensors([ids])
     truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
     for name in (n for n, role in roles(h).items() if role.tap):
         bank, grid = bank_of(model, name), searched_grid(model, name, factors)
@@ -3817,9 +3820,8 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
     """`stored` with new fp16 banks (gains, scales, gates), which lower the KL divergence from the
     model's predictions by `steps` of Adam, DAMAGE_TOKENS of training text each; codes stay, and
     the model is as before. After arXiv 1906.04721, with gradients."""
-    h, plan, trained = model.h, depth_plan(model.h, looped=True), model.h.train_seq_len
-    rows = max(1, DAMAGE_TOKENS // trained)
-    texts = [loader.next().ids.view(-1, trained)[:rows] for _ in range(steps)]
+    h, plan = model.h, depth_plan(model.h, looped=True)
+    texts = [damage_text(h, loader) for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
     plain = [model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)]
     with torch.no_grad():
@@ -3846,13 +3848,14 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
 
 
 def fit_corrected(t: Trainer, factors: Mapping[str, Factor], damage: Mapping[str, Tensor],
-                  code: int, log: Log) -> tuple[bytes, dict[str, int]] | None:
-    """What `fit_budget` gives, after BIAS_CORRECTION_STEPS; None without any. They read training
-    text, so the search runs inside the clock too. The uncorrected artifact is kept where the other
-    is over the budget: their lengths differ by some dozen bytes, 0.02% are kept for them."""
+                  code: int, log: Log) -> tuple[bytes, dict[str, int]]:
+    """What `fit_budget` gives, after BIAS_CORRECTION_STEPS; nothing on ranks other than 0. The
+    steps read training text, so the search runs inside the clock too. The uncorrected artifact is
+    kept where the other is over the budget: their lengths differ by some dozen bytes, 0.02% are
+    kept for them."""
     model, steps = t.model, t.model.h.bias_correction_steps
-    if not steps or not t.world.main:
-        return (b"", {}) if steps else None
+    if not t.world.main:
+        return b"", {}
     spare = model.h.budget_bytes // 5000    # for fp16 banks that compress less well
     blob, ledger = fit_budget(model, factors, damage, code + spare, log)
     corrected = pack(model.h, correct_biases(model, t.loader, unpack(blob)[1], steps))
