@@ -30,6 +30,9 @@ Map: 1 imports, 2 hyperparameters, 3 world and log, 4 data, 5 roles and depth, 6
 """
 # ==================================================================================================
 # 1. Imports
+# Only the standard library, numpy and torch must be there. Whatever else a machine may lack is
+# looked up once and is None where it is missing: importing this file needs no GPU and no data, and
+# has no effect beyond its own names.
 # ==================================================================================================
 from __future__ import annotations
 
@@ -84,6 +87,7 @@ def optional(name: str) -> Any:
     """The named module, or None where it is not installed; what needs it says so before the clock
     starts."""
     try:
+        # with a fromlist, a dotted name gives its last part instead of its first
         return __import__(name, fromlist=["*"])
     except ImportError:
         return None
@@ -107,7 +111,10 @@ if "enable_gqa" in VARLEN_OPTIONS:
 
 class Refusal(Exception):
     """Bad input, told in one sentence: which knob or file, which value, what was expected. `main`
-    prints it, exits 2."""
+    prints it, exits 2.
+
+    Any other error is no fault of the input and keeps its traceback; OSError alone is told like a
+    refusal, for a full disk is a fault of the machine."""
 
 
 # ==================================================================================================
@@ -115,6 +122,8 @@ class Refusal(Exception):
 # One typed table is the only place where a setting is declared: its name in capitals is the
 # environment variable. Reads the environment; gives a frozen `Hyperparameters`. Defaults are the
 # submission; RECIPE changes many at once.
+# From weak to strong: defaults, rows of RECIPE from left to right, single variables. No function
+# below reads a knob from the environment again, so the knobs that a run logs are those it used.
 # ==================================================================================================
 def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
     """One setting: its default, what it means with its unit, and which values are allowed."""
@@ -122,10 +131,16 @@ def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value
 
 
 def mechanism(default: Any, meaning: str, check: Callable[[Any], bool] = lambda v: True) -> Any:
-    """A knob whose code a packed script carries only where its run turned that knob."""
+    """A knob whose code a packed script carries only where its run turned that knob.
+
+    Packed code counts against BUDGET_BYTES, so what a run left alone must cost it nothing. A switch
+    or a name keeps the run's value in its packed script; a number that it turned can be turned
+    again.
+    """
     return field(default=default, metadata=dict(meaning=meaning, check=check, optional=True))
 
 
+# Nothing here calls it: the packer writes it in the place of `mechanism` (see `Specialised`).
 def only(value: Any) -> Any:
     """A mechanism of a packed script that takes the value of its run and no other."""
     return knob(value, "", value.__eq__)
@@ -158,9 +173,13 @@ SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 @dataclass(frozen=True)
 class Hyperparameters:
     """Every setting of a run. `Hyperparameters()` is the submission; raises `Refusal` where values
-    contradict."""
+    contradict.
+
+    Frozen: a change is a new object, made by `replace`, which runs every check again.
+    """
 
     # -- run and data
+    # it becomes a folder's name: no slash and no blank
     run_id: str = knob("", "name of the run's folder; empty: the date and time",
                        lambda v: not re.search(r"[^\w.+-]", v))
     recipe: str = knob(
@@ -396,11 +415,13 @@ class Hyperparameters:
         """Checks every range and every relation between knobs; raises `Refusal` with the names and
         values."""
         for f in fields(self):
+            # an infinite rate is `natural`, and would show only as a loss that is not finite
             value = getattr(self, f.name)
             if isinstance(value,
                           float) and not math.isfinite(value) or not f.metadata["check"](value):
                 raise Refusal(
                     f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
+        # Relations, each with the sentence that names both sides of it.
         h, F_ = self, self.mlp_mult * self.model_dim
         for holds, why in (
             (h.model_dim % h.num_heads == 0,
@@ -408,20 +429,24 @@ class Hyperparameters:
             (h.num_heads % h.num_kv_heads == 0,
              "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
             (F_ == int(F_), "MLP_MULT={mlp_mult} x MODEL_DIM={model_dim} must be a whole number"),
+            # rotation turns dimensions in pairs
             (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
              "ROPE_DIMS={rope_dims} must be even and at most the head size MODEL_DIM / NUM_HEADS"),
             (h.gate_window
              <= h.model_dim, "GATE_WINDOW={gate_window} must be at most MODEL_DIM={model_dim}"),
             (h.num_loops == 0 or h.loop_start <= h.loop_end < h.num_layers,
              "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold"),
+            # a step is whole micro-batches and a micro-batch whole rows: equal weight per token
             (h.train_batch_tokens % h.micro_batch_tokens == 0,
              "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of "
              "MICRO_BATCH_TOKENS={micro_batch_tokens}"),
             (h.micro_batch_tokens % h.train_seq_len == 0,
              "MICRO_BATCH_TOKENS={micro_batch_tokens} must be a multiple of "
              "TRAIN_SEQ_LEN={train_seq_len}"),
+            # a longer stride would leave targets between two windows unscored
             (h.eval_stride <= h.eval_seq_len,
              "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}"),
+            # learning cuts a chunk into such sequences and drops what is left over
             (h.ttt_chunk_tokens % h.train_seq_len == 0,
              "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of "
              "TRAIN_SEQ_LEN={train_seq_len}"),
@@ -433,9 +458,11 @@ class Hyperparameters:
             (bool(h.ve_dim) == bool(h.ve_layers) and all(i < h.num_layers for i in h.valued),
              "VE_LAYERS={ve_layers} must be below NUM_LAYERS={num_layers} and go with "
              "VE_DIM={ve_dim}"),
+            # a step can round each weight to its nearest code, but not search whole columns
             (not h.late_qat_threshold or not h.trellis_states,
              "LATE_QAT_THRESHOLD={late_qat_threshold} needs TRELLIS_STATES=0, not "
              "{trellis_states}"),
+            # sgd learns after the artifact was read back, when training text is out of bounds
             (h.prequant_ttt_optim == "adamw" or h.prequant_ttt_data == "val",
              "PREQUANT_TTT_OPTIM=sgd needs PREQUANT_TTT_DATA=val, not {prequant_ttt_data}"),
         ):
@@ -486,6 +513,7 @@ class Hyperparameters:
             })
             if values.get("step_search") == "uniform":
                 values.pop("budget_bytes", None)
+        # Single variables come last and so win over every recipe.
         single = [n for n in kinds if n != "recipe" and n.upper() in env]
         for name in single:
             f = kinds[name]
@@ -493,6 +521,7 @@ class Hyperparameters:
         try:
             return cls(**values)
         except Refusal as error:
+            # A value that a recipe brought was never typed by the user: say where it came from.
             theirs = [n.upper() for n in values if f"{n.upper()}=" in str(error)
                       and n not in [*single, "recipe"]]
             raise Refusal(f"{error}" + f" ({', '.join(theirs)} by RECIPE={recipe})" *
@@ -509,7 +538,8 @@ class Hyperparameters:
         }
 
 
-# Each recipe is a row of overrides.
+# Each recipe is a row of overrides. `record` is empty, for it is the defaults; the packed script of
+# a run gets one more row, `run`.
 RECIPES: dict[str, dict[str, Any]] = dict(record={})
 RECIPE_TEXT = ""    # what --help recipes prints
 
@@ -554,6 +584,8 @@ RECIPES["demo"] = dict(
     ve_layers="2,3",
     warmdown_iters=300,
     recur_start_step=100)
+# The published systems share two stems, named by their tokenizers; the later ones are close to the
+# defaults. A row is what its authors ran (RECIPE_NOTES says where not), not what is advisable.
 SP1024 = dict(vocab_size=1024,
               mlp_mult=3.0,
               leaky_slope=0.0,
@@ -758,6 +790,8 @@ RECIPE_TEXT = "\n".join(
 # <<< not packed
 
 
+# Strict on purpose: "yes", "1e4" for a count or an empty switch may mean two things, and a guess
+# would train a model that nobody asked for. 1_000_000 is a number as it is in Python.
 def parse_knob(name: str, raw: str, kind: str, meaning: str) -> Any:
     """The text of one variable as its knob's type; raises `Refusal` naming variable, value and
     meaning."""
@@ -782,6 +816,8 @@ def refuse_near_misses(env: Mapping[str, str], known: Iterable[str]) -> None:
     """Raises `Refusal` for a variable that is no knob but looks like one: a typo must not train the
     wrong model."""
     knobs = [name.upper() for name in known]
+    # The same words in another order (LR_MATRIX) are as much a typo as a wrong letter. Names of up
+    # to four letters are let pass: among so many knobs they resemble one by chance.
     words = {tuple(sorted(name.split("_"))): name for name in knobs}
     for name in sorted(set(env) - set(knobs)):
         close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
@@ -810,6 +846,9 @@ def help_text() -> str:
 # Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one
 # process every collective is the identity. Gives `World`, the run's folder and `Log`, whose lines
 # keep the forms that leaderboard tools parse.
+# Every decision that all ranks must take alike (stop, save, steps per chunk) is taken from a number
+# that a collective gave to all of them: a rank that decides by its own clock leaves the others
+# waiting in the next collective.
 # ==================================================================================================
 def brief(error: Exception) -> str:
     """The first line of an error's text."""
@@ -835,6 +874,8 @@ class World:
             device = cls.claim_device(local)
             if size > 1:
                 backend = "nccl" if device.type == "cuda" else "gloo"
+                # Long enough for what rank 0 does alone while the others wait for it in a
+                # collective: building a corpus, searching steps, packing.
                 dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         except (ValueError, RuntimeError) as error:
             raise Refusal(
@@ -850,6 +891,7 @@ class World:
         if local >= torch.cuda.device_count():
             raise Refusal(f"LOCAL_RANK={local} has no GPU of its own (this node shows "
                           f"{torch.cuda.device_count()}); start at most one process per GPU")
+        # from here on "cuda" without a number, and NCCL, mean this GPU
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
 
@@ -868,6 +910,7 @@ class World:
 
     def silent(self) -> list[int]:
         """The ranks that miss a roll call of two seconds; [0] where the store died with rank 0."""
+        # Through the group's store of keys, since the collectives are what just failed.
         try:
             store = dist.distributed_c10d._get_default_store()
             store.set(f"here{self.rank}", "")
@@ -891,6 +934,8 @@ class World:
         (on GPUs the stream does, not the host) and gives `out`."""
         work = []
         self.together(lambda: work.append(collective(out, *source, async_op=True)))
+        # `source` stays in this closure: freed earlier, its memory could be given to another tensor
+        # while the collective still reads it.
         return lambda: (self.together(work[0].wait), out, source)[1]
 
     def scatter_mean(self, rows: Tensor) -> Callable[[], Tensor]:
@@ -911,6 +956,7 @@ class World:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value (bytes, numbers, text) on every rank; nothing in it came from outside."""
+        # torch pickles the value on its way, which is safe among processes of one script only
         box = [value]
         if self.size > 1:
             self.together(dist.broadcast_object_list, box, src=0, device=self.device)
@@ -952,6 +998,10 @@ class Stopwatch:
         return time.perf_counter() - self.begin_s
 
 
+# A run may be killed at any instant, so a file has its final name only when it is whole. The
+# temporary file lies in the same folder, for a rename is atomic only within one file system; its
+# name holds the process number, so that two processes of a machine never share it; fsync comes
+# before the rename, or a power cut could leave the name without the bytes.
 def write_atomically(path: Path, *parts: bytes) -> None:
     """Writes the whole file or nothing: a temporary file beside it, then a rename. Raises `Refusal`
     on a full disk."""
@@ -971,6 +1021,8 @@ def write_atomically(path: Path, *parts: bytes) -> None:
 
 def refuse_used(folder: Path) -> None:
     """Raises `Refusal` where a run was finished, or left an artifact and no checkpoint."""
+    # A run that was killed may begin again, from its checkpoint if it has one. An artifact without
+    # a checkpoint would be lost by that, and a finished run has nothing to go on with.
     if (folder / "result.json").exists() or (
             folder / "model.bin").exists() and not checkpoints(folder):
         raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; choose another "
@@ -993,6 +1045,8 @@ class Log:
         if self.world.main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                # Kept open, since closing it would give the lock away. flock and not a POSIX lock:
+                # that one would go as soon as `write` closes the same file.
                 self.lock = open(folder / "log.txt", "a")
                 if fcntl:    # the system gives the lock back however this process ends
                     fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1002,13 +1056,16 @@ class Log:
             except OSError as error:
                 raise Refusal(
                     f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+            # Asked again now that the folder is locked: since `preflight` asked, another process
+            # may have finished a run of this name.
             refuse_used(folder)
             for path in folder.glob(".*.partial"):    # of a process that was killed
                 path.unlink()
             self.write(self.early)
 
     def write(self, lines: Sequence[str]) -> None:
-        """Appends lines to log.txt."""
+        """Appends lines to log.txt, opened anew each time, so that what was said is on its way to
+        the disk whatever becomes of this process. Raises `Refusal` where that fails."""
         try:
             with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
                 f.writelines(line + "\n" for line in lines)
@@ -1044,7 +1101,11 @@ class Log:
 # Shards are the challenge's own: 256 int32 of header, then uint16 tokens, token 1 opens each
 # document. First how they are read (training batches, validation set), then how they are made from
 # documents, then the embedded corpus.
+# What enters are files of strangers: whatever is wrong with them is refused here with its file and
+# place, before the clock starts where it can be. No token of the validation set is cut off, and no
+# function here hands one to the model: that is the business of section 12.
 # ==================================================================================================
+# fixed by the published export; 100 M tokens are what it puts in one file
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 HEADER_BYTES = 256 * 4
 BOS = 1
@@ -1084,11 +1145,17 @@ def read_shard(path: Path) -> np.ndarray:
     if size_bytes != HEADER_BYTES + 2 * count:
         raise Refusal(f"shard {path}: {size_bytes} bytes, but a header of {count} tokens asks for "
                       f"{HEADER_BYTES + 2 * count}")
+    # Mapped, not read: 80 shards are 16 GB, of which a rank needs one block at a time.
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
 
 
 class Docs(NamedTuple):
-    """Where documents lie in a batch of rows, so that attention stays inside each of them."""
+    """Where documents lie in a batch of rows, so that attention stays inside each of them.
+
+    One fact in two forms: `start` for kernels that take a mask, `bounds` for those that take the
+    ends of sequences of any length. `longest` is a bound and not a measurement, since a number that
+    differed from batch to batch would compile a graph for each.
+    """
 
     # (B, T) int64: place in the row of the first token of this token's piece
     start: Tensor
@@ -1108,6 +1175,8 @@ class Batch(NamedTuple):
 def pieces(ids: np.ndarray, longest: int) -> np.ndarray:
     """(B, T) tokens -> (B, T) place of the first token of each token's piece; a document longer
     than `longest` is cut."""
+    # A row's first token opens a piece too, whatever document it continues: what came before lies
+    # in another row. The cuts bound how far training looks back, as windows do in scoring.
     place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     opens = np.maximum.accumulate(np.where(ids == BOS, place, 0), axis=1)
     return opens + (place - opens) // longest * longest
@@ -1119,6 +1188,8 @@ def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
     start = pieces(ids, longest)
     bounds = None
     if device.type == "cuda":
+        # A token that is its own start opens a piece. The padding repeats the end of the batch:
+        # the first copy ends the last piece, the others are pieces of no tokens.
         ends = np.flatnonzero(start == np.arange(ids.shape[1])).astype(np.int32)
         room = max(ids.size // 64, 1 << len(ends).bit_length())
         bounds = torch.from_numpy(
@@ -1145,6 +1216,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def coprime_order(blocks: int, rng: np.random.Generator) -> np.ndarray:
     """The numbers below `blocks` in strides without a common divisor, which miss none (#726)."""
+    # n -> n * stride mod blocks is a permutation exactly where both have no common divisor;
+    # neighbours in the order lie far apart in the data.
     stride = int(blocks * rng.uniform(0.3, 0.7)) + 1
     stride = next(n for n in itertools.count(stride) if math.gcd(n, blocks) == 1)
     return (np.arange(blocks) * stride + int(rng.integers(blocks))) % blocks
@@ -1168,6 +1241,7 @@ class Loader:
             raise Refusal(
                 f"the training shards hold {sum(map(len, shards)):,} tokens, too few for one of "
                 f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
+        # Drawn anew from (SEED, epoch), so they are no state: `position` tells all of it.
         self.epoch, self.order, self.stream = -1, np.empty(0), []
         self.thread, self.ready = None, {}
         self.packed = attention_kernel(world.device, h.attention) not in ("blocks", "sdpa")
@@ -1189,16 +1263,21 @@ class Loader:
 
     def arrange(self, epoch: int) -> None:
         """Draws the order of shards and blocks of one epoch."""
+        # Nothing is carried over from earlier epochs, so a resumed run can begin with any of them.
         rng = np.random.default_rng((self.h.seed, epoch))
         order, number = rng.permutation(len(self.shards)), np.arange(self.blocks)
         stream = self.h.loader == "stream"
         self.epoch = epoch
         self.stream = [self.shards[i] for i in (sorted(order) if stream else order)]
         self.starts = np.cumsum([0, *map(len, self.stream)])
+        # Tokens that fill no block fall to the end of the first epoch; later ones begin at a phase
+        # of their own, which cuts the blocks elsewhere. Less one: the last target lies behind them.
         spare = int(self.starts[-1]) - 1 - self.blocks * self.h.micro_batch_tokens
         self.phase = int(rng.integers(spare + 1)) if epoch else 0
         if self.h.loader == "coprime":
             number = coprime_order(self.blocks, rng)
+        # 1024 blocks of 98,304 tokens are about one shard, so that what is read at random lies in
+        # few files, which themselves come in random order.
         for lo in range(0, self.blocks * (self.h.loader == "shuffled"), 1024):
             rng.shuffle(number[lo:lo + 1024])
         self.order = number
@@ -1218,11 +1297,15 @@ class Loader:
         epoch, place = divmod(number, self.blocks)
         if epoch != self.epoch:
             self.arrange(epoch)
+        # One token more than a block: targets are the inputs one place on, and the last target of a
+        # block is the first input of the next. So a token is a target at most once in an epoch.
         size = self.h.micro_batch_tokens
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
+        # here and not on the device, where an id beyond V ends the process without naming a file
         check_tokens(tokens, self.h.vocab_size, "a training shard")
         rows = 1 if self.packed else size // self.context
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
+        # without DOC_MASK no document start is shown, so that only rows and cuts bound a piece
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
                      locate(ids if self.h.doc_mask else np.zeros_like(ids), self.context,
                             self.world.device))
@@ -1237,6 +1320,8 @@ class Loader:
 
     def next(self) -> Batch:
         """The next micro-batch of this rank, on its device."""
+        # The thread is joined before anything is touched: `arrange` runs on it too. A block that
+        # was read for another position or context is not the one asked for, and is dropped.
         number = self.position * self.world.size + self.world.rank
         if self.thread:
             self.thread.join()
@@ -1255,7 +1340,11 @@ class Loader:
 
 @dataclass(frozen=True)
 class Validation:
-    """The whole validation set: no truncated tail, every token but the first is a target."""
+    """The whole validation set: no truncated tail, every token but the first is a target.
+
+    Target i is token i + 1. So a document's first target has the index of its opening token, which
+    is itself the last target of the document before and stands for no bytes.
+    """
 
     tokens: Tensor    # (N + 1,) int64 on the CPU
     bytes: np.ndarray    # (N,) bytes of text that each target stands for
@@ -1339,10 +1428,12 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
         side: sorted(folder.glob(f"fineweb_{side}_*.bin"))
         for side in ("train", "val", "val_bytes")
     }
+    # the pattern of the validation shards fits their sidecars as well
     names["val"] = [p for p in names["val"] if not p.name.startswith("fineweb_val_bytes")]
     for side in ("train", "val"):
         if not names[side]:
             raise Refusal(f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
+    # Validation decides every score, so its files are hashed; training shards are gigabytes.
     if (folder / "manifest.json").exists() and not intact(folder, "_train_"):
         raise Refusal(f"DATA_PATH={folder}: a validation file is not what manifest.json says")
     train = [read_shard(path) for path in names["train"]]
@@ -1357,6 +1448,7 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     check_manifest(h, folder / "manifest.json")
     if h.caseops_enabled:
         check_caseops(h, folder, len(names["val_bytes"]), len(tokens))
+    # Of transformed text only the sidecar knows the bytes of the original, by which BPB divides.
     if names["val_bytes"]:
         sidecar = np.concatenate([read_shard(path) for path in names["val_bytes"]])
         if len(sidecar) != len(tokens):
@@ -1399,6 +1491,7 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     if not any(tokenizer.is_byte(i) for i in range(V)):
         raise Refusal(f"tokenizer {path}: it has no byte pieces, so text outside its alphabet "
                       "would be lost")
+    # Text of one form under a tokenizer of the other would train without a complaint.
     marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
     if marked != caseops:
         raise Refusal(f"tokenizer {path}: " +
@@ -1434,7 +1527,9 @@ def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray,
                                                    np.ndarray]) -> np.ndarray:
     """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
 
-    A leading space counts one byte unless the token before it is a boundary.
+    A leading space counts one byte unless the token before it is a boundary: after one, official
+    tokenizers put a mark of their own, which is no byte of the text. `base` leaves the space out;
+    counted in both places it made the bytes of #1698 about 14% too many.
     """
     base, spaced, boundary = tables
     previous, target = tokens[:-1], tokens[1:]
@@ -1500,6 +1595,7 @@ class ShardWriter:
             filled = self.count - self.limit * len(self.paths)
             if self.file is None:
                 self.file = open(f"{self.stem}_{len(self.paths):06d}.bin.partial", "wb")
+                # a header of no tokens, which `read_shard` refuses, until `seal` knows their number
                 self.file.write(shard_header(0))
             head, tokens = np.split(tokens, [self.limit - filled])
             self.file.write(head.tobytes())
@@ -1678,6 +1774,7 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
         raise Refusal(f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
                       "(pip install sentencepiece)")
     model = io.BytesIO()
+    # SentencePiece passes over sentences longer than max_sentence_length bytes, hence the cuts.
     lines = (line[start:start + 4000] for text in texts for line in text.split("\n")
              for start in range(0, len(line), 4000))
     with tempfile.TemporaryDirectory() as folder:
@@ -1688,6 +1785,8 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
         Path(rules).write_text(ESCAPE_RULES)
         Path(unrules).write_text(UNESCAPE_RULES)
         try:
+            # For losslessness: own rules in place of NFKC, which rewrites characters; no prefix and
+            # no merged spaces; bytes for what the alphabet lacks. For equal models: one thread.
             sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines,
                                                      model_writer=model,
                                                      model_type="bpe",
@@ -1756,6 +1855,11 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarra
 
 # Lossless case transform (parameter-golf #1729): lower-case text with markers before each run of
 # ASCII letters that had capitals. A marker that stands in the original is escaped.
+#     Hello -> TITLE hello     NASA -> ALL_CAPS nasa     iPhone -> i CAP_NEXT phone
+# A word and its capitalised form then share their pieces. A run ends where ASCII letters end, so no
+# marker needs a closing one, and `caseops_decode` gives back every byte. A marker stands for no
+# byte and a letter for that of its capital: BPB divides by the original, never by this text, whose
+# greater length flattered #2138.
 CASED = re.compile(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{MARKERS}]")
 MARKED = re.compile(f"{ESCAPE}([{MARKERS}])|[{TITLE}{CAP_NEXT}]([a-z])|{ALL_CAPS}([a-z]+)")
 
@@ -1765,6 +1869,7 @@ def caseops_spell(match: re.Match) -> str:
     run = match[0]
     if run in MARKERS:
         return ESCAPE + run
+    # before isupper, which a single capital is too
     if run.istitle():
         return TITLE + run.lower()
     if run.isupper():
@@ -1808,6 +1913,8 @@ def split_documents(paths: list[Path], val_paths: list[Path]) -> Iterator[tuple[
     Copies of one document land on one side: equal content hashes equally, and a train document
     that is also in a validation file is left out.
     """
+    # What training has seen is no test: of 34 audited submissions 15 had documents of the
+    # validation set among their training shards (#2127).
     seen = set()
     for text in read_documents(val_paths):
         seen.add(fingerprint(text))
@@ -1824,6 +1931,8 @@ def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[
 
     A sample that does not depend on the order of the corpus, and memory that does not grow with it.
     """
+    # Negative hashes make a heap whose top is the largest: the next to go. Once one has gone,
+    # nothing at or beyond it can come in again.
     heap, size_bytes, lowest = [], 0, -(1 << 64)
     for text in texts:
         entry = -fingerprint(text), text[:SAMPLE_DOCUMENT]
@@ -1881,6 +1990,7 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
     A document for which the normaliser leaves no token is left out, so that every byte of the
     documents that stay has a token to stand on. Raises Refusal when one side stays empty.
     """
+    # In batches: SentencePiece encodes a batch on all cores, and order is kept.
     counts = dict.fromkeys([
         "train_documents", "val_documents", "empty_documents", "val_bytes", "train_bytes",
         "val_documents_decoded_exactly"
@@ -1897,6 +2007,7 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
                 if not ids:
                     counts["empty_documents"] += 1
                     continue
+                # BOS opens each document on both sides, and has a 0 in the sidecar below
                 tokens = np.array([BOS, *ids])
                 side = "val" if held else "train"
                 counts[f"{side}_documents"] += 1
@@ -1933,6 +2044,7 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refusal(f"--out {out}: already there and not empty, expected a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and renamed at the end: who finds the folder finds all of it.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
         folder = Path(workshop) / "dataset"
         folder.mkdir()
@@ -1949,6 +2061,7 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
         progress = Progress("encoding", say)
         counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, progress)
         progress.close()
+        # The hashes come last, of files that are closed: `intact` later compares them.
         manifest = {
             "builder": BUILDER,
             "vocab_size": V,
@@ -2028,6 +2141,8 @@ build_corpus = embedded_corpus
 # One row per stored tensor. Construction, initialisation, optimisers, calibration, quantisation,
 # packing and the size report all walk this table; the artifact stores neither names nor shapes,
 # because the table's order is its format.
+# A new gate is one row here and one line in the model. Whoever moves a row makes older artifacts
+# unreadable, or, where two rows have one shape, swaps them without a word.
 # ==================================================================================================
 class Role(NamedTuple):
     """What the pipeline needs to know about one stored tensor."""
@@ -2041,10 +2156,15 @@ class Role(NamedTuple):
     sigmas: float = 0.0
 
 
+# At first a model is nearly its embedding: wo and w_down are zero, so no block adds anything to the
+# stream; mix_x0 and the smear's scale are zero. A gate at zero is half open, sigmoid(0) = 1/2, and
+# can move either way. At the defaults what is stored in fp16 is under 0.1% of the weights, too
+# little to be worth codes.
 def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
     L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
     H, K = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
+    # a row of skip weights for each pop of the deepest plan, which the others use in part
     S = sum(step.pop is not None for step in depth_plan(h, looped=True))
     matrix = dict(optim="muon", bits=h.matrix_bits, sigmas=h.matrix_clip_sigmas)
     scalar, start = dict(optim="scalar"), h.matrix_init
@@ -2055,6 +2175,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         wk=Role((L, K, D), start, tap="attn_in", **matrix),
         wv=Role((L, K, D), start, tap="attn_in", **matrix),
         wo=Role((L, D, H), 0.0, tap="attn_out", **matrix),
+        # SwiGLU stores the value and the gate as one matrix of 2 F rows
         w_up=Role((L, F_ << (h.activation == "swiglu"), D), start, tap="mlp_in", **matrix),
         w_down=Role((L, D, F_), 0.0, tap="mlp_hidden", **matrix),
         q_gain=Role((L, h.num_heads), h.qk_gain_init, **scalar),
@@ -2091,6 +2212,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
     if h.asym_logit_rescale:    # in no group: test-time training alone moves it
         table["softcap"] = Role((2, ), h.logit_softcap, "")
     if h.mtp_num_heads:
+        # bits=0: it lends training a second task and is left out of the artifact
         table["mtp"] = Role((h.mtp_num_heads, h.vocab_size, D), 0.0, "muon", bits=0)
     skipped = dict(all=(), matrices=("embed", ), none=table)[h.gptq_roles]
     return {n: r._replace(tap="") if n in skipped else r for n, r in table.items()}
@@ -2107,6 +2229,14 @@ class Step(NamedTuple):
     rounded: bool = False    # its matrices are used as the exporter would round them
 
 
+# The plan of the defaults when looped, 17 steps of 11 layers, as step: layer.
+#     push    0:0  1:1  2:2  3:3  4:4  5:5  6:3  7:4
+#     pop    15:9 14:8 13:7 12:6 11:5 10:4  9:3  8:5      16:10 pops nothing
+# A column is one skip: step 8 + r pops what step 7 - r pushed, by row r of the skip weights. Rows
+# count from the middle, so the plan without the loop uses rows 0 to 4 for its own five pairs, and
+# these mean the same when the loop begins: weights go on as they are, only a longer plan runs.
+# A plan is a tuple of constants and an argument, never a flag that is flipped: a compiler folds
+# flags into its graph, where flipping them does nothing (as with the late rounding of #315).
 def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple[Step, ...]:
     """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times when
     looped.
@@ -2122,6 +2252,8 @@ def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple
             *range(h.loop_start), *list(segment) * (1 + h.num_loops),
             *range(h.loop_end + 1, h.num_layers)
         ]
+    # Steps below `half` push, so a parallel step, which is at or beyond it, never does: what is
+    # kept is always one lane, and it is always merged into the lane of the attention.
     half = len(order) // 2
     rows = half if h.skip_gates else h.num_layers // 2
     first = h.num_layers if h.parallel_form == "none" else h.parallel_start_layer
@@ -2137,6 +2269,10 @@ def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple
 # The only forward pass of the file. `hidden` has two seams, both empty by default: `lora` adapts
 # every `linear`, and `probe` sees every activation that feeds a quantised matrix. Depth recurrence
 # is the argument `plan`, never a flag.
+# One pass for training, scoring, calibration and test-time training: in a second copy one gate is
+# soon forgotten (1.908 BPB in #1787). Shapes are (B, T, D) throughout; matrices are (out, in).
+# Products run in the compute dtype, sums with fp32 gains in fp32, rounded once at the end. Nothing
+# here knows of clocks, ranks or files.
 # ==================================================================================================
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension without a gain: x / sqrt(mean(x^2) + eps)."""
@@ -2151,7 +2287,7 @@ class LoRA(NamedTuple):
     scale: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, T, in) -> scale * b (a x), (B, T, out)."""
+        """(B, T, in) -> scale * b (a x), (B, T, out). The factor meets the narrow side, R wide."""
         return (x @ self.a.mT * self.scale) @ self.b.mT
 
 
@@ -2180,7 +2316,11 @@ def rope_table(h: Hyperparameters,
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first 2 * cos.size(-1) dimensions of each head (B, T, H, E) by position; the rest
-    pass through."""
+    pass through, and compare content wherever it stands (#315).
+
+    Dimensions j and j + half form a pair, turned by the angle of their place. In q . k only the
+    difference of two angles is left, that is the distance between the tokens.
+    """
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
@@ -2193,6 +2333,7 @@ def attention_kernel(device: torch.device, wanted: str = "auto") -> str:
     """ATTENTION, or with auto the fastest that this device and installation offer: fa3, fa2, varlen
     (torch >= 2.10) or sdpa on GPUs, blocks on CPUs. Raises Refusal for what is not there."""
     cuda = device.type == "cuda"
+    # in the order of preference
     there = dict(fa3=cuda and flash_attn_3 and torch.cuda.get_device_capability(device)[0] == 9,
                  fa2=cuda and flash_attn_2, varlen=cuda and torch_varlen,
                  blocks=BLOCK_ATTENTION and not cuda, sdpa=True)
@@ -2211,6 +2352,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
     if BLOCK_ATTENTION and kernel == "blocks":
         return BlockAttention.apply(q, k, v, docs.start)
     if kernel in ("blocks", "sdpa"):
+        # the mask is (B, 1, T, T): dear, and so only where no kernel takes document ends
         place = torch.arange(q.size(1), device=q.device)
         seen = (place[:, None] >= place) & (place >= docs.start[..., None])
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
@@ -2219,6 +2361,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
     (B, T, H, E), ends, longest = q.shape, docs.bounds, docs.longest
     q, k, v = (t.reshape(B * T, -1, E) for t in (q, k, v))
     if kernel == "varlen":
+        # rows joined end to end, (B * T, heads, E): `ends` keeps rows and documents apart
         if "enable_gqa" not in VARLEN_CAUSAL:
             k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))
         y = torch_varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **VARLEN_CAUSAL)
@@ -2248,6 +2391,9 @@ class BlockAttention(torch.autograd.Function):
     """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as
     the others' twin.
 
+    Keys beyond the end of a block of queries are never multiplied, which saves near half the work.
+    A query always sees itself, so that no sum of exponentials is zero. The query heads of a group
+    are stacked as rows of one product with the key head that they share.
     The backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
     torch's CPU kernel computes them again at two to three times the cost.
     """
@@ -2264,6 +2410,7 @@ class BlockAttention(torch.autograd.Function):
             seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
             rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
             logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT)
+            # (B * K, G * queries, keys) until here, by group from here on
             logits = logits.view(B, K, H // K, hi - lo, hi).float() * E**-0.5
             logits = torch.where(seen[:, None, None], logits, -math.inf).view(B * K, -1, hi)
             p = (logits - logits.amax(-1, keepdim=True)).exp()
@@ -2278,7 +2425,10 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv
-        2205.14135, B.2)."""
+        2205.14135, B.2), then dQ = dS K / sqrt(E), dK = dS^T Q / sqrt(E), dV = P^T dY.
+
+        P is p / total, p being what forward kept; sum(dY * Y) is the row sum of P * dP.
+        """
         q, k, v, y, *saved = ctx.saved_tensors
         blocks = len(saved) // 2
         B, T, H, E = q.shape
@@ -2296,6 +2446,7 @@ class BlockAttention(torch.autograd.Function):
             dq.append(
                 torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(
                     B, K, H // K, hi - lo, E))
+            # a key gets a part from every later block, and the parts are added in fp32
             dk.append(F.pad(torch.bmm(ds.mT, rows).float(), (0, 0, 0, T - hi)))
             dv.append(F.pad(torch.bmm(p.mT, grads).float(), (0, 0, 0, T - hi)))
         dk, dv = (ungroup(sum(t).to(q.dtype).view(B, K, 1, T, E)) for t in (dk, dv))
