@@ -2157,7 +2157,7 @@ class Role(NamedTuple):
 
 
 # At first a model is nearly its embedding: wo and w_down are zero, so no block adds anything to the
-# stream; mix_x0 and the smear's scale are zero. A gate at zero is half open, sigmoid(0) = 1/2, and
+# stream; mix_x0 and smear_scale are zero. A gate at zero is half open, sigmoid(0) = 1/2, and
 # can move either way. At the defaults what is stored in fp16 is under 0.1% of the weights, too
 # little to be worth codes.
 def roles(h: Hyperparameters) -> dict[str, Role]:
@@ -2233,8 +2233,8 @@ class Step(NamedTuple):
 #     push    0:0  1:1  2:2  3:3  4:4  5:5  6:3  7:4
 #     pop    15:9 14:8 13:7 12:6 11:5 10:4  9:3  8:5      16:10 pops nothing
 # A column is one skip: step 8 + r pops what step 7 - r pushed, by row r of the skip weights. Rows
-# count from the middle, so the plan without the loop uses rows 0 to 4 for its own five pairs, and
-# these mean the same when the loop begins: weights go on as they are, only a longer plan runs.
+# count from the middle: the plan without the loop uses rows 0 to 4, and rows 5 to 7 wait for the
+# loop. When that begins no weight is added or copied; a longer plan runs over the same banks.
 # A plan is a tuple of constants and an argument, never a flag that is flipped: a compiler folds
 # flags into its graph, where flipping them does nothing (as with the late rounding of #315).
 def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple[Step, ...]:
@@ -2453,6 +2453,10 @@ class BlockAttention(torch.autograd.Function):
         return ungroup(torch.cat(dq, 3)), dk, dv, None
 
 
+# Scoring a document chunk by chunk would read everything before a chunk again for each. Instead
+# every step of depth keeps its keys and values, a layer that runs three times three sets of them,
+# since the inputs of its runs differ. Keys are kept rotated: places count from the document's
+# start and so never change.
 class Past(NamedTuple):
     """What one step of depth remembers of the tokens before a chunk, and where it leaves its own.
     """
@@ -2472,10 +2476,12 @@ def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") 
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     past.fresh.extend((k.detach(), v.detach()))
     if kernel != "blocks":
+        # the kernels of `attend` take causal sequences only, not a chunk behind M cached slots
         k, v = (torch.cat(pair, 2).repeat_interleave(H // K, 1)
                 for pair in ((past.keys, k), (past.values, v)))
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, past.seen).transpose(1, 2)
     Q = group(q * E**-0.5, K).reshape(B, K, -1, E)    # (B, K, G * C, E)
+    # On CPUs the cache is multiplied where it lies: joined as above it would be copied each time.
     logits = torch.cat((Q @ past.keys.mT, Q @ k.mT), -1).view(B, H, C, -1)
     p = (logits + past.seen).softmax(-1).view(B, K, -1, M + C)
     y = p[..., :M] @ past.values + p[..., M:] @ v
@@ -2518,6 +2524,7 @@ def mlp(x: Tensor,
         probe: Callable[[str, Tensor], None] | None = None,
         fused: bool = False) -> Tensor:
     """(..., D) -> (..., D): down @ LeakyReLU(up @ x, slope)^2 with weights (F, D) and (D, F)."""
+    # a probe is to see the activations in between, which the plain form has at hand
     if fused and kernels_take(x) and not probe:
         y, *_ = torch.ops.golf.mlp(x.flatten(0, -2), up, down, slope, torch.is_grad_enabled())
         return y.view_as(x)
@@ -2553,6 +2560,8 @@ class Block(nn.Module):
         heads = lambda t: t.view(B, T, -1, h.head_dim)
         # (B, T, H, E)
         q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
+        # Norms make |q| = |k| = sqrt(E), so that a logit lies within gain * sqrt(E) whatever the
+        # weights; the gain of each head is learned.
         q = (q * w.q_gain[:, None]).type_as(n)
         # (B, T, K, E)
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
@@ -2560,11 +2569,14 @@ class Block(nn.Module):
         v = heads(v if value is None else v + value)
         y = attend(q, k, v, docs, self.kernel) if past is None else recall(
             q, k, v, past, self.kernel)
+        # What a token says of itself is in its stream already; heads bring what is elsewhere.
         if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
             # (B, T, K, 1, E)
             own = F.normalize(v, dim=-1)[..., None, :]
             grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
+        # A softmax cannot attend to nothing. One factor for each head and token, driven by a few
+        # leading channels, lets a head keep silent; adapters do not touch it.
         if w.head_gate is not None:
             # (B, T, H)
             gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)
@@ -2605,7 +2617,14 @@ class Block(nn.Module):
                 value: Tensor | None = None,
                 past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
-        `a` and hands `m` through. `value` (B, T, K E) is added to the values."""
+        `a` and hands `m` through. `value` (B, T, K E) is added to the values.
+
+        With r = mix_x a + mix_x0 x0, A and M for attention and MLP of the scaled norm, each times
+        its own scale: serial a <- r + A(r), then a <- a + M(a). Lanes (#1204): a <- keep a +
+        w A(r) + w' M(m), and m alike with weights of its own, so neither waits for the other.
+        gptj (#1493): a <- r + A(r) + M(r). apart (#1539): a <- r + A(r), m <- m + M(m).
+        """
+        # x0 is the embedding: however deep the step, what the token is stays within reach
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w,
                                              norm(read) * w.depth_scale, rope, docs, xsa, lora,
@@ -2626,7 +2645,11 @@ class Block(nn.Module):
 
 
 def softcapped(z: Tensor, cap: float | Tensor) -> Tensor:
-    """cap tanh(z / cap) in fp32; a tensor (2,) has one cap for positive, one for other logits."""
+    """cap tanh(z / cap) in fp32; a tensor (2,) has one cap for positive, one for other logits.
+
+    About z for small z, and never beyond the cap: no single logit can run away with the loss, and
+    wrong certainty costs at most 2 cap + ln V nats.
+    """
     z = z.float()
     cap = cap if isinstance(cap, float) else torch.where(z > 0, cap[0], cap[1])
     return cap * torch.tanh(z / cap)
@@ -2664,6 +2687,7 @@ class Head(nn.Module):
                 caps: Tensor | None = None) -> Tensor:
         """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
         the logits."""
+        # (B * T, V), the largest tensor of a step: flat, since the kernel takes one row per program
         z = linear(x, embed, lora).flatten(0, 1)
         cap = self.h.logit_softcap if caps is None else caps
         return softcapped_nats(z, targets.flatten(), cap, self.h.fused_kernels).view_as(targets)
@@ -2702,6 +2726,7 @@ class GPT(nn.Module):
             for name, r in roles(h).items()
         })
         self.block, self.head = Block(h, kernel), Head(h)
+        # what `compile` replaces: `hidden` and `nats` call these, whichever they are
         self.run_block: Callable = self.block
         self.run_head: Callable = self.head
         self.run_merge: Callable = merge_skip
@@ -2749,7 +2774,8 @@ class GPT(nn.Module):
 
     def layers(self, rounded: bool = False) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size
-        gradient per use. `rounded` matrices pass their gradient straight through (#578)."""
+        gradient per use. `rounded` matrices pass their gradient straight through (#578). Every
+        executed step of a layer reads the same slice, so its gradients add up over the passes."""
         table, banks = roles(self.h), self.bank
         matrix = straight_through if rounded else lambda w, *_: w
         cast = {
@@ -2764,11 +2790,18 @@ class GPT(nn.Module):
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
         """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
-        across a document start. `last` (B, 2): the tokens before the chunk, negative for none."""
+        across a document start. `last` (B, 2): the tokens before the chunk, negative for none.
+
+        x_t + scale * sigmoid(W x_t[:GATE_WINDOW]) * x_(t-1), 0 for the last term at a BOS: without
+        that a document's first token would read the end of another (found in #1797). The form per
+        channel (#162) has no such mask.
+        """
+        # two tokens before the chunk: the smear needs the one before, whose bigram one more
         ids = ids if last is None else torch.cat((last, ids), 1)
         x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
         if self.h.bigram_vocab_size:
             V, before = self.h.bigram_vocab_size, F.pad(ids[:, :-1], (1, 0), value=-1)
+            # colliding pairs share a row; the last row is for tokens that have none before them
             pair = (36313 * ids ^ 27191 * before) % max(1, V - 1)
             x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
         if last is not None:
@@ -2777,7 +2810,7 @@ class GPT(nn.Module):
             x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
             x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
         elif self.h.smear_gate:
-            # (B, T, D)
+            # (B, T, 1)
             drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
             x = norm(x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0)))
@@ -2794,8 +2827,11 @@ class GPT(nn.Module):
                cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
         step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
+        # `a` is the lane that attention and serial steps write, `m` the MLP's lane, and `kept` the
+        # stack of outputs that wait for their mirror images.
         x0 = a = m = self.run_embedded(ids, *([cache.last] if cache else []))
         docs = docs or whole_rows(ids)
+        # Compiled by blocks, adapters and probes would be graphs of their own: they run plain.
         run = self.block if probe or lora else self.run_block
         h = self.h
         layers = cache.layers if cache else self.layers(plan[0].rounded)
@@ -2808,6 +2844,8 @@ class GPT(nn.Module):
         for slot, step in enumerate(plan):
             if step.pop is not None:
                 a = self.run_merge(a, kept.pop(), weights[step.pop], gates[step.pop])
+            # Lanes part here. With "apart" both begin after the merge; with "lanes" m is what the
+            # last serial step left, so that the MLP's lane takes no skip.
             if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
                 m = a
             seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
@@ -2818,6 +2856,7 @@ class GPT(nn.Module):
             if cache:
                 seam["past"] = cache.past(slot)
             a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
+            # before the lanes part, m is only another name of a
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
@@ -2841,6 +2880,8 @@ class GPT(nn.Module):
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
         nats = self.run_head(x, self.bank["embed"].to(self.dtype), targets,
                              *([lora[-1].get("head")] if lora else []), **caps)
+        # A head for the k-th token after the next; its loss is a constant added to every target,
+        # so that the mean of all is what it would be as a term of its own.
         for k in range(1, ahead + 1):
             later = self.run_head(x[:, :-k], self.bank["mtp"][k - 1].to(self.dtype), targets[:, k:])
             nats = nats + 0.2 / ahead * later.mean()
@@ -2868,7 +2909,13 @@ def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
 
 class Cache:
     """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and each
-    row's last two tokens: preallocated rings that all rows write at one place."""
+    row's last two tokens: preallocated rings that all rows write at one place.
+
+    A tick is `open`, one or more passes of the model, `write`. All chunks have C tokens, so one
+    place serves rows of any age: what differs is how far back a row may look, which is a mask.
+    Slots of an earlier document are masked, never cleared. The pads behind a document's last tokens
+    are written too, and no query ever sees them: its row goes on with another document.
+    """
 
     def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...]):
         """Empty rings for chunks of C tokens in the model's compute dtype."""
@@ -2876,6 +2923,7 @@ class Cache:
         self.C, self.T, self.at = C, h.eval_seq_len, 0
         with torch.no_grad():
             self.layers = model.layers()    # cast once: the weights stay as they are
+        # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
         slots = -(-(self.T - 1) // C) * C
         # (S, 2, B, K, M, E)
         self.ring = torch.zeros(len(plan), 2, B, h.num_kv_heads, slots, h.head_dim,
@@ -2893,11 +2941,14 @@ class Cache:
         self.behind = behind
         self.seen = torch.where(torch.cat((seen, own), 2)[:, None], 0.0, -math.inf).to(
             self.ring.dtype)
+        # at a document's start there is no token before, and at its second only one
         self.last = torch.where(behind[:, None] > torch.tensor([1, 0], device=behind.device),
                                 self.ids, -1)
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
+        # Passes made to learn from a chunk find other keys, under other adapters. The caller hands
+        # `write` those of the pass that scored.
         self.fresh = [] if slot == 0 else self.fresh
         self.fresh.append([])
         return Past(*self.ring[slot].unbind(0), self.seen, self.fresh[-1])
@@ -2919,6 +2970,9 @@ def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
 # 7. Adapters
 # LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and
 # every row of the batch.
+# For test-time training of single documents: what one teaches is forgotten at its end, and the
+# weights themselves are not touched here. An adapter corrects a map y = W x by scale * b (a x) with
+# scale = TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
 class AdapterBank:
     """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state; a
@@ -2936,6 +2990,9 @@ class AdapterBank:
                    o=D, mlp=D, head=h.vocab_size)
         self.h, self.S, self.names = h, len(plan), h.ttt_targets.split(",")
         self.shapes, start = [], []
+        # Equal rows make a score independent of the row, and so of the rank and of the number of
+        # ranks, that a document happens to fall to. With b zero the first chunk is scored by the
+        # artifact's own model; with a zero as well there would be no gradient to either.
         seeded = torch.Generator().manual_seed(h.seed)
         for name in self.names:
             S = 1 if name == "head" else self.S
@@ -2946,6 +3003,7 @@ class AdapterBank:
         self.start = torch.cat(start).to(device)    # (P,)
         self.flat = self.start.repeat(rows, 1).requires_grad_()
         self.square = torch.zeros_like(self.flat)
+        # counted for each row: rows begin their documents at different ticks
         self.updates = torch.zeros(rows, 1, device=device)
 
     @torch.no_grad()
@@ -2957,7 +3015,11 @@ class AdapterBank:
     @torch.no_grad()
     def step(self, loss: Tensor, rate: Tensor) -> None:
         """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) down `loss`, a sum over
-        rows, at rates (B, 1)."""
+        rows, at rates (B, 1).
+
+        s <- beta s + (1 - beta) g^2, p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8). In a sum
+        the gradient of a row is that of its own document alone: no row learns from another.
+        """
         grad, = torch.autograd.grad(loss, self.flat)
         beta = self.h.ttt_beta2
         self.updates += 1
@@ -2985,9 +3047,14 @@ class AdapterBank:
 # Muon for the matrices, each rank the owner of a share of them; fused AdamW for the embedding and
 # the small tensors; the schedule, a pure function of progress; the exponential moving average,
 # which is what gets exported.
+# What enters is the gradient of each rank's own tokens; what leaves are weights that are equal on
+# all ranks, though none is broadcast after the first: all apply the same gathered updates to the
+# same weights. Nothing here knows the time; a step gets its rates and its momentum as numbers.
 # ==================================================================================================
 # Coefficients (a, b, c) of five Polar Express iterations X <- a X + (b A + c A^2) X, A = X X^T
 # (arXiv 2505.16932).
+# Odd polynomials act on singular values alone: s becomes a s + b s^3 + c s^5, and five of them
+# drive every s in (0, 1] towards 1. No decomposition is made, only products.
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795,
                   15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -3005,6 +3072,9 @@ def symmetric(x: Tensor, alpha: float = 1.0, beta: float = 0.0,
 def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS,
                   product: Callable = symmetric) -> Tensor:
     """(n, rows, cols) -> about the nearest semi-orthogonal matrices, products in `dtype`."""
+    # x x^T is then the smaller of the two products. The Frobenius norm is at least the largest
+    # singular value, and 2% more keep rounding from lifting one above 1, where the first polynomial
+    # grows fast; the small addend turns slices of zeros into zeros and not into NaN.
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -3019,7 +3089,11 @@ class Stack:
     the ranks.
 
     Slices of untransposed banks come first. Zero padding makes the shares equal; `gain` is max(1,
-    rows / cols)^0.5.
+    rows / cols)^0.5 of a matrix as it is stored.
+
+    One batched product then serves all layers of all banks of a shape: at the defaults three stacks
+    of 22 slices, wq with wo, wk with wv, w_up with w_down. No rank orthogonalises what another one
+    does, and none keeps a momentum that is not its own.
     """
 
     def __init__(self, banks: Sequence[nn.Parameter], world: World):
@@ -3028,6 +3102,7 @@ class Stack:
         self.banks = sorted(banks, key=lambda p: p.size(-2) < p.size(-1))
         rows, cols = max(self.banks[0].shape[-2:]), min(self.banks[0].shape[-2:])
         self.count = sum(p.size(0) for p in self.banks)
+        # rounded up: 22 slices over 8 ranks are 3 each and 2 of padding at the end
         share = -(-self.count // world.size)
         upright = sum(p.size(0) for p in self.banks if p.size(-2) >= p.size(-1))
         first = world.rank * share
@@ -3041,6 +3116,7 @@ class Stack:
     def collect(self, wire: torch.dtype) -> Callable[[], Tensor]:
         """This rank's slices (share, rows, cols) of the mean gradient, sent as `wire`, once
         called."""
+        # a reduce-scatter sends each rank the mean of its own slices and nothing else
         slices = [p.grad if p.size(-2) >= p.size(-1) else p.grad.mT for p in self.banks]
         spare = self.momentum.size(0) * self.world.size - self.count
         if spare:
@@ -3057,10 +3133,15 @@ class Stack:
                   iterations: Sequence = POLAR_EXPRESS,
                   product: Callable = symmetric) -> Tensor:
         """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
-        cols)."""
+        cols).
+
+        m <- mu m + g, u = g + mu m, rows of u over their norms (#1285), then the nearest matrix of
+        singular values 1, times the gain: every direction of a matrix moves at one rate.
+        """
         self.momentum.mul_(momentum).add_(g)
         u = g.add(self.momentum, alpha=momentum)
         if equal_rows:
+            # a row is one of the matrix as stored: in a transposed slice it is a column
             u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
             u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
         return orthogonalise(u, dtype, iterations, product) * self.gain.to(dtype)
@@ -3085,7 +3166,7 @@ class Optimiser:
     """
 
     def __init__(self, model: GPT, world: World):
-        """Groups the parameters by their role; every role belongs to exactly one group."""
+        """Groups the parameters by their role; each that training moves is in exactly one group."""
         self.h, self.model, self.world = model.h, model, world
         table, bank = roles(self.h), model.bank
         shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
@@ -3118,10 +3199,13 @@ class Optimiser:
     def step(self, factor: float, momentum: float, taper: float = 1.0) -> None:
         """One update with all rates times `factor`, the matrices' decay times `taper`; clears the
         gradients."""
+        # All collectives start in the same order on every rank, without which they would deadlock.
         begun = [stack.collect(self.wire) for stack in self.stacks]
         self.average_others()
         shares = [ready() for ready in begun]
         if self.h.grad_clip_norm:
+            # Slices are spread over the ranks, so their squares are summed; the other gradients are
+            # the same everywhere by now and count once.
             squares = self.world.sum(torch.stack([g.square().sum() for g in shares]).sum())
             total = (squares + sum(p.grad.square().sum() for p in self.others)).sqrt()
             clip = (self.h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
@@ -3129,6 +3213,7 @@ class Optimiser:
         iterations = POLAR_EXPRESS if self.h.polar_express else NEWTON_SCHULZ
         options = (self.h.muon_row_normalize, iterations[:self.h.muon_backend_steps],
                    symmetric_fused() if self.h.muon_symmetric else symmetric)
+        # Each gather starts as soon as its stack is ready; AdamW works while the last is under way.
         updates = [self.world.gathered(stack.direction(g, momentum, self.model.dtype, *options))
                    for stack, g in zip(self.stacks, shares)]
         for group in self.adam.param_groups:
@@ -3150,6 +3235,9 @@ class Optimiser:
         self.adam.load_state_dict(copy.deepcopy(state["adam"]))
 
 
+# Progress is the share of the time for training, or of ITERATIONS where there is no clock, so that
+# the rates reach their end with it on fast and slow machines alike. The line of the warmdown aims
+# at zero and is held at MIN_LR, at the defaults for the last 0.1 * 0.85 = 8.5% of a run.
 def warmdown(h: Hyperparameters, step: int, progress: float) -> float:
     """One, then linear to MIN_LR over the last WARMDOWN_FRAC, or over the last WARMDOWN_ITERS steps
     as the mean step so far measures them."""
@@ -3173,7 +3261,12 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 
 class EMA:
     """Exponential moving average of all banks, from the initial weights on, after every step; with
-    SWA_EVERY the plain mean of a few of them beside it (arXiv 1803.05407)."""
+    SWA_EVERY the plain mean of a few of them beside it (arXiv 1803.05407).
+
+    It reaches back about 1 / (1 - EMA_DECAY) steps, 286 at the defaults. Of the initial weights
+    decay^steps is left, nothing after thousands of them, so that no correction is made. Every rank
+    keeps a whole copy in fp32: bf16 would round away 0.35% of a small difference.
+    """
 
     def __init__(self, model: GPT):
         """Starts as a copy of the weights."""
@@ -3204,9 +3297,16 @@ class EMA:
 # The loop inside the clock. Ranks agree on the time by a device-side mean that the host reads steps
 # later, so the loop never waits for the device. Nothing of a rehearsal survives it: weights,
 # optimiser, average and loader are rewound.
+# What enters is a model at step zero; what leaves are its averaged weights and the clock, which
+# runs on through calibration. Everything learned from training data was read inside that clock.
 # ==================================================================================================
 class Clock:
-    """Training seconds that all ranks agree on; `tick` is called once a step by every rank."""
+    """Training seconds that all ranks agree on; `tick` is called once a step by every rank.
+
+    Ranks must agree on the step at which to stop, to loop and to change context: one that went on
+    alone would wait for the others in its next collective for ever. On GPUs the host runs ahead of
+    the device; reading a number of LAG steps ago hardly waits, and bounds that lead.
+    """
 
     # steps between taking the time and reading the agreed value on GPUs, so that no step waits
     LAG = 2
@@ -3240,6 +3340,7 @@ class Clock:
         host.copy_(now, non_blocking=True)
         event.record()
         self.queue.append((host, event))
+        # the first ticks have nothing old enough to read: zero, or what a checkpoint said
         if len(self.queue) <= self.LAG:
             return self.agreed_s
         host, event = self.queue.pop(0)
@@ -3288,12 +3389,15 @@ class Trainer:
             next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
         ramp = min(1.0, (since / self.accumulation + 1) / 32)
         plan = depth_plan(h, looped, rounded)
+        # All micro-batches have one size, so a mean of their means, over the ranks too (by the
+        # optimiser), is the mean over all tokens of the step.
         for _ in range(self.accumulation):
             batch = self.loader.next()
             nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs,
                                        ahead=h.mtp_num_heads).mean() / self.accumulation
             nats.backward()
             loss = loss + nats.detach()
+        # one up to 70% of training, then linear to WD_TAPER at its end (#1729)
         taper = 1 - (1 - h.wd_taper) * max(0.0, progress - 0.7) / 0.3
         self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number), taper)
         self.ema.update(h.ema_decay)
@@ -3303,7 +3407,12 @@ class Trainer:
         return loss
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the state."""
+        """A copy of the state: all that can change a later number.
+
+        What is missing may differ without harm: compiled graphs and tuned kernels, which a
+        rehearsal is there to leave behind, and the loader's order, drawn again from its seed.
+        Training draws no random numbers on a device, so the CPU's generator is enough.
+        """
         return dict(weights=[p.detach().clone() for p in self.model.bank.values()],
                     mean=[t.clone() for t in self.ema.mean + self.ema.total],
                     optimiser=self.optimiser.state(),
@@ -3354,6 +3463,8 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
     for path in reversed(paths := checkpoints(folder)):
         blob = path.read_bytes()
         if hashlib.sha256(blob[:-32]).digest() == blob[-32:]:
+            # Tensors lie in the file in the order in which the JSON names them, and the parser
+            # meets them in that order, so that no place of any has to be stored.
             file = io.BytesIO(blob)
 
             def thaw(found: dict[str, Any]) -> Any:
@@ -3370,7 +3481,8 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
 
 
 class Checkpoints:
-    """The saves of one run: the two newest stay in its folder until the run is finished.
+    """The saves of one run: the two newest stay in its folder until the run is finished, so that a
+    damaged one leaves another to begin from.
 
     None are made where the training clock is no longer than CHECKPOINT_EVERY_S, as in the 10-minute
     track. Else SIGTERM and Ctrl-C let the step end, save it and stop.
@@ -3392,6 +3504,7 @@ class Checkpoints:
             return 0
         step, self.saved_s, *_, state = found
         self.t.restore(state)
+        # the seconds of the process that was stopped count as if they were this one's
         self.clock.pause(-self.saved_s)
         self.clock.agreed_s = self.saved_s
         log(f"resumed:step {step} train_time:{self.saved_s * 1e3:.0f}ms")
@@ -3399,6 +3512,8 @@ class Checkpoints:
 
     def visit(self, step: int, elapsed_s: float) -> None:
         """Saves if it is time to; raises `Refusal` afterwards if a rank was asked to stop."""
+        # Every rank comes here with the same time and so enters `save`, in which all take part: a
+        # snapshot gathers the momenta. A signal makes that time infinite on all of them at once.
         if self.on and elapsed_s >= self.saved_s + self.t.h.checkpoint_every_s:
             self.save(step)
             if elapsed_s == math.inf:
@@ -3439,6 +3554,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
 
     Raises `Refusal` when the loss is not finite.
     """
+    # The clock starts here, after the rehearsal; every read of training data from now on counts.
     h, clock, looped = t.h, Clock(t.world), False
     saves = Checkpoints(t, clock, log.folder) if h.checkpoint_every_s else None
     step = resumed = saves.resume(log) if h.checkpoint_every_s else 0
@@ -3452,14 +3568,19 @@ def train(t: Trainer, reserve_s: float, log: Log,
         elapsed_s = clock.tick()
         if h.checkpoint_every_s:
             saves.visit(step, elapsed_s)
+        # The time is that of some steps ago: what is under way is added, at the mean pace so far,
+        # so that the last step ends before the budget does.
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
+            # a validation score reads no training data, so it is off the clock
             watch = Stopwatch(t.world)
             log(f"step:{step}/{last} {validate()} train_time:{elapsed_s * 1e3:.0f}ms "
                 f"step_avg:{elapsed_s * 1e3 / max(step, 1):.2f}ms")
             clock.pause(watch.read_s())
         progress = min(1.0, elapsed_s / budget_s if math.isfinite(budget_s) else step / last)
+        # Both plans were compiled in the rehearsal, so the change costs no pause. Until then a step
+        # of training runs 11 blocks for 17, so that more steps fit the clock.
         begins = (step >= h.recur_start_step if h.recur_start_step else
                   progress >= h.enable_looping_at)
         if not looped and h.num_loops and begins:
@@ -3467,6 +3588,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
             log(f"recurrence:on step:{step} progress:{progress:.3f}")
         loss = t.step(step, progress, looped)
         step += 1
+        # reading the loss waits for the device, and so is rare
         if step % h.train_log_every == 0 or step <= 3:
             report_step(t, loss, step, last, clock.read_s(), log)
     seconds = clock.read_s()
