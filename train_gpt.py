@@ -181,7 +181,7 @@ class Hyperparameters:
     # -- run and data
     # it becomes a folder's name: no slash and no blank
     run_id: str = knob("", "name of the run's folder; empty: the date and time",
-                       lambda v: not re.search(r"[^\w.+-]", v))
+                       lambda v: not re.search(r"[^\w.+-]|^\.+$", v))
     recipe: str = knob(
         "", "recipes joined by commas, applied left to right; single knobs override them")
     seed: int = knob(1337, "seed of every random generator", natural)
@@ -1205,13 +1205,18 @@ def whole_rows(ids: Tensor) -> Docs:
     return Docs(torch.zeros_like(ids), ends if ids.device.type == "cuda" else None, T)
 
 
+def sent(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """The array on the device. Copies to GPUs start in pinned memory, so that the host goes on: any
+    other copy makes it wait until the device has done all that was queued."""
+    t = torch.as_tensor(array)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; from pinned memory, without waiting for the copy, on GPUs."""
-    move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-    docs = batch.docs._replace(
-        start=move(batch.docs.start),
-        bounds=None if batch.docs.bounds is None else move(batch.docs.bounds))
-    return Batch(move(batch.ids), move(batch.targets), docs)
+    """The batch on the device."""
+    bounds = None if batch.docs.bounds is None else sent(batch.docs.bounds, device)
+    docs = batch.docs._replace(start=sent(batch.docs.start, device), bounds=bounds)
+    return Batch(sent(batch.ids, device), sent(batch.targets, device), docs)
 
 
 def coprime_order(blocks: int, rng: np.random.Generator) -> np.ndarray:
@@ -1244,7 +1249,9 @@ class Loader:
         # Drawn anew from (SEED, epoch), so they are no state: `position` tells all of it.
         self.epoch, self.order, self.stream = -1, np.empty(0), []
         self.thread, self.ready = None, {}
-        self.packed = attention_kernel(world.device, h.attention) not in ("blocks", "sdpa")
+        cuda = world.device.type == "cuda"
+        self.side = torch.cuda.Stream(world.device) if cuda else None
+        self.packed = attention_kernel(h, world.device) not in ("blocks", "sdpa")
         self.context, self.since = h.contexts[0][1], -math.inf
 
     def cut(self, context: int) -> float:
@@ -1311,10 +1318,11 @@ class Loader:
                             self.world.device))
 
     def fetch(self, number: int) -> None:
-        """Reads block `number` for `next`; runs on the thread, so an error is kept and raised
-        there."""
+        """Block `number` on the device, for `next`; runs on the thread, so an error is kept and
+        raised there. The copy has a stream of its own: it passes beside the step under way."""
         try:
-            self.ready[number] = self.read(number)
+            with torch.cuda.stream(self.side):
+                self.ready[number] = to_device(self.read(number), self.world.device)
         except Exception as error:
             self.ready[number] = error
 
@@ -1325,17 +1333,23 @@ class Loader:
         number = self.position * self.world.size + self.world.rank
         if self.thread:
             self.thread.join()
-        batch = self.ready.pop(number, None)
+        if number not in self.ready:
+            self.fetch(number)
+        batch = self.ready[number]
         self.ready.clear()
-        batch = self.read(number) if batch is None else batch
         if isinstance(batch, Exception):
             raise batch
+        if self.side:
+            step = torch.cuda.current_stream(self.world.device)
+            step.wait_stream(self.side)
+            for t in (batch.ids, batch.targets, batch.docs.start, batch.docs.bounds):
+                t.record_stream(step)    # its memory is not given away before the step has read it
         self.position += 1
         self.thread = threading.Thread(target=self.fetch,
                                        args=(number + self.world.size, ),
                                        daemon=True)
         self.thread.start()
-        return to_device(batch, self.world.device)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -2326,22 +2340,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
 
 
+def compute_dtype(h: Hyperparameters, device: torch.device) -> torch.dtype:
+    """bf16 where PRECISION asks for it or, with auto, where the chip multiplies it natively."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(False)    # not by way of fp32
+    else:
+        native = any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    wanted = h.precision == "bf16" or h.precision == "auto" and native
+    return torch.bfloat16 if wanted else torch.float32
+
+
 BLOCK_ATTENTION = True    # the packed script of a run with fused kernels goes without
 
 
-def attention_kernel(device: torch.device, wanted: str = "auto") -> str:
-    """ATTENTION, or with auto the fastest that this device and installation offer: fa3, fa2, varlen
-    (torch >= 2.10) or sdpa on GPUs, blocks on CPUs. Raises Refusal for what is not there."""
-    cuda = device.type == "cuda"
+def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
+    """ATTENTION, or with auto the fastest that device, precision and installation offer: fa3, fa2,
+    varlen (torch >= 2.10) or sdpa on GPUs, blocks on CPUs. Raises Refusal for what is not there."""
+    cuda, dtype = device.type == "cuda", compute_dtype(h, device)
+    # the FlashAttention family multiplies no fp32, and nothing before Ampere
+    chip = torch.cuda.get_device_capability(device)[0] if cuda and dtype != torch.float32 else 0
     # in the order of preference
-    there = dict(fa3=cuda and flash_attn_3 and torch.cuda.get_device_capability(device)[0] == 9,
-                 fa2=cuda and flash_attn_2, varlen=cuda and torch_varlen,
-                 blocks=BLOCK_ATTENTION and not cuda, sdpa=True)
-    if wanted == "auto":
+    there = dict(fa3=chip == 9 and flash_attn_3, fa2=chip >= 8 and flash_attn_2,
+                 varlen=chip >= 8 and torch_varlen, blocks=BLOCK_ATTENTION and not cuda, sdpa=True)
+    if h.attention == "auto":
         return next(name for name in there if there[name])
-    if not there[wanted] and (wanted != "blocks" or not BLOCK_ATTENTION):
-        raise Refusal(f"ATTENTION={wanted}: not on {device.type} with what is installed here")
-    return wanted
+    if not there[h.attention] and (h.attention != "blocks" or not BLOCK_ATTENTION):
+        raise Refusal(f"ATTENTION={h.attention}: not on {device.type} in {str(dtype)[6:]} with what "
+                      "is installed here")
+    return h.attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") -> Tensor:
@@ -2942,7 +2970,7 @@ class Cache:
         self.seen = torch.where(torch.cat((seen, own), 2)[:, None], 0.0, -math.inf).to(
             self.ring.dtype)
         # at a document's start there is no token before, and at its second only one
-        self.last = torch.where(behind[:, None] > torch.tensor([1, 0], device=behind.device),
+        self.last = torch.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device),
                                 self.ids, -1)
 
     def past(self, slot: int) -> Past:
@@ -3010,7 +3038,8 @@ class AdapterBank:
     def reset(self, rows: Tensor) -> None:
         """Back to the start, for these rows (n,)."""
         self.flat[rows] = self.start
-        self.square[rows] = self.updates[rows] = 0
+        for t in (self.square, self.updates):    # t[rows] = 0 would wait for the device
+            t.index_fill_(0, rows, 0)
 
     @torch.no_grad()
     def step(self, loss: Tensor, rate: Tensor) -> None:
@@ -3239,8 +3268,8 @@ class Optimiser:
 # the rates reach their end with it on fast and slow machines alike. The line of the warmdown aims
 # at zero and is held at MIN_LR, at the defaults for the last 0.1 * 0.85 = 8.5% of a run.
 def warmdown(h: Hyperparameters, step: int, progress: float) -> float:
-    """One, then linear to MIN_LR over the last WARMDOWN_FRAC, or over the last WARMDOWN_ITERS steps
-    as the mean step so far measures them."""
+    """One, then a line towards zero that ends with training, held at MIN_LR from where it crosses
+    it: over the last WARMDOWN_FRAC, or the last WARMDOWN_ITERS steps by the mean step so far."""
     left = (1 - progress) / h.warmdown_frac if h.warmdown_frac else 1.0
     if h.warmdown_iters:
         left = (1 - progress) * max(step, 1) / (max(progress, 1e-9) * h.warmdown_iters)
@@ -5203,9 +5232,9 @@ class Ledger:
         whatever the stream holds."""
         self.refuse_sealed()
         place = np.arange(w.width)
-        inside = torch.from_numpy(place < w.hi[:, None]).to(self._tokens.device)
-        index = torch.from_numpy(np.minimum(w.start[:, None] + place,
-                                            len(self._scored) - 1)).to(self._tokens.device)
+        inside = sent(place < w.hi[:, None], self.world.device)
+        index = sent(np.minimum(w.start[:, None] + place, len(self._scored) - 1),
+                     self.world.device)
         return self._tokens[index] * inside, self._tokens[index + 1] * inside
 
     def refuse_sealed(self) -> None:
@@ -5224,7 +5253,7 @@ class Ledger:
                 f"a target between {targets.min()} and {targets.max()} would be scored twice")
         self._scored[targets] = True
         # numbers instead of a mask: counting a mask would make the host wait for the device
-        to, of = (torch.from_numpy(i).to(nats.device) for i in (targets, np.flatnonzero(mask)))
+        to, of = (sent(i, nats.device) for i in (targets, np.flatnonzero(mask)))
         self._nats[to] = nats.detach().float().flatten()[of]
 
     def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -5313,13 +5342,13 @@ class Learners:
         """Each batch, once its rows are ready: a row that begins a document starts afresh."""
         self.model.requires_grad_(False)
         for w in batches:
-            age = torch.from_numpy(w.age.repeat(self.N)).to(self.device)
+            age = sent(w.age.repeat(self.N), self.device)
             place = np.arange(w.width)
             inside = (place >= w.lo[:, None]) & (place < w.hi[:, None])
-            self.inside = torch.from_numpy(inside).to(self.device)
+            self.inside = sent(inside, self.device)
             self.rate = (self.rates * (1 + age / 4)**-self.model.h.ttt_lr_decay)[:, None]
             if self.bank:
-                self.bank.reset(torch.from_numpy(np.flatnonzero(w.age.repeat(self.N) == 0)))
+                self.bank.reset(sent(np.flatnonzero(w.age.repeat(self.N) == 0), self.device))
             self.belief = self.belief * (age > 0).view(self.rows, self.N)
             if self.cache:
                 self.cache.open(age * self.C)
@@ -5863,18 +5892,6 @@ def kernels_trouble() -> str:
 # 15. Pipeline
 # The whole run in the order of its stages; each is one call and one line of the log.
 # ==================================================================================================
-def compute_dtype(h: Hyperparameters, device: torch.device) -> torch.dtype:
-    """bf16 where PRECISION asks for it or, with auto, where the chip multiplies it natively."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported()
-    else:
-        native = any(
-            getattr(torch.cpu, name, bool)()
-            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    wanted = h.precision == "bf16" or h.precision == "auto" and native
-    return torch.bfloat16 if wanted else torch.float32
-
-
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
     """COMPILE, with auto resolved; says why where compilation cannot work."""
     if h.compile != "auto":
@@ -5965,11 +5982,11 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         if free_bytes < need_bytes:
             wrong.append(f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than "
                          f"{need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
-        if (kernel := check(attention_kernel, world.device, h.attention)) not in ("fa3", None):
+        if (kernel := check(attention_kernel, h, world.device)) not in ("fa3", None):
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
     elif h.attention != "auto":
-        check(attention_kernel, world.device, h.attention)
+        check(attention_kernel, h, world.device)
     check(accumulation, h, world)
 # >>> not packed (a packed script builds no corpus)
     if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
@@ -6029,7 +6046,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
 def build_model(h: Hyperparameters, world: World) -> GPT:
     """The initialised model on the device, equal on all ranks."""
     torch.manual_seed(h.seed)
-    model = GPT(h, compute_dtype(h, world.device), attention_kernel(world.device, h.attention))
+    model = GPT(h, compute_dtype(h, world.device), attention_kernel(h, world.device))
     model.to(world.device)
     world.share_tensors(p.data for p in model.bank.values())
     return model
@@ -6131,7 +6148,7 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
     log(f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}")
     log(f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
         f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} "
-        f"attention:{attention_kernel(world.device, h.attention)} "
+        f"attention:{attention_kernel(h, world.device)} "
         f"kernels:{'fused' if h.fused_kernels else 'plain'}")
     log(f"knobs:{json.dumps(asdict(h))}")
     log(f"model_params:{sum(p.numel() for p in model.parameters())} "

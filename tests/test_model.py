@@ -157,12 +157,25 @@ def test_attention_equals_torch(monkeypatch, tiny, B, T, H, K, E, block, cut, ke
 def test_attention_is_chosen_by_name():
     """ATTENTION takes what is there; what is not is refused by its name."""
     cpu = torch.device("cpu")
-    assert [tg.attention_kernel(cpu, name) for name in ("auto", "blocks", "sdpa")] == ["blocks", "blocks", "sdpa"]
+    chosen = lambda name: tg.attention_kernel(tg.Hyperparameters(attention=name), cpu)
+    assert [chosen(name) for name in ("auto", "blocks", "sdpa")] == ["blocks", "blocks", "sdpa"]
     for name in ("fa3", "fa2", "varlen"):
         with pytest.raises(tg.Refusal, match=f"ATTENTION={name}: not on cpu"):
-            tg.attention_kernel(cpu, name)
+            chosen(name)
     with pytest.raises(tg.Refusal, match="ATTENTION"):
         tg.Hyperparameters.from_env(dict(ATTENTION="flash"))
+
+
+@pytest.mark.parametrize("chip, precision, kernel", [((9, 0), "bf16", "fa3"), ((8, 0), "bf16", "varlen"),
+                                                     ((7, 5), "bf16", "sdpa"), ((9, 0), "fp32", "sdpa")])
+def test_attention_fits_chip_and_precision(monkeypatch, chip, precision, kernel):
+    """FlashAttention 3 is for Hopper, variable lengths begin with Ampere, and neither multiplies fp32."""
+    monkeypatch.setattr(tg, "flash_attn_3", object())
+    monkeypatch.setattr(tg, "torch_varlen", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: chip >= (8, 0))
+    h = tg.Hyperparameters(precision=precision)
+    assert tg.attention_kernel(h, torch.device("cuda", 0)) == kernel
 
 
 def test_attention_gradients_numerically():
