@@ -3442,7 +3442,7 @@ class Coded(NamedTuple):
 
 # Trellis-coded quantisation. The codes of a column are a path through a machine of few states; the
 # state says whether the next code is even or odd, so parity costs no bits, and the freedom that is
-# left lets a search follow the weights more closely than rounding each to its nearest could.
+# left lets a search come closer to the weights, at equal bits, than rounding each to its nearest.
 TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 
 
@@ -4055,12 +4055,11 @@ def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
 # learned backwards and costs no side information. Decoding uses integers alone, so that every
 # platform reads the same numbers: one symbol read otherwise would change all that follow. Floats
 # choose only what the stream then states (trust, mix, tables).
-#
 # The coder is rANS (arXiv 1311.2540): a state x is a whole number. A symbol with `f` of the 2^15
 # slots, from `start` on, turns x into x // f * 2^15 + start + x % f, which adds 15 - log2 f bits,
 # its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start. What outgrows 32
 # bits leaves in words of 16. A state reads back in the reverse order of writing, hence the
-# backward loops of the encoder. One state per column makes a row of codes one numpy operation.
+# backward loops of the encoder. One state per column makes a row of codes a few numpy operations.
 RANS_LANES = 512        # lanes, one per column of a strip, run through all tensors as one chain
 RANS_BITS = 15          # probabilities are multiples of 2^-15
 RANS_FLOOR = 1 << 16    # a lane's 32-bit state stays at or above this by taking in 16-bit words
@@ -4222,7 +4221,7 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
     """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column.
 
     The encoder takes a table by the code's own parity, the decoder by the state: codes that leave
-    the path would be read back as other codes, and nothing else would notice."""
+    the path would be read as other codes, which would not show before the artifact is read."""
     follow = trellis_next(states).astype(np.uint8)
     state = np.zeros_like(codes[:, 0], np.uint8)
     for row in range(codes.shape[1]):
@@ -4497,7 +4496,7 @@ def pack(h: Hyperparameters,
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
     """(artifact, bytes by part). `unpack` gives back exactly `stored`.
 
-    The bytes by part add up to the artifact; `fit_budget` reads from them what no step can change.
+    The bytes by part add up to the artifact; `fit_budget` reads from them what is not codes.
     """
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
     tried = ["rans", "any"] if h.compressor == "auto" else [h.compressor]
@@ -5193,7 +5192,7 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 # Last, how many steps the time for scoring affords, and `score_by_name`, the door to all scores.
 # ==================================================================================================
 class Learners:
-    """Rows that walk through documents, N learners each: adapters of their own, AdamW rates a
+    """Rows that walk through documents, N learners each: adapters of their own, Adam rates a
     factor apart, a prediction that mixes them. A chunk is scored, then learned from; nothing
     crosses from one document to the next.
 
@@ -5284,8 +5283,8 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
     """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
     has, divided by the learners; fewer where documents are too few to fill them.
 
-    Short chunks learn sooner and cost more passes. Without learners chunks have nothing to wait
-    for, so they are as long as a stride of the sliding windows."""
+    Short chunks learn sooner and cost more passes. Without steps chunks have nothing to wait for,
+    so they are as long as a stride of the sliding windows."""
     C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
     rows = max(1, h.eval_batch_tokens // h.eval_seq_len // (h.ttt_learners if steps else 1))
     if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
@@ -5312,9 +5311,10 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     scored (by sliding windows, or by stream), then all weights learn from them by SGD with momentum
     at a rate that falls as a cosine; the last part trains nobody. The weights are restored.
 
-    Legal for the same reason in all forms: `lend` refuses a part of which any target is unscored,
-    on whichever rank, and what has learned from a part only scores later ones. phased cuts at
-    starts of documents, because its rows are documents.
+    In every form text is booked before anything learns from it: for adapters by the order within
+    `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored;
+    what has learned from a part scores later ones only. phased cuts at starts of documents, because
+    its rows are documents.
     """
     h, world, N = model.h, ledger.world, len(ledger)
     if h.ttt in ("stream", "recompute"):
@@ -5404,7 +5404,7 @@ def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tens
     """(data without it, (n + 1,) tokens) of the text that weights adapt to before GPTQ: the end of
     the last training shard, or validation, which breaks rule C3.
 
-    Training does not read it then, or there would be nothing new in it to adapt to."""
+    Training never reads what is held out, or there would be nothing new in it to adapt to."""
     if h.prequant_ttt_data == "val":
         log("compliant:false rule C3 (PREQUANT_TTT_DATA=val learns what it will score)")
         return data, data.val.tokens
@@ -5551,7 +5551,8 @@ def tuned(key: list[str], *tiles: tuple[int, ...], pre_hook: Callable | None = N
     """Decorator: the fastest of `tiles` (rows, columns, depth, stages, warps) for each value of
     `key`; a tile too large for the chip's shared memory drops out. The interpreter takes one.
 
-    Tuning happens at the first call with new sizes, which is in the rehearsal, off the clock."""
+    Tuning happens at the first call with new sizes: in the rehearsal, off the clock, if there is
+    one."""
     if triton is None:
         return lambda kernel: kernel
     names = "ROWS", "COLUMNS", "DEPTH"
@@ -5800,8 +5801,8 @@ def register_kernels() -> None:
 
 @functools.cache
 def kernels_trouble() -> str:
-    """Why this machine computes without the fused kernels; empty where they work: mlp
-    and nats are compared with their plain twins once, forward and backward.
+    """Why this machine computes without the fused kernels; empty where they work: mlp and
+    nats are compared with their plain twins once, forward and backward.
 
     200 rows end inside a tile, where mistakes would be. A kernel that is wrong is worse than one
     that fails, since training would go on with it."""
