@@ -3647,8 +3647,12 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 
 # ==================================================================================================
 # 10. Quantisation
-# Second moments of the activations through the probe, then GPTQ of whole banks, all layers of a
-# bank at once. Reads training data in `second_moments` only, inside the clock.
+# Weights W become codes * steps so that outputs, not weights, stay close: with H = sum of x x^T
+# over the inputs x of a matrix the error is trace((W - W') H (W - W')^T), which GPTQ lowers column
+# by column, all layers of a bank at once. Enters: the averaged weights and a loader of training
+# text. Leaves: an artifact that fills BUDGET_BYTES. Only `second_moments`, `step_damage` and
+# `correct_biases` read training text, inside the clock; all else looks at weights alone and may run
+# after it. Validation text never comes here.
 # ==================================================================================================
 @torch.no_grad()
 def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
@@ -3656,7 +3660,9 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
     `batches` of all ranks.
 
     A product of one batch is fp32; sums are fp64, so that they do not depend on the number of
-    ranks.
+    ranks. Nothing is divided by the number of tokens: damping and column steps are relative to a
+    moment's own mean. The plan is the looped one, as in scoring: a layer is rounded for what it
+    gets in each of its passes.
     """
     sums: dict[tuple[str, int], Tensor] = {}
 
@@ -3666,11 +3672,14 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
         moment = (rows.mT @ rows).double() * counted
         sums[tap, layer] = sums[tap, layer].add_(moment) if (tap, layer) in sums else moment
 
+    # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and all
+    # of them come to the collectives below with the same keys.
     for turn in range(-(-batches // world.size) * (model.h.gptq_roles != "none")):
         counted = turn * world.size + world.rank < batches    # spare ranks add nothing
         own = model.h.calibration == "self"
         batch = sampled(model, turn * world.size + world.rank) if own else loader.next()
         model.hidden(batch.ids, depth_plan(model.h, looped=True), batch.docs, probe=probe)
+    # sorted: a set of names has another order in each process, and a sum needs one order in all
     taps = sorted({tap for tap, _ in sums})
     return {
         tap: torch.stack([world.sum(sums[tap, i]) for i in sorted(i for t, i in sums if t == tap)])
@@ -3703,7 +3712,11 @@ def octaves(exponent: Tensor) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """The steps of a bank: scale * 2^((row + column) / OCTAVE)."""
+    """The steps of a bank: scale * 2^((row + column) / OCTAVE).
+
+    Rows differ because their weights do, columns because their inputs are not used alike. An
+    exponent is one byte before compression; int8 reaches 32 octaves to either side of the scale.
+    """
 
     scale: Tensor    # fp32 (L,)
     row: Tensor    # int8 (L, rows)
@@ -3729,14 +3742,19 @@ class Coded(NamedTuple):
         return self.codes.float() * self.grid.rows() * self.grid.columns()
 
 
+# Trellis-coded quantisation. The codes of a column are a path through a machine of few states; the
+# state says whether the next code is even or odd, so parity costs no bits, and the freedom that is
+# left lets a search come closer to the weights, at equal bits, than rounding each to its nearest.
 TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 
 
 def trellis_next(states: int) -> np.ndarray:
     """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2).
 
-    The lowest bit of a state is the parity of the code. Ungerboeck's codes, as parity polynomials
-    in octal (IEEE Trans. IT-28, 1982). Raises ValueError for a size that is not in TRELLIS_TAPS.
+    The lowest bit of a state is the parity of the code. A shift register: the bit that leaves feeds
+    back through `parity`, bit 1 of the code enters through `upper`. For either bit the map is one
+    to one, which `trellis_before` needs. Ungerboeck's codes, as parity polynomials in octal (IEEE
+    Trans. IT-28, 1982). Raises ValueError for a size that is not in TRELLIS_TAPS.
     """
     if states not in TRELLIS_TAPS:
         raise ValueError(f"a trellis of {states} states is unknown: one of {sorted(TRELLIS_TAPS)}")
@@ -3756,12 +3774,14 @@ def trellis_before(states: int) -> np.ndarray:
 def join_runs(cost: Tensor) -> tuple[Tensor, Tensor]:
     """First and last state (N, runs) of each run in the cheapest chain of runs from state 0.
 
-    `cost` (last, first, N, runs) is the least error of a run between two states.
+    `cost` (last, first, N, runs) is the least error of a run between two states: a matrix, and a
+    chain is the product of its matrices with (min, +) in the place of (+, x).
     """
     best, chosen = cost[:, 0, :, 0], []
     for run in cost.unbind(3)[1:]:
         best, meeting = (best + run).min(1)         # over the state in which two runs meet
         chosen.append(meeting)
+    # from the cheapest last state back over the borders; state 0 stands before the first run
     path = [best.argmin(0)]
     for meeting in reversed(chosen):
         path.append(meeting.gather(0, path[-1][None])[0])
@@ -3774,17 +3794,23 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
 
     `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`.
     With more than one run a row, each is searched from every state at once, so joining is exact.
+    A row of R codes is R steps that wait for each other; runs walk side by side, so a row takes
+    `run` steps and one join per run, for `states` times the arithmetic.
     """
     (run, _, many), states = error.shape, before.shape[1]
     starts = states if shape[1] > 1 else 1
+    # (state reached, state begun in, M): before the first step a path is where it began
     cost = torch.full((states, starts, many), 1e30, device=error.device)
     cost.diagonal().zero_()
     bits = torch.empty(run, *cost.shape, dtype=torch.bool, device=error.device)
     both, source = cost.new_empty(2 * states, starts, many), before.ravel()
+    # Two branches lead into each state and the cheaper one survives. A tie keeps bit 0, so that
+    # equal errors give equal codes.
     for branch, bit in zip(error[:, :, None].unbind(), bits.unbind()):
         torch.index_select(cost, 0, source, out=both).add_(branch)
         torch.lt(both[states:], both[:states], out=bit)
         torch.minimum(both[states:], both[:states], out=cost)
+    # Which states the runs begin and end in decides whose bits count; then back along the path.
     first, last = join_runs(cost.unflatten(2, shape))
     if starts > 1:
         bits = bits.gather(2, first.reshape(1, 1, 1, many).expand(run, states, 1, many))
@@ -3816,9 +3842,12 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
         """Rows (N, R) as runs (run, N * runs), padded with zeros."""
         return F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
 
+    # codes are int16, and that of a given residue may lie 2 beyond its target
     x = x.float().clamp(-32_760, 32_760)
     weight = x.new_ones(()) if weight is None else weight.float()
     targets, weights = cut(x), cut(weight.expand_as(x))
+    # A branch fixes a code modulo 4 and nothing more: four errors per target, each to the nearest
+    # code of one residue, are all that the search needs. They are in units of 4 steps.
     part = (targets[:, None] - torch.arange(4, device=x.device)[:, None]) * 0.25
     error = (part - (part + 0.5).floor()).square_() * weights[:, None]      # (run, 4, M)
     before = torch.as_tensor(trellis_before(states), device=x.device)
@@ -3849,7 +3878,10 @@ def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
                  search: bool = False) -> Grid:
     """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
     largest value; with `search` at the percentile of least squared error); `power` below 1 draws
-    the steps of rows (L, rows, cols) together."""
+    the steps of rows (L, rows, cols) together.
+
+    Where the largest value is the reach, half a unit of the exponent is added, lest rounding it
+    down clips that value. The floor of 2^-20 gives rows of zeros a step."""
     reach = (best_percentile(w, 2**(bits - 1) - 1) if search else
              sigmas * w.std(-1) if sigmas else w.abs().amax(-1) * 2**(0.5 / OCTAVE))
     reach = reach.clamp_min(2.0**-20)
@@ -3860,7 +3892,8 @@ def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
 
 
 def round_rows(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Coded:
-    """Each weight (L, rows, cols) to its nearest code."""
+    """Each weight (L, rows, cols) to its nearest code: for banks that no tap feeds, and for what
+    training sees of a matrix under LATE_QAT_THRESHOLD."""
     grid, top = uniform_grid(w, bits, sigmas, search=search), 2**(bits - 1) - 1
     return Coded((w / grid.rows()).round().clamp(-top, top).to(torch.int16), grid)
 
@@ -3872,7 +3905,10 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
     moment in that order.
 
-    `damping` times the mean diagonal is added, tenfold more each time Cholesky fails.
+    Row j of U over U_jj says how later columns make up for an error in column j. The first column
+    has all others to make up for it, the last one none, hence the order. `damping` times the mean
+    diagonal is added, tenfold more each time Cholesky fails: an input that never fires leaves a row
+    of zeros. fp64 until U is there; a stable sort, so that ties fall alike on every run.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
@@ -3909,11 +3945,13 @@ def gptq(w: Tensor,
     """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
     rounded.
 
-    arXiv 2210.17323. Within a block errors move at once, beyond it by one product. All rows of a
-    column share one weight in the error, so a trellis search down the column followed by the same
-    feedback is exact.
+    arXiv 2210.17323: with e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes
+    w_k - e_j U_jk, and the error of the outputs grows by |e_j|^2. Within a block errors move at
+    once, beyond it by one product. All rows of a column share the weight 1 / U_jj^2, so one trellis
+    search takes the whole column, in steps of each row, and the feedback is the same.
     """
     order, upper = factor
+    # from here to the last line columns stand in the factor's order, not in the bank's
     wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
     columns = order[:, None, :].expand_as(w)
     work, codes = w.gather(2, columns), torch.empty_like(w)
@@ -3944,7 +3982,11 @@ def bank_of(model: GPT, name: str) -> Tensor:
 
 def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
     """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
-    U, arXiv 2603.04956) to their powers, means unchanged."""
+    U, arXiv 2603.04956) to their powers, means unchanged.
+
+    An error in column j counts 1 / U_jj^2: steps ~ U_jj (power 1) would give every column an equal
+    share of the damage, power 0 equal steps. Column exponents are zero on average, so they move
+    precision between columns and leave the bits of the bank about where they were."""
     h, role = model.h, roles(model.h)[name]
     rows, columns = ((1, 0) if h.step_search == "uniform" else
                      (h.row_step_power, h.column_step_power))
@@ -3970,6 +4012,8 @@ def quantise(model: GPT,
             continue
         elif role.tap:
             grid = searched_grid(model, name, factors)
+            # On a trellis half the step costs the same bits, because parity is free. Searched
+            # steps clip nothing: what is large is escaped by the coder (`fold`).
             scale = grid.scale * 2.0**stretch.get(name, 0.0) / (2 if h.trellis_states else 1)
             top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
             stored[name] = gptq(bank_of(model, name), factors[role.tap],
@@ -3989,7 +4033,9 @@ def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
 
 
 # Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
-# are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a).
+# are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a): there the
+# slopes 2 a f^2 and n of damage and bits to log f stand in one ratio everywhere. `step_damage`
+# measures a, `ideal_stretch` solves for f up to one common factor, `fit_budget` searches that.
 DAMAGE_TOKENS, DAMAGE_STRETCH = 4096, 1.5    # text and steps with which `a` is measured
 FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
@@ -4005,7 +4051,11 @@ def damage_text(h: Hyperparameters, loader: Loader) -> Tensor:
 def step_damage(model: GPT, world: World, loader: Loader,
                 factors: Mapping[str, Factor]) -> dict[str, Tensor]:
     """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
-    DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text."""
+    DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text.
+
+    A difference of losses may by chance be a gain on so short a text; a divergence is zero for
+    exact weights and never negative. Only ratios between role-layers matter, so no trellis is
+    searched here."""
     h, damage, turn = model.h, {}, 0
     if h.step_search == "uniform":
         return damage
@@ -4014,6 +4064,7 @@ def step_damage(model: GPT, world: World, loader: Loader,
     truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
     for name in (n for n, role in roles(h).items() if role.tap):
         bank, grid = bank_of(model, name), searched_grid(model, name, factors)
+        # `bank` shares the model's memory: each layer is spoilt in place, judged and put back
         exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
         rough = gptq(bank, factors[roles(h)[name].tap],
                      grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
@@ -4028,7 +4079,10 @@ def step_damage(model: GPT, world: World, loader: Loader,
 
 def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
     """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
-    of `truth` with `embed`."""
+    of `truth` with `embed`.
+
+    `embed` is a copy of the exact table, since the one in the model may be rounded by now, at both
+    ends of it. By 2048 tokens at a time: logits (T, V) are fp32 and come twice."""
     total, now = 0.0, model.bank["embed"].to(model.dtype)
     for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
         p, q = (model.head.logits(states, table).log_softmax(-1)
@@ -4039,7 +4093,8 @@ def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
 
 def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Octaves (L,) between the least costly steps and the uniform ones, zero on average over all
-    weights."""
+    weights: log2 sqrt(n / a), less its mean. Within 3 octaves, lest a damage that was measured as
+    next to nothing asks for steps without bound."""
     kl = {n: d.mean().expand_as(d) if h.step_search == "role" else d for n, d in damage.items()}
     weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in kl}
     found = {n: 0.5 * (weights[n] / d.clamp_min(1e-12)).log2() for n, d in kl.items()}
@@ -4055,7 +4110,8 @@ def column_sizes(w: Tensor, grid: Grid) -> Tensor:
 
 def gaussian_bits(size: Tensor) -> Tensor:
     """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
-    1/2 log2(2 pi e (size + 1/12))."""
+    1/2 log2(2 pi e (size + 1/12)). Rounding adds the variance 1/12, which also keeps the bits of a
+    column of zeros above zero."""
     return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
@@ -4076,7 +4132,11 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
                log: Log) -> tuple[bytes, dict[str, int]]:
     """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, usually after
     two or three passes; the smallest possible one where none fits. Without damages the steps are
-    the uniform ones."""
+    the uniform ones. Reads no text.
+
+    One number is searched, the shift in octaves that all steps share. Each pass bisects an estimate
+    that costs nothing, then rounds and codes everything at that shift; what the bytes really were
+    corrects the estimate, and the bracket closes around the budget from both sides."""
     h = model.h
     if not damage:
         return pack(h, quantise(model, factors))
@@ -4105,9 +4165,11 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
         if 0 <= room - len(blob) <= 2 * slack:
             break
         low, high = (low, shift) if len(blob) <= room else (shift, high)
+        # for the next estimate: bytes that no step changes, and the coder's ratio to a Gaussian
         fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
         ratio = (len(blob) - fixed) / expected(shift)
     free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
+    # least room left among those that fit; where none does, least over
     best = min(free, key=lambda shift: free[shift] if free[shift] >= 0 else 1e12 - free[shift])
     log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
         "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
@@ -4121,11 +4183,15 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
                    steps: int) -> dict[str, Coded | Tensor]:
     """`stored` with new fp16 banks (gains, scales, gates), which lower the KL divergence from the
     model's predictions by `steps` of Adam, DAMAGE_TOKENS of training text each; codes stay, and
-    the model is as before. After arXiv 1906.04721, with gradients."""
+    the model is as before. After arXiv 1906.04721, with gradients.
+
+    Gradients reach the matrices too but are not asked for: only `plain` banks move, each text is
+    used once, and the rates are relative to a bank's size because gains and gates differ in it."""
     h, plan = model.h, depth_plan(model.h, looped=True)
     texts = [damage_text(h, loader) for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
     plain = [model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)]
+    # the exact model speaks first; then the rounded weights take its place in the banks
     with torch.no_grad():
         truths = [model.hidden(ids, plan) for ids in texts]
     embed = model.bank["embed"].detach().to(model.dtype, copy=True)
@@ -4171,11 +4237,17 @@ def fit_corrected(t: Trainer, factors: Mapping[str, Factor], damage: Mapping[str
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
 # lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
-# file can only fail. Then the code's bytes.
+# file can only fail.
+# First the general compressors, then the coder of the codes, then the file around both (`pack` and
+# `unpack` are exact inverses), last the packing of the script, whose bytes count as well. Enters:
+# what section 10 stores, and a source text. Leaves: two byte strings and what each part of them
+# costs. Coding loses nothing: all loss of the pipeline lies in the rounding of section 10.
 # ==================================================================================================
 MAGIC = b"PGOLF\x02"
 CHECKSUM_BYTES = 16
 HEADER_LIMIT = 1 << 16
+# Always in the header, defaults or not: without them the streams have no shapes, and scoring with
+# others would be another model (`evaluate` refuses that).
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                "leaky_slope", "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n",
                "head_gate_scale", "smear_gate", "gate_window", "num_loops", "loop_start",
@@ -4193,11 +4265,14 @@ class Coder(NamedTuple):
     decode: Callable[[bytes, int], bytes]    # (coded, most bytes of output) -> raw
 
 
+# Raw: no container, no checksum of its own. No context bits: the bytes are numbers, not text.
 LZMA_RAW = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
 
 
 def coders() -> dict[str, Coder]:
-    """The compressors that this installation offers, by COMPRESSOR name."""
+    """The compressors that this installation offers, by COMPRESSOR name.
+
+    Each decoder is told the most that may come out, lest a hostile stream fills the memory."""
     found = dict(lzma=Coder(
         b"l", lambda raw, quick: lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_RAW),
         lambda coded, limit: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_RAW).decompress(
@@ -4251,6 +4326,7 @@ def expand(coded: bytes, size: int) -> bytes:
     for name, coder in coders().items():
         if coded[:1] == coder.letter:
             try:
+                # one byte more than is due, so that a stream which is too long shows
                 raw = coder.decode(coded[1:], size + 1)
             # each library has its own error types; all mean a damaged stream
             except Exception as error:
@@ -4279,12 +4355,19 @@ def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
 # A code is Gaussian given the scale of its column, and no other context was worth 0.02%. So each
 # code is drawn from a static table chosen by the sizes its column has shown so far: the scale is
 # learned backwards and costs no side information. Decoding uses integers alone, so that every
-# platform reads the same numbers.
+# platform reads the same numbers: one symbol read otherwise would change all that follow. Floats
+# choose only what the stream then states (trust, mix, tables).
+# The coder is rANS (arXiv 1311.2540): a state x is a whole number. A symbol with `f` of the 2^15
+# slots, from `start` on, turns x into x // f * 2^15 + start + x % f, which adds 15 - log2 f bits,
+# its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start. What outgrows 32
+# bits leaves in words of 16. A state reads back in the reverse order of writing, hence the
+# backward loops of the encoder. One state per column makes a row of codes a few numpy operations.
 RANS_LANES = 512        # lanes, one per column of a strip, run through all tensors as one chain
 RANS_BITS = 15          # probabilities are multiples of 2^-15
 RANS_FLOOR = 1 << 16    # a lane's 32-bit state stays at or above this by taking in 16-bit words
 FIRST_ESCAPE, LARGEST_SYMBOL = 124, 127     # a larger |code| goes as 124..127 and an excess
 SCALE_ONE = 1024        # a mean |symbol| of 1 in integer arithmetic
+# The numbers that one byte of a table can name: 0 to 7, then 8 an octave.
 RUNGS = np.concatenate([np.arange(8), *(np.arange(8, 16) << octave for octave in range(24))])
 
 
@@ -4314,7 +4397,8 @@ def rung(value: np.ndarray) -> np.ndarray:
 
 
 def refreshes(rows: int) -> np.ndarray:
-    """Rows at which scales are looked at anew: each of the first 16, then every 1/8 further on."""
+    """Rows at which scales are looked at anew: each of the first 16, then every 1/8 further on.
+    The further down, the less one row can move a mean, and each look costs time."""
     starts = [0]
     while (row := starts[-1] + max(1, starts[-1] >> 3)) < rows:
         starts.append(row)
@@ -4332,7 +4416,8 @@ def prior_scale(previous: np.ndarray, mean: int, mix: int) -> np.ndarray:
 
 
 def running_scale(total: np.ndarray, row, prior: np.ndarray, trust: int) -> np.ndarray:
-    """Scale of columns whose first `row` symbols add up to `total` in size."""
+    """Scale of columns whose first `row` symbols add up to `total` in size: the mean of these and
+    of 2^trust imagined rows that have the size of the prior."""
     return (total * SCALE_ONE + (prior << trust)) // (row + (1 << trust))
 
 
@@ -4347,7 +4432,10 @@ def column_scales(sizes: np.ndarray, mean: int, trust: int, mix: int) -> np.ndar
 
 
 def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
-    """The (trust, mix) with which scales s predict |symbols| (L, R, C) best: log s + |q| / s."""
+    """The (trust, mix) with which scales s predict |symbols| (L, R, C) best: log s + |q| / s.
+
+    That is the cost in nats of an exponential of mean s. At most 48 columns are asked; what is
+    found costs two bytes of the stream, and a worse choice would only be longer, never wrong."""
     layers, rows, columns = sizes.shape
     sample, lengths = sizes[:, :, ::-(-columns // 48)], stretches(rows)[:, None]
     sums = np.add.reduceat(sample, refreshes(rows), axis=1, dtype=np.float32) * SCALE_ONE
@@ -4363,7 +4451,10 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
 
 
 def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarray]:
-    """The model of symbols (L, R, C), tables in use (L, refreshes, C), and counts (K, top + 1)."""
+    """The model of symbols (L, R, C), tables in use (L, refreshes, C), and counts (K, top + 1).
+
+    What a table is used for is counted with the very scales that the decoder will know, so a table
+    is the distribution of the sizes drawn from it, up to the rounding to RUNGS."""
     sizes = np.abs(symbols).astype(np.uint8)
     mean = int(sizes.sum(dtype=np.int64)) * SCALE_ONE // sizes.size
     trust, mix = learning_rate(sizes, mean)
@@ -4380,6 +4471,7 @@ def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarra
     counts = counts.reshape(-1, width)
     weights = counts * (2 << RANS_BITS) // counts.max(1, keepdims=True).clip(1)
     weights[:, 1:] //= 2                        # a size counts for both signs
+    # a size that occurs keeps a weight, however rare it is: at zero it could not be coded
     tables = rung(np.maximum(weights, counts > 0)).astype(np.uint8)
     return ColumnModel(mean, trust, mix, lowest, tables), used, counts
 
@@ -4387,7 +4479,9 @@ def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarra
 def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
     """Frequencies (K, P, 2 top + 1), adding up to 2^RANS_BITS, of the symbols -top..top.
 
-    P = 2 with a trellis: then table p holds only symbols of parity p.
+    P = 2 with a trellis: then table p holds only symbols of parity p. Each symbol of a table gets
+    one slot and its share of the rest; the most frequent takes what division leaves over, so that
+    both sides fill 2^RANS_BITS slots exactly.
     """
     top = tables.shape[1] - 1
     symbol = np.arange(-top, top + 1)
@@ -4403,7 +4497,10 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
 
 
 def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Symbols equal to int16 codes modulo 4, and the uint16 excess of each large one, in order."""
+    """Symbols equal to int16 codes modulo 4, and the uint16 excess of each large one, in order.
+
+    Modulo 4, because the trellis walks on the two lowest bits: the decoder can follow it before it
+    has seen any excess. So tables stay narrow, and no weight needs to be clipped."""
     size = np.abs(codes.astype(np.int32))
     symbols, large = codes.copy(), size >= FIRST_ESCAPE
     beyond = size[large] - FIRST_ESCAPE
@@ -4423,7 +4520,10 @@ def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
 
 
 def check_trellis(codes: np.ndarray, states: int) -> None:
-    """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column."""
+    """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column.
+
+    The encoder takes a table by the code's own parity, the decoder by the state: codes that leave
+    the path would be read as other codes, which would not show before the artifact is read."""
     follow = trellis_next(states).astype(np.uint8)
     state = np.zeros_like(codes[:, 0], np.uint8)
     for row in range(codes.shape[1]):
@@ -4433,7 +4533,8 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
 
 
 def strips(columns: int) -> list[slice]:
-    """The columns that run side by side, at most RANS_LANES at once."""
+    """The columns that run side by side, at most RANS_LANES at once. A lane costs 4 bytes
+    of final state, once for all tensors."""
     lefts = range(0, columns, RANS_LANES)
     return [slice(left, min(left + RANS_LANES, columns)) for left in lefts]
 
@@ -4442,6 +4543,8 @@ def push_rows(lanes: np.ndarray, frequency: np.ndarray, start: np.ndarray, words
     """Code rows (R, lanes) of uint32 frequencies and starts, last row first, giving off words.
 
     A state x becomes x // f * 2^RANS_BITS + x % f + start (rANS, arXiv 1311.2540 and 1402.3392).
+    A state of f * 2^(32 - RANS_BITS) or more would not fit into 32 bits after that, so its low half
+    leaves first; the decoder takes it back when it finds a state below RANS_FLOOR.
     """
     for share, begin in zip(frequency[::-1], start[::-1]):
         full = (lanes >> (32 - RANS_BITS) >= share).nonzero()[0]
@@ -4473,6 +4576,7 @@ def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
         share = share.ravel().astype(np.uint32)
         for strip in reversed(strips(symbols.shape[2])):
             for layer, table in zip(symbols[::-1, :, strip], used[::-1, :, strip]):
+                # where a symbol's frequency lies: its table, its parity there, its place in that
                 cell = (table * (parities * letters) + letters // 2).repeat(lengths, 0) + layer
                 cell += (layer & (parities - 1)) * letters
                 push_rows(lanes[:layer.shape[1]], share[cell], start[cell], words)
@@ -4484,7 +4588,9 @@ def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
 
 
 def code_bits(tensors: list[np.ndarray], trellis: int = 0) -> np.ndarray:
-    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding."""
+    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding.
+
+    Of a symbol's two tables the one of its own parity alone has slots for it, hence the maximum."""
     states, bits = trellis, np.zeros(len(tensors))
     for index, codes in enumerate(tensors):
         if codes.size:
@@ -4506,7 +4612,8 @@ class LaneReader:
     def pull(self, table: np.ndarray, cells: np.ndarray) -> np.ndarray:
         """Slots that the first lanes read, each from the 2^RANS_BITS `cells` at its `table`.
 
-        A cell is frequency << 16 | (slot - start); raises ValueError when the words run out.
+        A cell is frequency << 16 | (slot - start); raises ValueError when the words run out. The
+        uint32 never overflows: f * (x >> 15) + slot - start is below f * 2^17, f at most 2^15.
         """
         lanes = self.states[:len(table)]
         slot = table + (lanes & ((1 << RANS_BITS) - 1))
@@ -4528,6 +4635,8 @@ def decode_layer(reader: LaneReader, out: np.ndarray, model: ColumnModel, previo
     """Fill `out` (R, lanes) with one layer's symbols; returns the scales of its whole columns.
 
     `previous` are those of the layer before; `lookup` holds a cell and a symbol for every slot.
+    All that chooses a table is an integer known to both sides: sums of the rows so far, and with a
+    trellis the state, whose parity halves the symbols that can come.
     """
     (cells, letters), starts = lookup, refreshes(len(out)).tolist()
     total, state = np.zeros((2, out.shape[1]), np.int64)
@@ -4551,6 +4660,7 @@ def decode_layer(reader: LaneReader, out: np.ndarray, model: ColumnModel, previo
 
 def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, states: int) -> None:
     """Fill `codes` (L, R, C) with the symbols of one tensor, the next that the reader comes to."""
+    # every slot of every table is laid out once, so that reading a symbol is two look-ups
     share = frequencies(model.tables, states)
     top, share = share.shape[2] // 2, share.ravel()
     place = np.arange(share.sum()) - (share.cumsum() - share).repeat(share)
@@ -4565,6 +4675,8 @@ def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, sta
 
 def read_models(packed: bytes, count: int) -> list[ColumnModel]:
     """The models of `count` tensors; raises ValueError unless `packed` holds just these."""
+    # Sums of uint8 wrap around as the differences in `ColumnModel.pack` did; a damaged table may
+    # name rungs that are none, so they are cut down before anything is looked up by them.
     models, size = [], struct.calcsize("<IBBBBB")
     for _ in range(count):
         if len(packed) < size:
@@ -4611,13 +4723,16 @@ def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
     for codes, model in zip(filled, models):
         decode_tensor(reader, codes, model, states)
         excess = unfold(codes, excess)
+    # The encoder began with every lane at RANS_FLOOR. Ending there, with no word left, is a check
+    # that a damaged stream would have to pass by chance.
     if reader.at < len(reader.words) or len(excess) or (reader.states != RANS_FLOOR).any():
         raise ValueError("coded weights: the stream does not end with the weights, it is damaged")
     return tensors
 
 
 def coded_roles(h: Hyperparameters) -> dict[str, tuple[int, int, int]]:
-    """(L | 1, rows, cols) of each bank that is stored as codes; those on the trellis come first."""
+    """(L | 1, rows, cols) of each bank that is stored as codes; those on the trellis come first. A
+    bank that no tap feeds was rounded weight by weight and knows no parity."""
     table = {n: r for n, r in roles(h).items() if 0 < r.bits < 16}
     ordered = sorted(table.items(), key=lambda item: not item[1].tap)
     return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered}
@@ -4626,7 +4741,9 @@ def coded_roles(h: Hyperparameters) -> dict[str, tuple[int, int, int]]:
 def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
                quick: bool) -> list[bytes]:
     """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed.
-    """
+
+    General compressors look for what repeats nearby, so codes of a column, which are of one scale,
+    lie together for them."""
     if coder != "rans":
         turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
         return [squeeze(shuffled(c), coder, quick) for c in turned]
@@ -4679,7 +4796,10 @@ def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
 def pack(h: Hyperparameters,
          stored: Mapping[str, Coded | Tensor],
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
-    """(artifact, bytes by part). `unpack` gives back exactly `stored`."""
+    """(artifact, bytes by part). `unpack` gives back exactly `stored`.
+
+    The bytes by part add up to the artifact; `fit_budget` reads from them what is not codes.
+    """
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
     tried = ["rans", "any"] if h.compressor == "auto" else [h.compressor]
     coder, streams = min(((c, pack_codes(h, codes, c, quick)) for c in tried),
@@ -4690,6 +4810,7 @@ def pack(h: Hyperparameters,
         getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
         for n, part, kind, _ in grid_parts(h)), "any", quick))
     streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
+    # every knob that was turned, not only the model's: `eval` then scores as the run did
     header = lzma.compress(
         json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
                         coder=coder, streams=[len(s) for s in streams]),
@@ -4713,7 +4834,8 @@ def unpack(blob: bytes,
     """(the run's knobs, stored banks) of an artifact. Checks the sum before anything is decoded,
     sizes before memory is taken.
 
-    Raises `Refusal` for whatever is wrong with it.
+    Raises `Refusal` for whatever is wrong with it. The checksum tells damage, not malice: who makes
+    a file can make its sum, so every length is still checked against what the knobs ask for.
     """
     h, coder, lengths, first = read_header(blob, place)
     shapes = coded_roles(h)
@@ -4753,6 +4875,7 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
             blob[first:first + length], HEADER_LIMIT)
         header = json.loads(raw)
         knobs, lengths = header["knobs"], header["streams"]
+        # the declared types exactly: 1.0 or true would pass for 1 in most checks of range
         kinds = {f.name: f.type for f in fields(Hyperparameters)}
         typed = type(knobs) is dict and all(type(v).__name__ == kinds[n]
                     for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
@@ -4762,6 +4885,7 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
         h = Hyperparameters(**knobs)
     except (lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError, Refusal) as error:
         raise Refusal(f"{place}: its header cannot be used ({error})") from None
+    # a header of few bytes can ask for terabytes: refuse before any shape becomes memory
     sizes = h.num_layers * (1 + h.num_loops) < 4096
     if not sizes or sum(math.prod(r.shape)
                         for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
@@ -4772,12 +4896,17 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
 
 # The packed script is one Python file: a marker line, a string literal of raw bytes of brotli (of
 # LZMA where that is not installed), and statements that unpack the text, show it to `linecache`
-# (tracebacks and Triton read sources there) and run it in place.
+# (tracebacks and Triton read sources there) and run it in place. Before that the text loses what a
+# run of these knobs cannot reach: mechanisms that it fixes become constants, conditions on
+# constants become one of their branches, what nothing reads any more goes, names of ours shrink. A
+# fixed mechanism then refuses other values, so that no variable can ask for what is not there.
 PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
 
 
 # >>> not packed (a packed script is its own packed bytes)
 python_minifier = optional("python_minifier")
+# CODER is the module's name. The entry of `linecache` must stand before `exec`: without it
+# `inspect` finds no source, and Triton compiles kernels from their source.
 UNPACKER = (
     b"import linecache,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
@@ -4808,7 +4937,8 @@ class Specialised(ast.NodeTransformer):
     there, and drops what is then dead.
 
     Only knobs read through a name or attribute `h` are replaced, so that other attributes of the
-    same name stay. Conditions, and checks that hold, go; their knobs refuse other values."""
+    same name stay. Conditions, and checks that hold, go; their knobs refuse other values. Each
+    visit turns the children first, so a constant climbs as far as it decides something."""
 
     def __init__(self, constants: Mapping[str, Any], own: Mapping[str, Any]):
         """Keeps the values by knob, and those that the run turned."""
@@ -4907,9 +5037,13 @@ CALLED = {"forward", "backward"}    # methods that torch calls by itself
 
 def without_unused(tree: ast.Module) -> ast.Module:
     """The module without top-level definitions, constants and imports that nothing reads, and
-    without methods whose names nothing mentions."""
+    without methods whose names nothing mentions.
+
+    In rounds, until one finds nothing: what goes may have been the last reader of something else.
+    Statements that are no definition always stay."""
     while True:
         nodes = [*ast.walk(tree)]
+        # a method may be reached by any attribute, or by a name in a text, as `getattr` does
         told = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {
             n.value for n in nodes if isinstance(n, ast.Constant)} | CALLED
         for node in nodes:
@@ -5014,6 +5148,8 @@ def minified(source: str, fixed: Mapping[str, Any] = {}, own: Mapping[str, Any] 
         return text
     classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
     imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
+    # Triton is told parameters by name (the keys and tiles of `tuned`), so those of functions under
+    # its decorators stay
     watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
         ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
         if isinstance(a, ast.arg)]
@@ -5032,7 +5168,8 @@ def minified(source: str, fixed: Mapping[str, Any] = {}, own: Mapping[str, Any] 
 
 
 def literal(data: bytes) -> bytes:
-    """The shortest string literal of a latin-1 file whose text encodes to `data`.
+    """The shortest string literal of a latin-1 file whose text encodes to `data`: one byte of file
+    per byte of data but for the escapes, where base85 would take five for four.
 
     Between triple quotes only NUL, carriage return, backslash and closing quotes need escapes."""
     text = data.replace(b"\\", b"\\\\").replace(b"\r", b"\\r")
@@ -5066,6 +5203,7 @@ def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {},
         fixed["checkpoint_every_s"] = 0.0
     known = f"\nRECIPES.update({rows})\nif __name__" if rows else "\nif __name__"
     text = minified(shipped(source).replace("\nif __name__", known), fixed, own).encode()
+    # which settings are shortest differs from text to text, so all of them are tried
     if brotli:
         coder = "brotli"
         tried = [brotli.compress(text, mode, 11, bits) for bits in range(16, 25) for mode in (0, 1)]
@@ -5104,11 +5242,21 @@ def running_source(path: str | Path,
 # Plain, sliding and document scores differ only in a list of spans. `Ledger` alone owns the
 # validation tokens: it refuses a target that was scored before, lends only what has been scored,
 # and gives no result until all of it is.
+# Enters: the validation set and a function that gives nats. Leaves: nats of every target and BPB =
+# nats / bytes of text / ln 2. A score is legal by four conditions (#1017). C1, a prediction depends
+# on earlier tokens only, and C2, it is a distribution over all of V fixed before its target is
+# looked at: both by the model, whose attention is causal and whose loss is a softmax (section 13
+# mixes softmaxes, by weights that past losses fix). C3, a target is booked before anything learns
+# from it, and C4, each exactly once: both by `Ledger` and `score`, through which every score of the
+# file goes. No closure can be kept from remembering what it is handed; so `verify` also replaces
+# later tokens and looks whether earlier scores move.
 # ==================================================================================================
 class Windows(NamedTuple):
     """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
-    the targets at places
-    lo <= i < hi of each span are scored, the places before lo are context."""
+    the targets at places lo <= i < hi of each span are scored, the places before lo are context.
+
+    Target number i of the stream is token i + 1, the one that input i predicts. A row without a
+    span has lo = hi = 0 and scores nothing."""
 
     start: np.ndarray
     length: np.ndarray
@@ -5124,8 +5272,12 @@ Span = tuple[int, int, int, int]
 
 def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[Span]:
     """Spans that score targets [begin, end) once each, `stride` at a time, with up to T - stride
-    tokens of context, none
-    before `floor`. At `floor` the first span scores T targets; stride == T is the plain score."""
+    tokens of context, none before `floor`. At `floor` the first span scores T targets; stride == T
+    is the plain score.
+
+    Targets of a span share one forward pass of T tokens, so a smaller stride buys context for
+    T / stride times the work. Weights are fixed here: tokens may be context many times, a target
+    is scored in one span only."""
     spans, lo = [], begin
     while lo < end:
         hi = min(end, lo + (T if lo == floor else stride))
@@ -5170,12 +5322,15 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> lis
     """The chunks of C tokens that this rank scores, one batch (rows, C) per tick.
 
     The longest document goes first, each to the row of any rank that is free first; documents do
-    not know of each other, so their order cannot matter to a score.
+    not know of each other, so their order cannot matter to a score. Inside a document chunks come
+    in order, one per tick, in one row: that is all that C4 needs. Every rank computes the whole
+    assignment and keeps its own rows, so nothing has to be sent.
     """
     begin, size = documents[:-1], np.diff(documents)
     ticks = -(-size // C)
     free = [(0, row) for row in range(rows * world.size)]
     mine: list[list[int]] = [[] for _ in range(rows)]
+    # a heap of (ticks until free, row); ties go by row, so that all ranks assign alike
     for d in np.argsort(-ticks, kind="stable").tolist():
         busy, row = free[0]
         heapq.heapreplace(free, (busy + int(ticks[d]), row))
@@ -5185,6 +5340,7 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> lis
     for row, ds in enumerate(mine):
         document = np.repeat(np.array(ds, np.int64), ticks[ds])
         n = np.arange(len(document))
+        # number of each chunk within its document: its place in the row less that of chunk 0
         n = n - np.maximum.accumulate(np.where(np.diff(document, prepend=-1) != 0, n, 0))
         start[:len(n), row], age[:len(n), row] = begin[document] + n * C, n
         hi[:len(n), row] = np.minimum(C, size[document] - n * C)
@@ -5192,7 +5348,8 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> lis
 
 
 def widened(w: Windows, T: int) -> Windows:
-    """The same targets with up to T tokens of their documents in view, padded to a power of two."""
+    """The same targets with up to T tokens of their documents in view, padded to a power of two: a
+    few shapes, a compiled graph for each."""
     end = w.start + w.hi
     start = np.maximum(w.start - w.age * w.width, end - T)
     width = min(T, 1 << max(6, int((end - start).max() - 1).bit_length()))
@@ -5204,7 +5361,9 @@ class Ledger:
     order.
 
     Nats stay on the device; which targets are scored is known on the host, so that no check waits
-    for the device.
+    for the device. Each rank books the targets of its own spans; `lend` and `targets_nats` add up
+    what all of them have booked. What it refuses is a bug of a plan, not an input, hence
+    RuntimeError and no `Refusal`.
     """
 
     def __init__(self, val: Validation, world: World):
@@ -5232,6 +5391,7 @@ class Ledger:
         whatever the stream holds."""
         self.refuse_sealed()
         place = np.arange(w.width)
+        # zeroed, not only masked later: what a scorer was never handed, it cannot leak
         inside = sent(place < w.hi[:, None], self.world.device)
         index = sent(np.minimum(w.start[:, None] + place, len(self._scored) - 1),
                      self.world.device)
@@ -5244,7 +5404,7 @@ class Ledger:
 
     def record(self, w: Windows, nats: Tensor) -> None:
         """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be
-        scored twice."""
+        scored twice, by an earlier batch or within this one. There is no way to unbook."""
         place = np.arange(w.width)
         mask = (place >= w.lo[:, None]) & (place < w.hi[:, None])
         targets = (w.start[:, None] + place)[mask]
@@ -5258,7 +5418,7 @@ class Ledger:
 
     def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError
-        unless all are scored."""
+        unless all are scored. In a score nothing else hands text to weights that all rows share."""
         self.refuse_sealed()
         done = self.world.sum(
             torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
@@ -5268,7 +5428,8 @@ class Ledger:
         return self._tokens[begin:end], self._tokens[begin + 1:end + 1]
 
     def targets_nats(self) -> np.ndarray:
-        """Nats (N,) of all ranks' targets; RuntimeError unless each was scored exactly once."""
+        """Nats (N,) of all ranks' targets; RuntimeError unless each was scored exactly once, which
+        also finds a target that two ranks scored."""
         times = self.world.sum(
             torch.from_numpy(self._scored.astype(np.int32)).to(self.world.device))
         if bool((times != 1).any()):
@@ -5293,7 +5454,10 @@ def score(ledger: Ledger,
           nats_of: Callable[[Tensor, Tensor], Tensor],
           learn: Callable[[Tensor, Tensor], None] | None = None) -> None:
     """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger
-    has the score, and is handed the batch that was scored, nothing else."""
+    has the score, and is handed the batch that was scored, nothing else.
+
+    `batches` may be a generator that prepares its owner between two of them. Both calls run with
+    the ledger sealed, so tokens come in as arguments or not at all."""
     for w in batches:
         ids, targets = ledger.inputs(w)
         with torch.no_grad(), ledger.sealed():
@@ -5317,16 +5481,31 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 
 # ==================================================================================================
 # 13. Test-time training
-# Learns from validation text only after it was scored. Here: the leaderboard's chunk form (#549,
-# #1493).
+# Learns from validation text only after it was scored. The score `ttt` has four forms:
+#   stream     each document by itself: low-rank adapters of its own, a cache of keys and values,
+#              and a mixture of learners; a chunk is scored, then learned from (`Learners`)
+#   recompute  the same with one learner and whole windows in the place of the cache
+#   phased     the documents of one part of the stream as in stream, then SGD of all weights on that
+#              part; the new weights score the next one
+#   chunk      sliding windows in the place of adapters, else as phased (#549, #1493)
+# Enters: the artifact's weights and a Ledger. Leaves: nats in the Ledger, the weights as they were.
+# Then the adaptation before rounding of some published systems (`hold_out`, `adapt_early`): on text
+# held out of training inside the clock, or on validation text, which breaks C3 and is marked so.
+# Last, how many steps the time for scoring affords, and `score_by_name`, the door to all scores.
 # ==================================================================================================
 class Learners:
-    """Rows that walk through documents, N learners each: adapters of their own, AdamW rates a
+    """Rows that walk through documents, N learners each: adapters of their own, Adam rates a
     factor apart, a prediction that mixes them. A chunk is scored, then learned from; nothing
-    crosses from one document to the next."""
+    crosses from one document to the next.
+
+    Rows of the model's batch are (row, learner) pairs, learners of a row side by side. `score`
+    drives it: `follow` makes rows ready, `nats_of` predicts, `learn` comes after the booking."""
 
     def __init__(self, model: GPT, rows: int, C: int, form: str, steps: int):
-        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters."""
+        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters.
+
+        Learner i has the rate TTT_LORA_LR / TTT_LR_SPREAD^i. No one rate suits all documents; which
+        one does is found out token by token, by the mixture."""
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
         self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
         self.N = N = h.ttt_learners if steps and form == "stream" else 1
@@ -5339,7 +5518,12 @@ class Learners:
         self.device, self.C = device, C
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
-        """Each batch, once its rows are ready: a row that begins a document starts afresh."""
+        """Each batch, once its rows are ready: a row that begins a document starts afresh.
+
+        Adapters go back to the same values, their optimiser and the belief to none, and the cache
+        shows no token of the document before. So what is learned from the last chunk of a document
+        is never used, and the order of documents cannot matter."""
+        # only adapters learn here: no gradient of a weight is computed, and none is kept
         self.model.requires_grad_(False)
         for w in batches:
             age = sent(w.age.repeat(self.N), self.device)
@@ -5362,10 +5546,16 @@ class Learners:
         return self.model.run_nats(ids, targets, self.plan, lora=lora, cache=self.cache)
 
     def nats_of(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only."""
+        """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only.
+
+        At token t, w_i ~ exp(sum over s < t of d^(t - s) log p_i(x_s)), summing to one over the
+        learners, with d = TTT_MIX_DECAY; d = 1 is Bayes' rule with equal priors. The weights are
+        fixed before x_t is looked at, and each p_i sums to one, so the mixture does too (C2)."""
         with torch.set_grad_enabled(self.steps > 0):
+            # with its graph: `learn` goes down these very losses, which saves it a forward pass
             self.first = self.forward(ids, targets)
         self.fresh = self.cache.fresh if self.cache else []
+        # (rows, N, T) log p_i of the targets; places that are not scored say nothing of a learner
         logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
         n = torch.arange(logs.size(-1) + 1, device=self.device)
         # tokens from place s to place t, which may know s if it is above 0
@@ -5376,7 +5566,11 @@ class Learners:
         return -(known[..., :-1].log_softmax(1) + logs).logsumexp(1)
 
     def learn(self, ids: Tensor, targets: Tensor) -> None:
-        """TTT_STEPS updates of every row on its chunk, then the chunk moves into the cache."""
+        """TTT_STEPS updates of every row on its chunk, then the chunk moves into the cache.
+
+        The sum of the rows' means: each row has adapters of its own, so none feels how many others
+        there are. The cache gets the keys and values of the scoring pass; they stay as the adapters
+        of that moment made them, for making them anew would cost the whole past at every step."""
         inside = self.inside.repeat_interleave(self.N, 0)
         for step in range(self.steps):
             with torch.enable_grad():
@@ -5389,7 +5583,10 @@ class Learners:
 
 def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -> tuple[int, int]:
     """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
-    has, divided by the learners; fewer where documents are too few to fill them."""
+    has, divided by the learners; fewer where documents are too few to fill them.
+
+    Short chunks learn sooner and cost more passes. Without steps chunks have nothing to wait for,
+    so they are as long as a stride of the sliding windows."""
     C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
     rows = max(1, h.eval_batch_tokens // h.eval_seq_len // (h.ttt_learners if steps else 1))
     if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
@@ -5415,6 +5612,11 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     stream, recompute: adapters of each document's own. chunk, phased: parts of the stream are
     scored (by sliding windows, or by stream), then all weights learn from them by SGD with momentum
     at a rate that falls as a cosine; the last part trains nobody. The weights are restored.
+
+    In every form text is booked before anything learns from it: for adapters by the order within
+    `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored;
+    what has learned from a part scores later ones only. phased cuts at starts of documents, because
+    its rows are documents.
     """
     h, world, N = model.h, ledger.world, len(ledger)
     if h.ttt in ("stream", "recompute"):
@@ -5425,6 +5627,8 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     parts = len(edges) - 1
     last = min(parts, h.ttt_max_chunks or parts)
     weights, ema = list(model.bank.values()), EMA(model)
+    # `before`: the artifact's weights. `raw`: SGD's own, which go on where they stopped while the
+    # model itself holds their average for scoring (#578); without TTT_EMA_DECAY both are the same.
     before, raw = ([p.detach().clone() for p in weights] for _ in range(2))
     sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=h.ttt_momentum)
     for part in watched(range(parts), name, log):
@@ -5453,7 +5657,8 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
 
 
 def sgd_shares(model: GPT) -> list[Tensor]:
-    """Share of TTT_LR that each bank gets: by depth from TTT_LR_RAMP to 1, none where frozen."""
+    """Share of TTT_LR that each bank gets: by depth from TTT_LR_RAMP to 1, none where frozen. What
+    is in no layer moves at the full rate, the embedding only if no layer is frozen."""
     h, device = model.h, model.bank["embed"].device
     ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=device)
     ramp[:h.ttt_freeze_blocks] = 0
@@ -5469,7 +5674,10 @@ def sgd_shares(model: GPT) -> list[Tensor]:
 def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
                 world: World, epochs: int | None = None) -> None:
     """`epochs`, else TTT_EPOCHS, passes over one scored chunk of (n,) tokens in sequences of
-    TRAIN_SEQ_LEN; leftovers are not used."""
+    TRAIN_SEQ_LEN; leftovers are not used.
+
+    Ranks share the sequences of a batch and add up their gradients of its mean, so that all of
+    them make the same step and weights stay equal on all."""
     h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
@@ -5496,7 +5704,9 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
 
 def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tensor]:
     """(data without it, (n + 1,) tokens) of the text that weights adapt to before GPTQ: the end of
-    the last training shard, or validation, which breaks rule C3."""
+    the last training shard, or validation, which breaks rule C3.
+
+    Training never reads what is held out, or there would be nothing new in it to adapt to."""
     if h.prequant_ttt_data == "val":
         log("compliant:false rule C3 (PREQUANT_TTT_DATA=val learns what it will score)")
         return data, data.val.tokens
@@ -5544,7 +5754,9 @@ def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
 
 
 def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
-    """Adapts to one batch of training text; returns seconds of the clock that `held` will take."""
+    """Adapts to one batch of training text; returns seconds of the clock that `held` will take.
+
+    On validation text it reads no training data, so nothing of the clock is kept for it."""
     h = t.h
     few = torch.from_numpy(data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
     for _ in range(2):    # the first one compiles
@@ -5557,13 +5769,17 @@ def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
 
 def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
     """The steps per chunk, TTT_STEPS at most, with which `targets` targets are scored within
-    EVAL_BUDGET_S, by the seconds that training text takes here."""
+    EVAL_BUDGET_S, by the seconds that training text takes here.
+
+    Decided before any validation text is scored, of which only the length counts here. The number
+    then goes into the artifact with the other knobs, so that `eval` takes as many."""
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
     took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
     took_s = world.share(took["seconds"])
     rows, C = tiles(h, text.documents, h.ttt_steps, world)
+    # the sample is short and leaves rows idle, so its time counts per place of a batch, full or not
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
     need_s = [1.1 * targets / cells * took_s * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
@@ -5590,6 +5806,9 @@ def legality(h: Hyperparameters) -> list[str]:
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
                   log: Log) -> tuple[dict[str, float], Ledger]:
     """One of SCORES over the whole validation set: its result and the ledger; all ranks take part.
+
+    Each score has a Ledger of its own, so none of them can learn from what another has booked. The
+    plan is always the looped one.
     """
     h, watch, ledger = model.h, Stopwatch(world), Ledger(val, world)
     plan, T, N = depth_plan(h, looped=True), h.eval_seq_len, len(val.bytes)
@@ -5616,6 +5835,14 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
 # Triton. The plain twins are `Block.mlp`, `Head.forward` and `symmetric` themselves. An operator is
 # opaque to the compiler, so that one graph holds it. The field's sizes: 98,304 tokens, D = 512,
 # F = 2048, V = 8192.
+#   mlp    the activation and its slope come out of the registers that hold the product: no pass of
+#          its own over (M, F)
+#   nats   softcap, softmax and loss from the logits in their own type: no fp32 copy of (N, V), and
+#          one number per row kept for the backward pass
+#   gram   x x^T of Muon is symmetric, so half of its tiles are copies
+# They take and give what the twins do; nothing here defines a meaning. Where mlp and nats cannot
+# work, or disagree with their twins (`kernels_trouble`), a run goes on without them; gram is used
+# only where MUON_SYMMETRIC asks for it.
 # ==================================================================================================
 def jit(kernel: Callable) -> Callable:
     """The Triton kernel; where Triton is missing, the function itself, which nobody then calls."""
@@ -5624,7 +5851,10 @@ def jit(kernel: Callable) -> Callable:
 
 def tuned(key: list[str], *tiles: tuple[int, ...], pre_hook: Callable | None = None) -> Callable:
     """Decorator: the fastest of `tiles` (rows, columns, depth, stages, warps) for each value of
-    `key`; a tile too large for the chip's shared memory drops out. The interpreter takes one."""
+    `key`; a tile too large for the chip's shared memory drops out. The interpreter takes one.
+
+    Tuning happens at the first call with new sizes: in the rehearsal, off the clock, if there is
+    one."""
     if triton is None:
         return lambda kernel: kernel
     names = "ROWS", "COLUMNS", "DEPTH"
@@ -5637,7 +5867,10 @@ def tuned(key: list[str], *tiles: tuple[int, ...], pre_hook: Callable | None = N
 
 @jit
 def finish(product, pre, out, row, column, slope, BACKWARD: tl.constexpr, KEEP: tl.constexpr):
-    """Stores what follows from one tile of a product: activations, or their gradient."""
+    """Stores what follows from one tile of a product: activations, or their gradient.
+
+    LeakyReLU(z)^2 is z * z or slope^2 z * z, so one factor, z or slope^2 z, serves both directions.
+    """
     z = product
     if BACKWARD:
         z = pre.load([row, column]).to(tl.float32)
@@ -5683,7 +5916,10 @@ def mlp_kernel(a, b, pre, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
 
 def launch_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, slope: float,
                backward: bool) -> None:
-    """Fills out (M, N), and pre (M, N) in the forward direction unless it is empty."""
+    """Fills out (M, N), and pre (M, N) in the forward direction unless it is empty.
+
+    One program per multiprocessor, each for many tiles. Where nothing is kept `out` stands in for
+    `pre`, since a descriptor must describe some memory; the kernel does not touch it."""
     keep = pre.numel() > 0
     matrices = [descriptors.TensorDescriptor.from_tensor(t.contiguous(), [1, 8])
                 for t in (a, b, pre if keep else out, out)]
@@ -5743,7 +5979,10 @@ def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
 
 @jit
 def nats_slope_kernel(logits, targets, lse, slope, out, V, cap, BLOCK: tl.constexpr):
-    """One row: out = slope[row] * d nats / d logits, from the logits again."""
+    """One row: out = slope[row] * d nats / d logits, from the logits again.
+
+    d nats / d z is softmax(z) less one at the target; dz / d logits = 1 - tanh^2. To keep the
+    softmax would cost as much memory as the logits; to compute it again costs one pass."""
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     place = row.to(tl.int64) * V + column
     s = tl.sigmoid(2 / cap * tl.load(logits + place, mask=column < V, other=0.0).to(tl.float32))
@@ -5864,8 +6103,11 @@ def register_kernels() -> None:
 
 @functools.cache
 def kernels_trouble() -> str:
-    """Why this machine computes without the fused kernels; empty where they work: each is compared
-    with its plain twin once."""
+    """Why this machine computes without the fused kernels; empty where they work: mlp and
+    nats are compared with their plain twins once, forward and backward.
+
+    200 rows end inside a tile, where mistakes would be. A kernel that is wrong is worse than one
+    that fails, since training would go on with it."""
     chip = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, )
     if not triton or not (chip or INTERPRETED):
         return "they need Triton and a Hopper GPU or later"
@@ -5890,7 +6132,16 @@ def kernels_trouble() -> str:
 
 # ==================================================================================================
 # 15. Pipeline
-# The whole run in the order of its stages; each is one call and one line of the log.
+# The whole run in the order of its stages; each is one call and one line of the log. Enters: the
+# command line and the environment. Leaves: the run's folder with log.txt, model.bin, the packed
+# train_gpt.py, the nats of every document, and result.json, which appears last.
+# Before the clock: `preflight`, the packing of the script, the rehearsal and the choice of
+# TTT_STEPS, none of which leaves a trace in the weights. On it, for all of these read training
+# data: training, adaptation to held-out text, second moments, damage, bias correction. Behind it:
+# rounding, coding, reading back, scoring. Validation text meets the model in the scores only,
+# the ones of VAL_LOSS_EVERY included, unless a knob that breaks C3 asks for more.
+# Rank 0 alone rounds, codes and writes. All ranks then load the bytes that it read back from its
+# disk, so what is scored is what is submitted, not the tensors that were meant to be in it.
 # ==================================================================================================
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
     """COMPILE, with auto resolved; says why where compilation cannot work."""
@@ -5936,7 +6187,8 @@ def wanted_scores(h: Hyperparameters) -> list[str]:
 
 def least_gpu_bytes(h: Hyperparameters) -> int:
     """Memory that training cannot do without: weights, gradient, average, optimiser and the
-    rehearsal's copies of them; q, k, v and the MLP's input of every step of one micro-batch."""
+    rehearsal's copies of them; q, k, v and the MLP's input of every step of one micro-batch. A
+    lower bound: it shall refuse what cannot work, not promise what will."""
     weights = sum(math.prod(r.shape) for r in roles(h).values())
     width = 3 * h.model_dim + h.mlp_dim
     return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
@@ -5944,7 +6196,7 @@ def least_gpu_bytes(h: Hyperparameters) -> int:
 
 def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     """The data. Checks what later stages need before anything costs time; raises one `Refusal` that
-    lists all that is wrong."""
+    lists all that is wrong, so that one start shows every mistake."""
     wrong, folder = [], Path(h.logs_dir).absolute() / h.run_id
 
     def check(work: Callable, *arguments: Any) -> Any:
@@ -5999,7 +6251,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
 
 def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
-    """The beginning of the training shards in the place of a validation set."""
+    """The beginning of the training shards in the place of a validation set: one chunk and a
+    window more, so that chunk learns once and scores with what it learned. Bytes are ones, since
+    nobody reads its BPB."""
     tokens = np.concatenate(
         [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
     tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
@@ -6011,9 +6265,12 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
     for calibration and for adapting to `held` tokens.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
-    touched.
+    touched. What the stages leave behind in weights, optimiser, average, loader and random state
+    is put back from the snapshot: a run with a rehearsal trains as one without it would, but for
+    the reserve that was measured.
     """
     h, watch, before = t.h, Stopwatch(t.world), t.snapshot()
+    # every plan, context and rounding that training will come to: each compiles to its own graphs
     points = {end for end, _ in h.contexts} if h.train_seq_schedule or h.late_qat_threshold else {}
     for looped in sorted({False, h.num_loops > 0}):
         for progress in sorted({0.0, *points}):
@@ -6023,6 +6280,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
     for _ in range(2):    # the first time compiles
         calibration = Stopwatch(t.world)
         moments = second_moments(t.model, t.world, t.loader, t.world.size)
+        # one turn was timed, a batch on each rank; all further ones are reckoned from it
         rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
         moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
         factors = inverse_factors(h, moments)
@@ -6030,7 +6288,10 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
         if t.h.bias_correction_steps:
             fit_corrected(t, factors, damage, 0, Log(t.world, quiet=True))
         calibration_s = moments_s + calibration.read_s()
+    # rank 0's time for all, so that all stop at one step; 1.3, because a late stop breaks the rule
+    # and an early one costs a few steps
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
+    # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
     fake = rehearsal_text(h, data)
@@ -6044,7 +6305,8 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
 
 
 def build_model(h: Hyperparameters, world: World) -> GPT:
-    """The initialised model on the device, equal on all ranks."""
+    """The initialised model on the device, equal on all ranks: of one seed, and sent by rank 0 in
+    case two machines draw differently."""
     torch.manual_seed(h.seed)
     model = GPT(h, compute_dtype(h, world.device), attention_kernel(h, world.device))
     model.to(world.device)
@@ -6070,7 +6332,10 @@ def measured_score(name: str, model: GPT, data: Dataset, world: World,
 
 def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor]:
     """Adapts the averaged weights to `held` where PREQUANT_TTT_EPOCHS asks for it, then returns the
-    second moments; what reads no training data is off the clock."""
+    second moments; what reads no training data is off the clock.
+
+    Moments come after the adaptation, because they must be those of the weights that are rounded.
+    """
     h, watch = t.h, Stopwatch(t.world)
     if h.prequant_ttt_epochs and h.prequant_ttt_optim == "adamw":
         adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
@@ -6194,7 +6459,8 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
              sizes: dict[str, int], scores: dict[str, dict[str, float]], seconds: dict[str, float],
              log: Log) -> dict[str, Any]:
     """Writes result.json and the table of scores; raises `Refusal` afterwards if the artifact is
-    over the budget."""
+    over the budget. A run that breaks a rule is kept, marked with what it breaks; `submit` refuses
+    it."""
     violations = []
     if h.prequant_ttt_epochs and h.prequant_ttt_data == "val":
         violations.append("rule C3: PREQUANT_TTT_DATA=val learns validation text before its score")
@@ -6245,7 +6511,8 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
 
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
     """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings.
-    Raises `Refusal` where this rank's knobs are not those of rank 0."""
+    Raises `Refusal` where this rank's knobs are not those of rank 0, as two nodes may be started
+    with different variables."""
     fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
     run_id, theirs = world.share([h.run_id or fresh, h.changed()])
     if odd := h.changed().items() ^ theirs.items():
@@ -6255,8 +6522,7 @@ def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
     """The verb `eval ARTIFACT`: scores it again in this process; scoring knobs come from the
-    artifact, then from the
-    environment. Prints the same lines as the run that made it."""
+    artifact, then from the environment. Prints the same lines as the run that made it."""
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
         raise Refusal(
             f"eval needs one file, such as logs/<RUN_ID>/model.bin; got {' '.join(arguments)!r}"
@@ -6338,7 +6604,10 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 # 16. Tools
 # Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs,
 # `verify` reviews a folder or a run as a stranger would, `report` compares runs, `sweep` makes a
-# grid of them. All of them read what a run left and never change it.
+# grid of them. All of them read what a run left and never change it. A review is a list of
+# `Finding`s: checks of what a run wrote come first and run none of its code; only where all of them
+# pass is the script loaded, in a process that is listened to. `submit` asks for the former before
+# it makes a folder, so what it makes passes them.
 # ==================================================================================================
 CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
@@ -6479,7 +6748,10 @@ def run_data(arguments: list[str], env: Mapping[str, str]) -> int:
 
 # -- what a log must say ---------------------------------------------------------------------------
 def check_log(e: Evidence) -> Iterator[Finding]:
-    """The lines of a log agree with its RESULT, and the RESULT with itself."""
+    """The lines of a log agree with its RESULT, and the RESULT with itself.
+
+    Catches a number corrected by hand, a score left out, a BPB over other bytes than stated, and a
+    run that itself says which rule it breaks."""
     r, log, h = e.result, e.log, knobs_of(e)
     wanted = wanted_scores(h)
     yield Finding("log", list(r["scores"]) == wanted, f"scores complete: {', '.join(wanted)}")
@@ -6502,7 +6774,9 @@ def check_log(e: Evidence) -> Iterator[Finding]:
 
 
 def check_bytes(e: Evidence) -> Iterator[Finding]:
-    """Sizes as logged, as they lie on the disk, and under the decimal cap."""
+    """Sizes as logged, as they lie on the disk, and under the decimal cap.
+
+    Catches files exchanged after the run, code left out of the total, and a cap read as MiB."""
     sizes = e.result["bytes"]
     for name, path in (("model", e.artifact), ("code", e.code)):
         size = path.stat().st_size if path.is_file() else None
@@ -6516,7 +6790,10 @@ def check_bytes(e: Evidence) -> Iterator[Finding]:
 
 
 def check_time(e: Evidence, track: str) -> Iterator[Finding]:
-    """The training clock, calibration included, and the final score's seconds."""
+    """The training clock, calibration included, and the final score's seconds.
+
+    Catches calibration that no longer fitted into the clock, and a score too slow for the record
+    track."""
     r, limit_s = e.result, e.result["knobs"].get("max_wallclock_seconds", 0)
     clock_s = r["seconds"].get("train", math.inf) + r["seconds"].get("calibration", math.inf)
     if limit_s:
@@ -6542,7 +6819,10 @@ def read_documents_nats(path: Path) -> np.ndarray:
 
 
 def check_documents(e: Evidence) -> Iterator[Finding]:
-    """The nats of the documents add up to each score."""
+    """The nats of the documents add up to each score.
+
+    Catches a score that its own documents do not give. Whether they are all documents there are is
+    for `check_scores` and `check_data` to see."""
     for name, path in e.documents.items():
         table, s = read_documents_nats(path), e.result["scores"][name]
         targets, size, nats = table.sum(0)
@@ -6552,7 +6832,10 @@ def check_documents(e: Evidence) -> Iterator[Finding]:
 
 
 def check_alike(runs: Sequence[Evidence]) -> Iterator[Finding]:
-    """At least three seeds of one configuration, one code and one machine."""
+    """At least three seeds of one configuration, one code and one machine.
+
+    Catches a mean over runs that are not the same experiment, such as a third seed from another
+    configuration (#2124)."""
     seeds = [e.result["seed"] for e in runs]
     yield Finding("runs", len(runs) >= 3, f"{len(runs)} runs, at least 3 are needed")
     yield Finding("runs", len(set(seeds)) == len(seeds), f"seeds {seeds}")
@@ -6583,7 +6866,10 @@ def unpacked(raw: bytes, place: object) -> str:
 
 
 def check_code(e: Evidence) -> Iterator[Finding]:
-    """The counted bytes are what the readable source packs to, and use nothing forbidden."""
+    """The counted bytes are what the readable source packs to, and use nothing forbidden.
+
+    Catches a readable text that is not the program which ran. The list of names finds mistakes, not
+    malice, which can spell a name otherwise; `Ears` hears what such code does."""
     raw = e.code.read_bytes()
     text = unpacked(raw, e.code)
     names = {ast.unparse(n.func) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)}
@@ -6832,7 +7118,9 @@ def write_record(out: Path, entry: Mapping[str, Any], runs: Sequence[Evidence],
 
 # -- verify ----------------------------------------------------------------------------------------
 def check_artifact(e: Evidence) -> Iterator[Finding]:
-    """The artifact's checksum, sizes and knobs, by this script's own reader."""
+    """The artifact's checksum, sizes and knobs, by this script's own reader.
+
+    Catches a damaged file and the artifact of another run."""
     try:
         h, _ = unpack(e.artifact.read_bytes(), e.artifact.name)
     except (OSError, Refusal) as error:
@@ -6844,7 +7132,9 @@ def check_artifact(e: Evidence) -> Iterator[Finding]:
 
 
 def check_record(folder: Path, runs: Sequence[Evidence]) -> Iterator[Finding]:
-    """The files of a records folder, and submission.json made again from its logs."""
+    """The files of a records folder, and submission.json made again from its logs.
+
+    Catches a folder that lacks a part, and any figure of submission.json that no log supports."""
     missing = [n for n in ("README.md", "submission.json", "requirements.txt", "train_gpt.py",
                            "train_gpt_readable.py") if not (folder / n).is_file()]
     missing += [p.name for e in runs for p in (e.artifact, *e.documents.values())
@@ -6871,7 +7161,10 @@ def load_script(path: Path, name: str) -> Any:
 
 
 class Ears:
-    """Hears which files, sockets and processes the code opens while it listens."""
+    """Hears which files, sockets and processes the code opens while it listens.
+
+    C1 allows nothing but the artifact and the tokens before a target, so scoring may open only what
+    belongs to Python. What goes through Python is heard, not what a C library does by itself."""
 
     def __init__(self):
         """Installs an audit hook, which stays for the life of the process."""
@@ -6899,7 +7192,10 @@ class Ears:
 
 
 def check_build(packed: Any, e: Evidence) -> Iterator[Finding]:
-    """The packed script imports, builds its model on a CPU, and guesses before it is trained."""
+    """The packed script imports, builds its model on a CPU, and guesses before it is trained.
+
+    Catches a script that does not start from the packed bytes, and a model that knows something
+    before it has any weights from the artifact: its loss would not be ln V."""
     h = packed.Hyperparameters(**e.result["changed_knobs"])
     torch.manual_seed(0)
     ids = torch.randint(2, h.vocab_size, (2, min(h.train_seq_len, 64)))
@@ -6912,7 +7208,8 @@ def check_build(packed: Any, e: Evidence) -> Iterator[Finding]:
 
 def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
                 sizes: np.ndarray) -> np.ndarray:
-    """Nats (N,) of every target of the stream tokens (N + 1,) under one score of `module`."""
+    """Nats (N,) of every target of the stream tokens (N + 1,) under one score of `module`: the same
+    `score_by_name` that the run used, on a stream of the reviewer's making."""
     world = module.World(0, 1, next(model.parameters()).device)
     val = module.Validation.of(tokens, sizes)
     return module.score_by_name(name, model, val, world, module.Log(world, quiet=True))[1
@@ -6920,7 +7217,8 @@ def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
 
 
 def small_steps(h: Any) -> dict[str, Any]:
-    """Knobs that make the same scorers run on streams of a few hundred tokens."""
+    """Knobs that make the same scorers run on streams of a few hundred tokens, which then cross
+    borders of windows and chunks many times."""
     T = min(h.eval_seq_len, 32)
     wanted = dict(eval_seq_len=T, eval_stride=max(1, min(h.eval_stride, T // 2)),
                   eval_batch_tokens=4 * T, train_seq_len=T, micro_batch_tokens=T,
@@ -6936,7 +7234,10 @@ def apart(name: str, h: Any) -> bool:
 
 
 def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
-    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay."""
+    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay.
+
+    Catches attention or a cache that looks ahead, and learning from a chunk before it is booked:
+    either way later text would move an earlier score."""
     count = min(6 * model.h.eval_seq_len, len(val.bytes))
     tokens, sizes = val.tokens[:count + 1].numpy(), val.bytes[:count]
     rng, before = np.random.default_rng(0), stream_nats(module, model, name, tokens, sizes)
@@ -6959,7 +7260,10 @@ PROBE_SECONDS = 60.0    # for all tokens of a vocabulary, one after the other
 def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
     """C2: the probabilities of all V tokens after the same others, each scored as if it were the
     real one, sum to 1. By the whole scorer where that takes a minute, else by a document for each
-    token where documents do not see each other, else by the model alone."""
+    token where documents do not see each other, else by the model alone.
+
+    Catches whatever looks up the token that came and nothing else (n-gram caches, #886): such
+    numbers are no probabilities, and their sum over V shows it."""
     h, V = model.h, model.h.vocab_size
     # The last one ends a window, and learners have made a step before it.
     count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
@@ -7000,7 +7304,9 @@ def model_nats(module: Any, model: Any, ids: Tensor) -> np.ndarray:
 
 def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | None:
     """Targets of a beginning of the stream whose first `count` documents get the scores they get in
-    the whole stream; None where only the whole stream gives them."""
+    the whole stream; None where only the whole stream gives them.
+
+    Windows are cut at a whole number of strides, so that the last ones are those of the run."""
     N = int(documents[-1])
     end = int(documents[min(count, len(documents) - 1)])
     if apart(name, h):
@@ -7014,7 +7320,10 @@ def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | No
 def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any,
                  count: int) -> Iterator[Finding]:
     """The first `count` documents scored again and compared with the run's table; a score that
-    needs the whole stream is compared where the sample is all of it."""
+    needs the whole stream is compared where the sample is all of it.
+
+    Catches a table that this artifact does not give. Other machines and kernels round otherwise,
+    so 0.002 nats per token of all and 0.1 in a document are let pass."""
     starts = val.documents
     like = np.array_equal(table[:, 0], np.diff(starts)) and np.array_equal(
         table[:, 1], np.add.reduceat(val.bytes, starts[:-1]))
@@ -7037,7 +7346,10 @@ def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any
 
 def check_data(ours: Dataset, theirs: Any, e: Evidence,
                texts: Sequence[str] | None) -> Iterator[Finding]:
-    """The validation set as this script reads it: tokens, order, bytes; raw text where given."""
+    """The validation set as this script reads it: tokens, order, bytes; raw text where given.
+
+    Catches a set cut short or put in another order, bytes counted twice or after a transformation
+    of the text, and validation documents that stand in the training shards (#2127)."""
     val, s = ours.val, e.score
     same = torch.equal(val.tokens, theirs.val.tokens)
     yield Finding("data", same, f"{len(val.bytes)} targets, read in the order of the shards"
@@ -7072,7 +7384,11 @@ def raw_texts(paths: Sequence[Path], h: Hyperparameters) -> list[str] | None:
 
 def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
             heard: Ears) -> Iterator[Finding]:
-    """Everything of a review that runs the submitted code."""
+    """Everything of a review that runs the submitted code.
+
+    The packed script must build; scores come from the readable one, which `check_code` has shown
+    to pack to the same bytes. Data are found and the model built before `heard` listens, since
+    those may open files; scoring may not."""
     place = {n: env.get(n.upper(), e.result["knobs"][n]) for n in PLACES[2:5]}
     values = e.result["knobs"] | place | dict(compile="off")
     heard.files, heard.others = [], []
@@ -7140,7 +7456,9 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
 
 
 def in_new_process(arguments: list[str], env: Mapping[str, str]) -> list[Finding]:
-    """What `examine` finds in a process of its own, which writes no byte code beside the code."""
+    """What `examine` finds in a process of its own, which writes no byte code beside the code.
+
+    If it dies, or finds nothing at all, that is a finding too: silence is no pass."""
     done = subprocess.run(
         [sys.executable, "-B", __file__, "verify", *arguments, "--alone"],
         env={n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")},
@@ -7423,7 +7741,11 @@ def set_aside(folder: Path) -> None:
 
 def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
     """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
-    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM."""
+    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM.
+
+    A run is finished when its result.json is there, the last file that it writes, so the same
+    command goes on where a sweep was stopped. Each run is a process: one that fails takes nothing
+    with it."""
     parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
     parser.add_argument("--print", action="store_true", help="only print the commands")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run")

@@ -216,7 +216,7 @@ def attention(b: Bench) -> dict[str, Any]:
     cuda, H, K, E = b.world.device.type == "cuda", b.h.num_heads, b.h.num_kv_heads, b.h.head_dim
     hopper = cuda and torch.cuda.get_device_capability()[0] == 9
     found = dict(fa3=tg.flash_attn_3 and hopper, fa2=tg.flash_attn_2 and cuda, varlen=tg.torch_varlen and cuda, blocks=True)
-    rows: dict[str, Any] = dict(chosen=tg.attention_kernel(b.world.device))
+    rows: dict[str, Any] = dict(chosen=tg.attention_kernel(b.h, b.world.device))
     for T in ((64, 96) if b.small else (2048, 3072)):
         for kernel in (name for name, there in found.items() if there):
             B = 2 if b.small or kernel == "blocks" else 98_304 // T
