@@ -159,6 +159,21 @@ def test_a_script_that_hangs_is_killed_in_time(tmp_path, monkeypatch):
         assert trouble.startswith("was killed after 3 s; its speed after recurrence is not known; its last lines:\n  ")
 
 
+def test_the_environment_of_another_script(tmp_path, monkeypatch):
+    """Neither our knobs nor torchrun's variables reach it; with byte counts any tokenizer does, without it is ours."""
+    foreign = {"NUM_LAYERS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+    for name in foreign | {"CUDA_VISIBLE_DEVICES"}:
+        monkeypatch.setenv(name, "7")
+    h = tg.Hyperparameters(**TINY)
+    for sidecar in (True, False):
+        data = write_dataset(tmp_path / str(sidecar), h, sidecar=sidecar)
+        env = beside.environment(replace(h, data_path=str(data), tokenizer_path="mine.model"), tmp_path)
+        assert env["CUDA_VISIBLE_DEVICES"] == "7" and not foreign & set(env)
+        assert env["DATA_PATH"] == str(data) and env["CASEOPS_ENABLED"] == str(int(sidecar))
+        assert env["TOKENIZER_PATH"] == str(tmp_path / "pieces.model" if sidecar else Path("mine.model").absolute())
+        assert env["TRAIN_BATCH_TOKENS"] == "256" and env["TRAIN_SEQ_LEN"] == "16" and env["VOCAB_SIZE"] == "64"
+
+
 def test_lines_of_either_form_are_read():
     """Milliseconds as they are; minutes only with a mean speed that agrees with them; our own log too."""
     found = beside.Readings(1000)
