@@ -2,18 +2,24 @@
 
 Made for one H100 or H200: record recipe, micro-batches of 98,304 tokens, shards of random tokens (V = 8192) in a
 temporary folder. Without CUDA everything is tiny (--small): that checks this file and measures nothing.
-Run: python tests/bench_gpu.py [--small] [SECTION ...]      or the same under torchrun; last line: BENCH {json}
+Run: python tests/bench_gpu.py [--small] [--beside OTHER.py] [SECTION ...]     or the same under torchrun; last line:
+BENCH {json}. Real text: DATA_PATH=FOLDER and, without byte counts beside its shards, TOKENIZER_PATH=MODEL (also
+CASEOPS_ENABLED, VOCAB_SIZE); of the validation shards as many tokens are scored as random ones would be.
 
 FLOPs of training: per token 6 x (matrix weights of all executed steps + V D) + 12 H E x mean keys a token sees, by
 documents (each of QK^T and PV is 2 H E per key, forward once, backward twice). Peak: 989e12 dense bf16 FLOP/s of H100
 and H200; 3.35e12 and 4.8e12 B/s of memory; `null` elsewhere. A floor is max(FLOPs / peak, bytes / bandwidth), bytes
 being each operand read or written once per product. Times are medians, between CUDA events; a first call is not timed.
-A section that fails prints its error and is null in the JSON. The #1855 script is not measured beside ours here.
+A section that fails prints its error and is null in the JSON.
+
+--beside measures another script last, after ours has left the GPUs; beside.py says how.
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -30,6 +36,7 @@ import numpy as np
 import torch
 
 import train_gpt as tg
+from beside import measured
 
 PEAK, BANDWIDTH = dict(H100=989e12, H200=989e12), dict(H100=3.35e12, H200=4.8e12)
 VALIDATION_TOKENS, GPUS, DOCUMENT = 40_500_000, 8, 800    # of the challenge; mean tokens of a made-up document
@@ -37,6 +44,7 @@ SMALL = dict(NUM_LAYERS="4", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", ML
              LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="3", TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="1024",
              MICRO_BATCH_TOKENS="512", EVAL_SEQ_LEN="64", EVAL_BATCH_TOKENS="1024", TTT_CHUNK_TOKENS="512",
              VOCAB_SIZE="256", COMPILE="off", PRECISION="fp32", GPTQ_CALIBRATION_BATCHES="2", TTT_LORA_RANK="2", EVAL_STRIDE="16")
+TEXT = ("DATA_PATH", "TOKENIZER_PATH", "CASEOPS_ENABLED", "VOCAB_SIZE")    # knobs that are taken from the environment
 
 
 class Marks:
@@ -117,6 +125,11 @@ def made_shards(folder: Path, h: tg.Hyperparameters, train: int, val: int) -> Pa
         tg.write_shard(folder / f"fineweb_{side}_000000.bin", tokens)
     tg.write_shard(folder / "fineweb_val_bytes_000000.bin", np.where(tokens == tg.BOS, 0, 1 + tokens % 5))
     return folder
+
+
+def shortened(data: tg.Dataset, count: int) -> tg.Dataset:
+    """The data with the first `count` targets of its validation set."""
+    return data._replace(val=tg.Validation.of(data.val.tokens[:count + 1].numpy(), data.val.bytes[:count]))
 
 
 def made_trainer(h: tg.Hyperparameters, world: tg.World, data: tg.Dataset, mode: str) -> tg.Trainer:
@@ -308,6 +321,22 @@ def losses(b: Bench) -> dict[str, Any]:
     return dict(steps=steps, fused_ran=not tg.kernels_trouble(), **ends, difference=ends["fused"] - ends["plain"])
 
 
+def beside(b: Bench, peer: Path, limit_s: float, ours: Mapping | None) -> dict[str, Any] | None:
+    """Tokens/s of another script over as many GPUs before and after recurrence, ratio ours / theirs, its peak memory;
+    null for whatever its log did not tell."""
+    begin_s = time.monotonic()
+    found, trouble = measured(b.h, b.world.size, peer, limit_s)
+    kernel = "fa3" if tg.flash_attn_3 else tg.attention_kernel(b.world.device)
+    rows: dict[str, Any] = dict(script=str(peer), seconds=time.monotonic() - begin_s, attention=kernel,
+                                peak_memory_bytes=found.peak_bytes)
+    for name, looped in (("before", False), ("after", True)):
+        speed = found.speed(looped)
+        rows[name] = speed and dict(tokens_per_second=speed, ratio=ours and ours[name]["tokens_per_second"] / speed)
+    if trouble:
+        b.say(f"beside: {peer} {trouble}")
+    return rows if rows["before"] or rows["after"] else None
+
+
 SECTIONS = dict(training=training, split=split, kernels=kernels, attention=attention, muon=muon, export=export,
                 scoring=scoring, losses=losses)
 
@@ -336,33 +365,56 @@ def measure(b: Bench, wanted: Mapping[str, Callable]) -> dict[str, Any]:
     return results
 
 
+def arguments() -> argparse.Namespace:
+    """The command line; exits where a section or script that it names does not exist."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny sizes, as without CUDA")
+    parser.add_argument("--beside", type=Path, metavar="OTHER.py", help="a script to measure beside ours")
+    parser.add_argument("--limit", type=float, default=480.0, metavar="SECONDS", help="of that script (480)")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=" ".join(SECTIONS))
+    given = parser.parse_args()
+    if unknown := set(given.sections) - set(SECTIONS):
+        sys.exit(f"unknown: {unknown}; sections are {' '.join(SECTIONS)}")
+    if given.beside and not given.beside.is_file():
+        sys.exit(f"--beside {given.beside}: there is no such file")
+    return given
+
+
 def main() -> None:
     """Measures, prints the table and the BENCH line."""
-    world = MarkedWorld.from_env(os.environ)
-    small = "--small" in sys.argv or world.device.type != "cuda"
-    asked = set(sys.argv[1:]) - {"--small"}
-    if asked - set(SECTIONS):
-        sys.exit(f"unknown: {asked - set(SECTIONS)}; sections are {' '.join(SECTIONS)}")
-    wanted = {n: s for n, s in SECTIONS.items() if n in asked or not asked}
+    given, world = arguments(), MarkedWorld.from_env(os.environ)
+    small = given.small or world.device.type != "cuda"
+    wanted = {n: s for n, s in SECTIONS.items() if n in given.sections or not given.sections}
     tg.tune_process(world.device)
     with tempfile.TemporaryDirectory() as own, contextlib.ExitStack() as last:
         last.callback(world.leave)
-        folder = Path(world.share(own))
-        knobs = dict(RECIPE="record", DATA_PATH=str(folder), MAX_WALLCLOCK_SECONDS="0", **(SMALL if small else {}))
-        h = tg.Hyperparameters.from_env(knobs)
-        if world.main:
-            made_shards(folder, h, *((20_000, 2_000) if small else (16_000_000, 1_000_000)))
+        folder, sizes = Path(world.share(own)), (20_000, 2_000) if small else (16_000_000, 1_000_000)
+        text = {n: os.environ[n] for n in TEXT if n in os.environ} if os.environ.get("DATA_PATH") else {}
+        knobs = dict(RECIPE="record", MAX_WALLCLOCK_SECONDS="0", DATA_PATH=str(folder), **(SMALL if small else {}))
+        h = tg.Hyperparameters.from_env(knobs | text | (dict(SHORT_VAL_ALLOWED="1") if text else {}))
+        if world.main and not text:
+            made_shards(folder, h, *sizes)
         world.wait()
-        data = tg.find_dataset(h, world, lambda line: None)
+        data = shortened(tg.find_dataset(h, world, lambda line: None), sizes[1])
         name = tg.device_name(world.device)
         chip = next((c for c in PEAK if c in name), "")
         b = Bench(h, world, data, small, made_trainer(h, world, data, "off" if small else "full"), PEAK.get(chip),
                   BANDWIDTH.get(chip))
         head = dict(machine=name, ranks=world.size, torch=torch.__version__, small=small, peak_flops=b.peak,
-                    fused_kernels=b.trainer.model.h.fused_kernels,
+                    fused_kernels=b.trainer.model.h.fused_kernels, data=text.get("DATA_PATH", "random tokens"),
                     train_batch_tokens=h.train_batch_tokens, micro_batch_tokens=h.micro_batch_tokens)
         b.say("\n".join(lines("machine", head)))
-        b.say("BENCH " + json.dumps(head | measure(b, wanted)))
+        results = head | measure(b, wanted)
+        if given.beside:
+            b.trainer = None    # the other script gets the whole GPU
+            torch.compiler.reset()
+            gc.collect()
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            world.leave()    # the other ranks end here: waiting for this one would keep their GPUs busy
+            section = lambda b: beside(b, given.beside, given.limit, results["training"])
+            results["beside"] = measure(b, dict(beside=section)).get("beside") if world.main else None
+        b.say("BENCH " + json.dumps(results))
 
 
 if __name__ == "__main__":

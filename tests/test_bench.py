@@ -1,11 +1,24 @@
-"""`bench_gpu.py` runs to its end on a CPU with tiny sizes, and every number that it promises is in its JSON."""
+"""`bench_gpu.py` runs to its end on a CPU with tiny sizes, and every number that it promises is in its JSON; another
+script beside ours is read, killed, and told about when it fails."""
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
-from conftest import REPO, clean_env
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY, clean_env, random_tokens, write_dataset
+
+import train_gpt as tg
+
+sys.path.insert(0, str(REPO / "tests"))
+import beside
+import bench_gpu
 
 PHASES = {"data", "forward", "backward", "optimiser", "collectives", "average", "host"}
 FORMS = {"fused_ms", "plain_ms", "compiled_ms", "floor_ms"}
@@ -22,24 +35,55 @@ EXPECTED = dict(
                           "pack_s", "fit_budget_s", "unpack_s")),
     scoring=dict.fromkeys(("quantized", "sliding", "stream", "ttt"), SCORE),
     losses=dict.fromkeys(("steps", "fused_ran", "fused", "plain", "difference")))
-HEAD = {"machine", "ranks", "torch", "small", "peak_flops", "fused_kernels", "train_batch_tokens", "micro_batch_tokens"}
+HEAD = {"machine", "ranks", "torch", "small", "peak_flops", "fused_kernels", "data", "train_batch_tokens",
+        "micro_batch_tokens"}
+# Two phases at 0.1 s and 0.2 s a step in #1855's form, after one stretch that compiled; then it would run for ever.
+STAND_IN = """import os, subprocess, sys, time
+import torch
+from flash_attn_interface import flash_attn_varlen_func
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+with open(os.environ["PLACE"], "w") as file:
+    print(os.getpid(), child.pid, file=file)
+print("warmup_step: 1/20")
+batch, last, spent_s = int(os.environ["TRAIN_BATCH_TOKENS"]), int(os.environ["ITERATIONS"]), 0.0
+for step in range(1, last + 1):
+    if step == last // 2 + 1:
+        print(f"layer_loop:enabled step:{step - 1} frac:0.500 encoder:[0] decoder:[1]")
+    spent_s += (0.1 if step <= last // 2 else 0.2) + 5.0 * (step == last // 2 + 1)
+    if step <= 5 or step % int(os.environ["TRAIN_LOG_EVERY"]) == 0:
+        print(f"{step}/{last} train_loss: 9.0087 train_time: {spent_s / 60:.1f}m tok/s: {step * batch / spent_s:.0f}")
+        print(f"peak memory allocated: {100 + step} MiB reserved: 47140 MiB")
+    time.sleep(0.02)
+time.sleep(600)
+"""
 
 
-def bench(*arguments: str, cwd) -> subprocess.CompletedProcess:
+def bench(*arguments: str, cwd, **knobs) -> subprocess.CompletedProcess:
     """The command with these arguments."""
     return subprocess.run([sys.executable, str(REPO / "tests" / "bench_gpu.py"), "--small", *arguments], cwd=cwd,
-                          env=clean_env(), capture_output=True, text=True, timeout=120)
+                          env=clean_env(**knobs), capture_output=True, text=True, timeout=120)
+
+
+def result(done: subprocess.CompletedProcess) -> dict:
+    """The JSON in the last line."""
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert last.startswith("BENCH ")
+    return json.loads(last[6:])
+
+
+def running(pid: int) -> bool:
+    """True while a process is there and no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_every_number_is_there(tmp_path):
     """All sections run, and the last line is the JSON of what the table shows."""
     done = bench(cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout, done.stdout
-    *_, last = done.stdout.splitlines()
-    assert last.startswith("BENCH ")
-    results = json.loads(last[6:])
-    assert set(results) == HEAD | set(EXPECTED)
+    results = result(done)
+    assert set(results) == HEAD | set(EXPECTED) and results["data"] == "random tokens"
     for name, parts in EXPECTED.items():
         assert set(results[name]) == set(parts), name
         for part, keys in parts.items():
@@ -52,9 +96,6 @@ def test_every_number_is_there(tmp_path):
 
 def test_sections_are_chosen_and_may_fail(tmp_path, capsys):
     """Only what was asked for runs; a broken section is null and the next one still runs; a wrong name is told."""
-    sys.path.insert(0, str(REPO / "tests"))
-    import bench_gpu
-
     def broken(b) -> dict:
         """Fails."""
         raise RuntimeError("out of memory")
@@ -66,3 +107,114 @@ def test_sections_are_chosen_and_may_fail(tmp_path, capsys):
     assert "training: failed (RuntimeError: out of memory)" in capsys.readouterr().out
     wrong = bench("kernel", cwd=tmp_path)
     assert wrong.returncode and "unknown: {'kernel'}" in wrong.stderr
+
+
+def test_real_shards_are_measured_and_another_script_is_read_and_killed(tmp_path):
+    """Shards of DATA_PATH take the place of random tokens; the script beside ours sees the same ones, its compilation
+    is left out, and neither it nor what it started is there afterwards."""
+    h = replace(tg.Hyperparameters(**TINY), vocab_size=128)
+    data, place = write_dataset(tmp_path / "shards", h, train=9000), tmp_path / "pids"
+    (tmp_path / "other.py").write_text(STAND_IN)
+    begin_s = time.monotonic()
+    done = bench("--beside", "other.py", "training", cwd=tmp_path, DATA_PATH=data, VOCAB_SIZE=128, PLACE=place)
+    results = result(done)
+    assert results["data"] == str(data) and str(data) in done.stdout.splitlines()[0]
+    assert results["training"]["mean_keys"] < 20    # documents of 12 tokens, not of 800
+    found = results["beside"]
+    assert found["before"]["tokens_per_second"] == pytest.approx(1024 / 0.1, rel=1e-3)
+    assert found["after"]["tokens_per_second"] == pytest.approx(1024 / 0.2, rel=1e-3)
+    assert found["after"]["ratio"] == pytest.approx(
+        results["training"]["after"]["tokens_per_second"] / found["after"]["tokens_per_second"])
+    assert found["peak_memory_bytes"] == (100 + 32) << 20    # its last word before the line that sufficed
+    assert time.monotonic() - begin_s < 100
+    pids = [int(pid) for pid in place.read_text().split()]
+    assert len(pids) == 2 and not any(map(running, pids))
+
+
+def test_a_script_that_dies_is_null_and_told(tmp_path):
+    """Nothing known: null, one sentence with its last words; the bench itself goes on to its last line."""
+    (tmp_path / "other.py").write_text("print('hello')\nraise RuntimeError('CUDA is required')\n")
+    done = bench("--beside", "other.py", "muon", cwd=tmp_path)
+    assert result(done)["beside"] is None
+    assert "beside: other.py ended by itself, exit status 1, after" in done.stdout
+    assert "its speed before and after recurrence is not known" in done.stdout
+    assert "RuntimeError: CUDA is required" in done.stdout and "    hello" in done.stdout
+    wrong = bench("--beside", "nowhere.py", cwd=tmp_path)
+    assert wrong.returncode and "--beside nowhere.py: there is no such file" in wrong.stderr
+
+
+def test_a_script_that_hangs_is_killed_in_time(tmp_path, monkeypatch):
+    """The limit counts whether or not it prints or holds its output open; what it told before is kept."""
+    h = tg.Hyperparameters(**TINY)
+    h = replace(h, data_path=str(write_dataset(tmp_path / "shards", h)))
+    script = tmp_path / "other.py"
+    for close in ("", "os.close(1), os.close(2)"):
+        script.write_text("import os, time\nfor n in (4, 8):\n    print(f'step:{n}/40 loss train_time:{250 * n}ms')\n"
+                          f"{close}\ntime.sleep(600)\n")
+        monkeypatch.setattr(beside, "__file__", str(script))    # started at once, without torch before it
+        begin_s = time.monotonic()
+        found, trouble = beside.measured(h, 1, script, 3.0)
+        assert time.monotonic() - begin_s < 20
+        assert found.speed(False) == 1024.0 and found.speed(True) is None
+        assert trouble.startswith("was killed after 3 s; its speed after recurrence is not known; its last lines:\n  ")
+
+
+def test_the_environment_of_another_script(tmp_path, monkeypatch):
+    """Neither our knobs nor torchrun's variables reach it; with byte counts any tokenizer does, without it is ours."""
+    foreign = {"NUM_LAYERS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+    for name in foreign | {"CUDA_VISIBLE_DEVICES"}:
+        monkeypatch.setenv(name, "7")
+    h = tg.Hyperparameters(**TINY)
+    for sidecar in (True, False):
+        data = write_dataset(tmp_path / str(sidecar), h, sidecar=sidecar)
+        env = beside.environment(replace(h, data_path=str(data), tokenizer_path="mine.model"), tmp_path)
+        assert env["CUDA_VISIBLE_DEVICES"] == "7" and not foreign & set(env)
+        assert env["DATA_PATH"] == str(data) and env["CASEOPS_ENABLED"] == str(int(sidecar))
+        assert env["TOKENIZER_PATH"] == str(tmp_path / "pieces.model" if sidecar else Path("mine.model").absolute())
+        assert env["TRAIN_BATCH_TOKENS"] == "256" and env["TRAIN_SEQ_LEN"] == "16" and env["VOCAB_SIZE"] == "64"
+
+
+def test_lines_of_either_form_are_read():
+    """Milliseconds as they are; minutes only with a mean speed that agrees with them; our own log too."""
+    found = beside.Readings(1000)
+    for line in ("step:4/40 train_loss:9.0 train_time:400ms step_avg:100.00ms tok/s:10000", "recurrence:on step:8 p",
+                 "stopping_early: wallclock_cap train_time: 900ms step: 9/40", "12/40 train_loss: 9 train_time: 0.2m",
+                 "12/40 train_loss: 9.0 train_time: 0.2m tok/s: 1000", "16/40 train_loss: 9 train_time: 0.2m tok/s: 9",
+                 "8/40 val_loss: 2.35 val_bpb: 1.07", "peak memory allocated: 41717 MiB reserved: 47140 MiB"):
+        found.read(line)
+    assert found.marks == [(4, 0.4), (12, 12.0)]
+    assert found.loop == 8 and found.peak_bytes == 41717 << 20
+
+
+def test_stand_ins_compute_what_ours_does():
+    """Documents by padded ends, and whole rows, as `attend` does it, with gradients; traced as one graph; nothing that
+    the kernel would have to do otherwise is taken."""
+    h, device = tg.Hyperparameters(**TINY), torch.device("cpu")
+    functions = beside.stand_ins(device)
+    ids = random_tokens(h, 96)[None].astype(np.int64)
+    docs = tg.locate(ids, 16, device)
+    ends = np.append(np.flatnonzero(docs.start[0].numpy() == np.arange(96)), [96, 96, 96]).astype(np.int32)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(96, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    varlen = lambda q, k, v: functions["flash_attn_varlen_func"](
+        q, k, v, cu_seqlens_q=torch.from_numpy(ends), cu_seqlens_k=torch.from_numpy(ends), max_seqlen_q=16,
+        max_seqlen_k=16, causal=True, window_size=(-1, -1))
+    traced = torch.compile(varlen, fullgraph=True, dynamic=False, backend="eager")
+    exact = tg.attend(q[None], k[None], v[None], docs, "sdpa")[0]
+    slope = torch.randn_like(exact)
+    wanted = torch.autograd.grad(exact, (q, k, v), slope)
+    for form in (varlen, traced):
+        torch.testing.assert_close(form(q, k, v), exact, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.autograd.grad(form(q, k, v), (q, k, v), slope), wanted, atol=1e-5, rtol=1e-4)
+    rows = [t.detach().view(3, 32, -1, 8) for t in (q, k, v)]
+    torch.testing.assert_close(functions["flash_attn_func"](*rows, causal=True),
+                               tg.attend(*rows, tg.whole_rows(torch.zeros(3, 32, dtype=torch.long)), "sdpa"))
+    with pytest.raises(NotImplementedError):
+        functions["flash_attn_func"](*rows)
+
+
+def test_the_made_up_tokenizer_has_its_size(tmp_path):
+    """SentencePiece reads it, and finds the space that scripts ask for."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    made = sentencepiece.SentencePieceProcessor(model_file=str(beside.made_tokenizer(tmp_path / "m.model", 8192)))
+    assert made.vocab_size() == 8192 and made.piece_to_id("\u2581") != made.unk_id()
