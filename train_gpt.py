@@ -2554,7 +2554,7 @@ def mlp(x: Tensor,
     """(..., D) -> (..., D): down @ LeakyReLU(up @ x, slope)^2 with weights (F, D) and (D, F)."""
     # a probe is to see the activations in between, which the plain form has at hand
     if fused and kernels_take(x) and not probe:
-        y, *_ = torch.ops.golf.mlp(x.flatten(0, -2), up, down, slope, torch.is_grad_enabled())
+        y, _ = torch.ops.golf.mlp(x.flatten(0, -2), up, down, slope)
         return y.view_as(x)
     hidden = F.leaky_relu(F.linear(x, up), slope).square()
     if probe:
@@ -3927,13 +3927,14 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
         "the activations hold NaN or infinity")
 
 
-def nearest_codes(x: Tensor, top: int, states: int) -> Tensor:
+def nearest_codes(x: Tensor, top: int, states: int, weight: Tensor) -> Tensor:
     """Targets (L, rows) in steps -> codes: along the trellis of so many states, or each to its
-    nearest.
+    nearest. `weight` (L, rows) is the squared step of each row: what counts is the error of the
+    weights, not that of the codes.
 
     A trellis has half the step and no largest code; the coder escapes rare large ones.
     """
-    return trellis_codes(x, states).float() if states else x.round().clamp_(-top, top)
+    return trellis_codes(x, states, weight).float() if states else x.round().clamp_(-top, top)
 
 
 def gptq(w: Tensor,
@@ -3947,8 +3948,8 @@ def gptq(w: Tensor,
 
     arXiv 2210.17323: with e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes
     w_k - e_j U_jk, and the error of the outputs grows by |e_j|^2. Within a block errors move at
-    once, beyond it by one product. All rows of a column share the weight 1 / U_jj^2, so one trellis
-    search takes the whole column, in steps of each row, and the feedback is the same.
+    once, beyond it by one product. All rows of a column share the factor 1 / U_jj^2, so one trellis
+    search takes the whole column, errors weighed by the squared steps of their rows.
     """
     order, upper = factor
     # from here to the last line columns stand in the factor's order, not in the bank's
@@ -3960,7 +3961,7 @@ def gptq(w: Tensor,
         part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
         for j in range(hi - lo):
             scale = high * wide[:, lo + j, None]
-            q = nearest_codes(part[:, :, j] / scale, top, states)
+            q = nearest_codes(part[:, :, j] / scale, top, states, high.square())
             codes[:, :, lo + j] = q
             error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
             errors[:, :, j] = error
@@ -5508,7 +5509,7 @@ class Learners:
         one does is found out token by token, by the mixture."""
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
         self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
-        self.N = N = h.ttt_learners if steps and form == "stream" else 1
+        self.N = N = learners_of(h, form, steps)
         rates = h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)
         rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
         self.rates = rates.repeat(rows).to(device)
@@ -5581,14 +5582,20 @@ class Learners:
             self.cache.write(ids.repeat_interleave(self.N, 0), self.fresh)
 
 
-def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -> tuple[int, int]:
+def learners_of(h: Hyperparameters, form: str, steps: int) -> int:
+    """Predictors N per document: one where nothing is learned or whole windows are recomputed."""
+    return h.ttt_learners if steps and form != "recompute" else 1
+
+
+def tiles(h: Hyperparameters, documents: np.ndarray, form: str, steps: int,
+          world: World) -> tuple[int, int]:
     """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
     has, divided by the learners; fewer where documents are too few to fill them.
 
     Short chunks learn sooner and cost more passes. Without steps chunks have nothing to wait for,
     so they are as long as a stride of the sliding windows."""
     C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
-    rows = max(1, h.eval_batch_tokens // h.eval_seq_len // (h.ttt_learners if steps else 1))
+    rows = max(1, h.eval_batch_tokens // h.eval_seq_len // learners_of(h, form, steps))
     if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
         ticks = -(-np.diff(documents) // C)
         rows = min(rows, -(-int(ticks.sum()) // int(ticks.max()) // world.size))
@@ -5598,7 +5605,7 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
 def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str, steps: int,
                     name: str, log: Log) -> None:
     """Scores the documents between these edges by `Learners`."""
-    rows, C = tiles(model.h, documents, steps, ledger.world)
+    rows, C = tiles(model.h, documents, form, steps, ledger.world)
     batches = document_plan(documents, C, rows, ledger.world)
     if form == "recompute":
         batches = [widened(w, model.h.eval_seq_len) for w in batches]
@@ -5778,7 +5785,7 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
         return h.ttt_steps
     took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
     took_s = world.share(took["seconds"])
-    rows, C = tiles(h, text.documents, h.ttt_steps, world)
+    rows, C = tiles(h, text.documents, h.ttt, h.ttt_steps, world)
     # the sample is short and leaves rows idle, so its time counts per place of a batch, full or not
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
@@ -5866,18 +5873,24 @@ def tuned(key: list[str], *tiles: tuple[int, ...], pre_hook: Callable | None = N
 
 
 @jit
-def finish(product, pre, out, row, column, slope, BACKWARD: tl.constexpr, KEEP: tl.constexpr):
-    """Stores what follows from one tile of a product: activations, or their gradient.
+def finish(product, h, out, row, column, slope, BACKWARD: tl.constexpr):
+    """Stores what follows from one tile of a product: h = LeakyReLU(z)^2, or the gradient of z.
 
-    LeakyReLU(z)^2 is z * z or slope^2 z * z, so one factor, z or slope^2 z, serves both directions.
+    The lowest bit of a bf16 h says on which side of zero z was, so that h alone gives the slope
+    2 z = 2 sqrt(h), or 2 slope^2 z = -2 slope sqrt(h), and z itself is never stored. Each side
+    rounds to every other bf16 number, without bias: above zero to the middles of cells of 2^17.
     """
-    z = product
     if BACKWARD:
-        z = pre.load([row, column]).to(tl.float32)
-        product *= 2    # d LeakyReLU(z)^2 / dz = 2 z, or 2 slope^2 z
-    elif KEEP:
-        pre.store([row, column], z.to(pre.dtype))
-    out.store([row, column], (product * tl.where(z > 0, z, slope * slope * z)).to(out.dtype))
+        kept = h.load([row, column]).to(tl.float32)
+        above = kept.to(tl.int32, bitcast=True) & 65536 != 0
+        product *= 2 * tl.sqrt(kept) * tl.where(above, 1.0, -slope)
+    else:
+        above = product > 0
+        z = product * tl.where(above, 1.0, slope)
+        bits = (z * z).to(tl.int32, bitcast=True)
+        bits = tl.where(above, bits & -131072 | 65536, bits + 65536 & -131072)
+        product = bits.to(tl.float32, bitcast=True)
+    out.store([row, column], product.to(out.dtype))
 
 
 def fit_descriptors(arguments: dict) -> None:
@@ -5885,18 +5898,17 @@ def fit_descriptors(arguments: dict) -> None:
     rows, columns, depth = (arguments[name] for name in ("ROWS", "COLUMNS", "DEPTH"))
     arguments["a"].block_shape = [rows, depth]
     arguments["b"].block_shape = [depth, columns] if arguments["BACKWARD"] else [columns, depth]
-    arguments["pre"].block_shape = arguments["out"].block_shape = [rows, columns // 2]
+    arguments["h"].block_shape = arguments["out"].block_shape = [rows, columns // 2]
 
 
-@tuned(["N", "K", "BACKWARD", "KEEP"], (128, 256, 64, 3, 8), (128, 128, 64, 4, 8),
+@tuned(["N", "K", "BACKWARD"], (128, 256, 64, 3, 8), (128, 128, 64, 4, 8),
        (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), pre_hook=fit_descriptors)
 @jit
-def mlp_kernel(a, b, pre, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
-               KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-               DEPTH: tl.constexpr):
-    """Forward: pre = a @ b^T, out = LeakyReLU(pre, slope)^2, with a (M, K), b (N, K). Backward:
-    out = (a @ b) * dLeakyReLU^2(pre), with b (K, N). Each program walks many tiles; neighbours
-    share rows of `a`, and all of `b` stays in the L2 cache."""
+def mlp_kernel(a, b, h, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
+               ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """Forward: out = LeakyReLU(a @ b^T, slope)^2, with a (M, K), b (N, K). Backward: out = (a @ b)
+    times its slope, known from h, with b (K, N). Each program walks many tiles; neighbours share
+    rows of `a`, and all of `b` stays in the L2 cache."""
     across = tl.cdiv(N, COLUMNS)
     # flattened, the next tile's loads are under way while this tile's results are written
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, PROGRAMS, flatten=True):
@@ -5910,55 +5922,51 @@ def mlp_kernel(a, b, pre, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
             product = tl.dot(a.load([row, k]), right, product)
         # two halves, so that the staging buffers of the end take half the shared memory
         low, high = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        finish(low, pre, out, row, column, slope, BACKWARD, KEEP)
-        finish(high, pre, out, row, column + COLUMNS // 2, slope, BACKWARD, KEEP)
+        finish(low, h, out, row, column, slope, BACKWARD)
+        finish(high, h, out, row, column + COLUMNS // 2, slope, BACKWARD)
 
 
-def launch_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, slope: float,
+def launch_mlp(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float,
                backward: bool) -> None:
-    """Fills out (M, N), and pre (M, N) in the forward direction unless it is empty.
-
-    One program per multiprocessor, each for many tiles. Where nothing is kept `out` stands in for
-    `pre`, since a descriptor must describe some memory; the kernel does not touch it."""
-    keep = pre.numel() > 0
+    """Fills out (M, N); the forward direction ignores h."""
+    # TMA: the chip copies whole tiles and cuts what reaches over the edge. Shapes come later.
     matrices = [descriptors.TensorDescriptor.from_tensor(t.contiguous(), [1, 8])
-                for t in (a, b, pre if keep else out, out)]
+                for t in (a, b, h, out)]
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 4
-    mlp_kernel[(programs,)](*matrices, *out.shape, a.size(1), programs, slope, BACKWARD=backward,
-                            KEEP=keep)
+    mlp_kernel[(programs,)](*matrices, *out.shape, a.size(1), programs, slope, BACKWARD=backward)
 
 
-def mlp_forward(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float,
-                keep: bool) -> tuple[Tensor, ...]:
-    """(output (M, D), activations (M, F), what precedes them (M, F), empty unless `keep`)."""
+def mlp_forward(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """(output (M, D), activations (M, F)); the latter are at most 2^-7 of themselves off, twice
+    what rounding to bf16 costs."""
     h = x.new_empty(len(x), len(w_up))
-    pre = torch.empty_like(h) if keep else h.new_empty(0, len(w_up))
-    launch_mlp(x, w_up, pre, h, slope, False)
-    return h @ w_down.mT, h, pre
+    launch_mlp(x, w_up, h, h, slope, False)
+    return h @ w_down.mT, h
 
 
-def mlp_slope(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """Gradient (M, F) of `pre`: (dy @ w_down) times the activation's slope, in one pass."""
-    out = torch.empty_like(pre)
-    launch_mlp(dy, w_down, pre, out, slope, True)
+def mlp_slope(dy: Tensor, w_down: Tensor, h: Tensor, slope: float) -> Tensor:
+    """Gradient (M, F) of what the activation was taken of: (dy @ w_down) times its slope, in one
+    pass."""
+    out = torch.empty_like(h)
+    launch_mlp(dy, w_down, h, out, slope, True)
     return out
 
 
 def keep_mlp(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """Saves what the backward pass of the MLP needs."""
+    """Saves what the backward pass of the MLP needs: one (M, F) tensor, not two."""
     ctx.set_materialize_grads(False)
-    *kept, ctx.slope, _ = inputs
-    ctx.save_for_backward(*kept, *output[1:])
+    *kept, ctx.slope = inputs
+    ctx.save_for_backward(*kept, output[1])
 
 
-def mlp_backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, w_up, w_down, slope, keep); those that nobody asked for are None."""
-    x, w_up, w_down, h, pre = ctx.saved_tensors
-    wants_x, wants_up, wants_down, *_ = ctx.needs_input_grad
+def mlp_backward(ctx: Any, dy: Tensor, unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, w_up, w_down, slope); those that nobody asked for are None."""
+    x, w_up, w_down, h = ctx.saved_tensors
+    wants_x, wants_up, wants_down, _ = ctx.needs_input_grad
     # the products stay visible to the compiler; adapters leave the weights frozen, hence the tests
-    d_pre = (torch.ops.golf.mlp_slope(dy, w_down, pre, ctx.slope) if wants_x or wants_up else None)
-    return (d_pre @ w_up if wants_x else None, d_pre.mT @ x if wants_up else None,
-            dy.mT @ h if wants_down else None, None, None)
+    d_up = torch.ops.golf.mlp_slope(dy, w_down, h, ctx.slope) if wants_x or wants_up else None
+    return (d_up @ w_up if wants_x else None, d_up.mT @ x if wants_up else None,
+            dy.mT @ h if wants_down else None, None)
 
 
 @jit
@@ -6086,13 +6094,11 @@ def define(name: str, schema: str, forward: Callable, shapes: Callable) -> Any:
 
 def register_kernels() -> None:
     """Tells torch the signature, output shapes and gradient of the operators of every step."""
-    define("mlp", "(Tensor a, Tensor b, Tensor c, float d, bool e) -> (Tensor, Tensor, Tensor)",
-           mlp_forward, lambda x, w_up, w_down, slope, keep: (
-               torch.empty_like(x), wide := x.new_empty(len(x), len(w_up)),
-               wide.new_empty(len(x) if keep else 0, len(w_up)))
+    define("mlp", "(Tensor a, Tensor b, Tensor c, float d) -> (Tensor, Tensor)", mlp_forward,
+           lambda x, w_up, *rest: (torch.empty_like(x), x.new_empty(len(x), len(w_up)))
            ).register_autograd(mlp_backward, setup_context=keep_mlp)
     define("mlp_slope", "(Tensor a, Tensor b, Tensor c, float d) -> Tensor", mlp_slope,
-           lambda dy, w_down, pre, slope: torch.empty_like(pre))
+           lambda dy, w_down, h, slope: torch.empty_like(h))
     define("nats", "(Tensor a, Tensor b, float c) -> (Tensor, Tensor)", nats_forward,
            lambda z, *rest: (z.new_empty(len(z), dtype=torch.float32),
                              z.new_empty(len(z), dtype=torch.float32))

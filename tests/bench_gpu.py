@@ -326,7 +326,7 @@ def beside(b: Bench, peer: Path, limit_s: float, ours: Mapping | None) -> dict[s
     null for whatever its log did not tell."""
     begin_s = time.monotonic()
     found, trouble = measured(b.h, b.world.size, peer, limit_s)
-    kernel = "fa3" if tg.flash_attn_3 else tg.attention_kernel(b.world.device)
+    kernel = "fa3" if tg.flash_attn_3 else tg.attention_kernel(b.h, b.world.device)
     rows: dict[str, Any] = dict(script=str(peer), seconds=time.monotonic() - begin_s, attention=kernel,
                                 peak_memory_bytes=found.peak_bytes)
     for name, looped in (("before", False), ("after", True)):

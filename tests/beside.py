@@ -167,7 +167,7 @@ def measured(h: tg.Hyperparameters, gpus: int, script: Path, limit_s: float) -> 
 # ------------------------------------------------------------------------------------------- inside the other's process
 def stand_ins(device: torch.device) -> dict[str, Callable]:
     """FlashAttention 3's two functions for training by the kernel that train_gpt picks on this device; causal only."""
-    kernel = tg.attention_kernel(device)
+    kernel = tg.attention_kernel(tg.Hyperparameters(precision="bf16"), device)
 
     def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                                max_seqlen_q: int, max_seqlen_k: int, *, causal: bool = False,

@@ -76,10 +76,22 @@ def test_mlp_equals_plain(k, shape, D, F_, slope):
         assert error(got, wanted) <= 1.25 * SLACK * error(twin, wanted) + 1e-3
 
 
-def test_mlp_keeps_nothing_without_gradients_and_skips_unwanted_ones(k):
-    """Scoring stores no activations; frozen weights cost no gradient."""
+def test_activations_say_their_side_and_have_no_bias(k):
+    """The lowest bit is 1 above zero and 0 below; the rest is off by one unit of bf16 at most and by nothing on average."""
+    x, up = normal(300, 32), normal(128, 32, scale=0.2)
+    z = x.float() @ up.float().mT
+    h = torch.ops.golf.mlp(x, up, normal(32, 128), 0.5)[1]
+    wanted = torch.nn.functional.leaky_relu(z, 0.5).square()
+    clear = z.abs() > 1e-3    # nearer to zero the order of summation decides
+    assert torch.equal((h.view(torch.int16) & 1).bool()[clear], (z > 0)[clear])
+    for side in (z > 1e-3, z < -1e-3):
+        off = (h.float() / wanted - 1)[side]
+        assert off.abs().max() <= 2**-7 * 1.01 and abs(off.mean()) < 4 * off.std() / len(off)**0.5
+
+
+def test_mlp_without_gradients_and_with_frozen_weights(k):
+    """Scoring computes the same; frozen weights cost no gradient."""
     x, up, down = normal(40, 16), normal(48, 16), normal(16, 48)
-    assert torch.ops.golf.mlp(x, up, down, 0.5, False)[2].numel() == 0
     with torch.no_grad():
         quiet = k.mlp(x, up, down, 0.5, fused=True)
     y = k.mlp(x.requires_grad_(), up, down, 0.5, fused=True)
@@ -212,7 +224,7 @@ def test_operators_pass_torchs_own_checks(k):
     x, up, down = (a.requires_grad_() for a in (normal(8, 16), normal(48, 16), normal(16, 48)))
     few = dict(test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
     golf, ones = torch.ops.golf, torch.ones(4, device=DEVICE)
-    torch.library.opcheck(golf.mlp.default, (x, up, down, 0.5, True), **few)
+    torch.library.opcheck(golf.mlp.default, (x, up, down, 0.5), **few)
     torch.library.opcheck(golf.mlp_slope.default, (x.detach(), down.detach(), normal(8, 48), 0.5), **few)
     torch.library.opcheck(golf.gram.default, (normal(2, 8, 16), 1.0, 0.0, None), **few)
     where = torch.arange(4, device=DEVICE)

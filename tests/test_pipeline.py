@@ -310,7 +310,7 @@ def test_preflight_lists_exactly_what_is_missing(names, tmp_path, monkeypatch):
     "fa3", 1000, ["MICRO_BATCH_TOKENS=64 needs more than"]), ("blocks", 1000, ["attention:blocks", "MICRO_BATCH"])])
 def test_preflight_looks_at_the_gpu(kernel, free, words, tmp_path, monkeypatch):
     """Memory that cannot suffice is an error; a slower attention is announced."""
-    monkeypatch.setattr(t, "attention_kernel", lambda device, wanted: kernel)
+    monkeypatch.setattr(t, "attention_kernel", lambda h, device: kernel)
     monkeypatch.setattr(t.torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
     said = checked(tmp_path, t.World(0, 1, t.torch.device("cuda", 0)))
     assert len(said) == len(words) and all(a.startswith(b) for a, b in zip(said, words))
