@@ -382,6 +382,8 @@ class Hyperparameters:
     attn_gate: str = mechanism("sparse", "head gate: sparse, dense (#1736), output (#1667)",
                           among("sparse", "dense", "output"))
     asym_logit_rescale: bool = mechanism(False, "softcaps by sign, which TTT moves (#1945)")
+    fp8: str = mechanism("", "products in FP8 while training: mlp, head or both (Hopper or later)",
+                         lambda v: set(v.split(",")) <= {"", "mlp", "head"})
     mtp_num_heads: int = mechanism(0, "heads for later tokens, never stored", natural)
     recur_start_step: int = mechanism(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
     muon_symmetric: bool = mechanism(False, "Muon's symmetric products with half the work, fused")
@@ -2545,21 +2547,66 @@ def kernels_take(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETED) and x.dtype == torch.bfloat16 and x.size(-1) % 8 == 0
 
 
+def in_8_bits(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The tensor in an FP8 type, and the scale () fp32 that maps its largest value to the largest
+    of that type."""
+    scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (t / scale).to(dtype), scale
+
+
+def product_8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """scale_a a @ scale_b b^T in bf16 of FP8 matrices (M, K) and (N, K)."""
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.mT, scale_a, scale_b, out_dtype=torch.bfloat16)
+    return (a.float() @ b.float().mT * (scale_a * scale_b)).bfloat16()
+
+
+class Linear8(torch.autograd.Function):
+    """x @ w^T with its products in FP8: values in e4m3, gradients, which need more range than
+    precision, in e5m2 (arXiv 2209.05433); one scale per tensor, taken from the tensor itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        """(M, K) and (N, K) -> (M, N); keeps both in 8 bits."""
+        (x, scale_x), (w, scale_w) = (in_8_bits(t, torch.float8_e4m3fn) for t in (x, w))
+        ctx.save_for_backward(x, w, scale_x, scale_w)
+        return product_8(x, w, scale_x, scale_w)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and w; the chip multiplies rows by rows, hence the transposed copies."""
+        x, w, scale_x, scale_w = ctx.saved_tensors
+        dy, scale_y = in_8_bits(dy, torch.float8_e5m2)
+        return (product_8(dy, w.mT.contiguous(), scale_y, scale_w),
+                product_8(dy.mT.contiguous(), x.mT.contiguous(), scale_y, scale_x))
+
+
+def linear_8(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w^T in FP8 where a bf16 w (N, K) is being trained and the chip's units of 16 fit, else
+    plain: scores stay those of the weights that are stored."""
+    rows = x.flatten(0, -2)
+    fits = x.dtype == torch.bfloat16 and not any(n % 16 for n in (*rows.shape, len(w)))
+    if not (fits and w.requires_grad):
+        return F.linear(x, w)
+    return Linear8.apply(rows, w).view(*x.shape[:-1], len(w))
+
+
 def mlp(x: Tensor,
         up: Tensor,
         down: Tensor,
         slope: float,
         probe: Callable[[str, Tensor], None] | None = None,
-        fused: bool = False) -> Tensor:
+        fused: bool = False,
+        product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
     """(..., D) -> (..., D): down @ LeakyReLU(up @ x, slope)^2 with weights (F, D) and (D, F)."""
     # a probe is to see the activations in between, which the plain form has at hand
     if fused and kernels_take(x) and not probe:
         y, _ = torch.ops.golf.mlp(x.flatten(0, -2), up, down, slope)
         return y.view_as(x)
-    hidden = F.leaky_relu(F.linear(x, up), slope).square()
+    hidden = F.leaky_relu(product(x, up), slope).square()
     if probe:
         probe("mlp_hidden", hidden)
-    return F.linear(hidden, down)
+    return product(hidden, down)
 
 
 class Block(nn.Module):
@@ -2628,7 +2675,9 @@ class Block(nn.Module):
                 probe("mlp_hidden", hidden)
             y = F.linear(hidden, w.w_down)
         else:
-            y = mlp(n, w.w_up, w.w_down, h.leaky_slope, probe, h.fused_kernels)
+            y = mlp(n, w.w_up, w.w_down, h.leaky_slope, probe,
+                    h.fused_kernels and "mlp" not in h.fp8,
+                    linear_8 if "mlp" in h.fp8 else F.linear)
         return y if adapter is None else y + adapter(n)
 
     def forward(self,
@@ -2716,7 +2765,8 @@ class Head(nn.Module):
         """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
         the logits."""
         # (B * T, V), the largest tensor of a step: flat, since the kernel takes one row per program
-        z = linear(x, embed, lora).flatten(0, 1)
+        z = (linear_8(x, embed) if "head" in self.h.fp8 and lora is None else
+             linear(x, embed, lora)).flatten(0, 1)
         cap = self.h.logit_softcap if caps is None else caps
         return softcapped_nats(z, targets.flatten(), cap, self.h.fused_kernels).view_as(targets)
 
@@ -2777,9 +2827,15 @@ class GPT(nn.Module):
             self.run_join = torch.compile(join_lanes, dynamic=False)
             self.run_embedded = torch.compile(self.embedded, dynamic=False)
 
+    @staticmethod
+    def graphs() -> int:
+        """Graphs that this process has compiled so far."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
     def retune(self, **knobs: Any) -> Hyperparameters:
-        """Changes knobs of scoring, which no weight depends on; returns all of them."""
-        self.h = replace(self.h, **knobs)
+        """Changes knobs of scoring, which no weight depends on; returns all of them. Model, block
+        and head go on sharing one object: compiled graphs ask for that, or are made anew."""
+        self.h = self.block.h = self.head.h = replace(self.h, **knobs)
         return self.h
 
     @torch.no_grad()
@@ -3228,20 +3284,21 @@ class Optimiser:
     def step(self, factor: float, momentum: float, taper: float = 1.0) -> None:
         """One update with all rates times `factor`, the matrices' decay times `taper`; clears the
         gradients."""
+        h = self.h
         # All collectives start in the same order on every rank, without which they would deadlock.
         begun = [stack.collect(self.wire) for stack in self.stacks]
         self.average_others()
         shares = [ready() for ready in begun]
-        if self.h.grad_clip_norm:
+        if h.grad_clip_norm:
             # Slices are spread over the ranks, so their squares are summed; the other gradients are
             # the same everywhere by now and count once.
             squares = self.world.sum(torch.stack([g.square().sum() for g in shares]).sum())
             total = (squares + sum(p.grad.square().sum() for p in self.others)).sqrt()
-            clip = (self.h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
+            clip = (h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
-        iterations = POLAR_EXPRESS if self.h.polar_express else NEWTON_SCHULZ
-        options = (self.h.muon_row_normalize, iterations[:self.h.muon_backend_steps],
-                   symmetric_fused() if self.h.muon_symmetric else symmetric)
+        iterations = POLAR_EXPRESS if h.polar_express else NEWTON_SCHULZ
+        options = (h.muon_row_normalize, iterations[:h.muon_backend_steps],
+                   symmetric_fused() if h.muon_symmetric and h.fused_kernels else symmetric)
         # Each gather starts as soon as its stack is ready; AdamW works while the last is under way.
         updates = [self.world.gathered(stack.direction(g, momentum, self.model.dtype, *options))
                    for stack, g in zip(self.stacks, shares)]
@@ -3249,7 +3306,7 @@ class Optimiser:
             group["lr"] = factor * group["peak"]
         self.adam.step()
         for stack, ready in zip(self.stacks, updates):
-            stack.apply(ready(), factor * self.h.matrix_lr, self.h.muon_wd * taper)
+            stack.apply(ready(), factor * h.matrix_lr, h.muon_wd * taper)
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
@@ -4983,8 +5040,10 @@ class Specialised(ast.NodeTransformer):
         node = self.generic_visit(node)
         right = node.comparators[0]
         constant = isinstance(node.left, ast.Constant) and len(node.ops) == 1
-        if constant and isinstance(node.ops[0], ast.In) and isinstance(right, ast.Tuple):
-            return ast.Constant(node.left.value in ast.literal_eval(right))
+        if constant and isinstance(node.ops[0], (ast.In, ast.NotIn)) and all(
+                isinstance(n, (ast.Tuple, ast.Constant, ast.Load)) for n in ast.walk(right)):
+            inside = node.left.value in ast.literal_eval(right)
+            return ast.Constant(inside == isinstance(node.ops[0], ast.In))
         if constant and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and isinstance(
                 right, ast.Constant):
             equal = node.left.value == right.value
@@ -6263,6 +6322,9 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     tokens = np.concatenate(
         [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
     tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
+    # it opens with a document of every width that `bucketed` makes, so that each is compiled
+    widths = [h.eval_seq_len >> n for n in range(16) if h.eval_seq_len >> n >= 64]
+    tokens[np.cumsum([0, *widths])[:len(tokens)]] = BOS
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
@@ -6374,6 +6436,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
         h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
             h, data), len(data.val.bytes), world, log))
     stage("rehearsal", watch)
+    graphs = [model.graphs()]
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
@@ -6384,6 +6447,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     fitted = (fit_corrected(trainer, factors, damage, len(code), log)
               if h.bias_correction_steps else None)
     clock_s = clock.read_s()
+    graphs.append(model.graphs())
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)")
     seconds |= dict(train=round(trained.seconds, 3),
@@ -6409,6 +6473,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     for name in wanted_scores(h):
         if name != "prequant":
             scores[name] = measured_score(name, model, data, world, log)
+    log(f"graphs:{graphs[0]} compiled before the clock, {graphs[1] - graphs[0]} inside, "
+        f"{model.graphs() - graphs[1]} after")
     sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
     seconds["total"] = round(time.perf_counter() - begin_s, 3)
     return conclude(h, world, model, trained, clock_s, sizes, scores, seconds, log)

@@ -1,6 +1,7 @@
 """What a step costs, counted, not timed: waits for the device, operators of an update, bytes on the wire."""
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
-from support import WORLD, settings, stream
+from support import WORLD, settings, stream, validation
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal", "aten::is_nonzero",
          "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
@@ -132,3 +133,22 @@ def test_bytes_on_the_wire_of_eight_ranks():
     assert Wire.sent["all_reduce"] == 2 * others * 7 // 8 + 2 * 4 * 7 // 8
     print({**Wire.sent}, "in all", Wire.sent.total(), "flat", flat)
     assert Wire.sent.total() < 0.6 * flat
+
+
+@pytest.mark.parametrize("knobs, graphs", [({}, 5), (dict(train_seq_schedule="16@0.5,32@1"), 7),
+                                           (dict(late_qat_threshold=0.5, trellis_states=0, num_loops=0), 5)])
+def test_every_graph_is_compiled_before_the_clock(monkeypatch, tmp_path, knobs, graphs):
+    """One graph per depth plan and context in training, one for windows, one for the stream, one for what learns, each
+    whole; none is compiled inside the clock, nor while scoring."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    h = settings(**dict(compile="full", train_seq_len=32, micro_batch_tokens=64, max_wallclock_seconds=0.0, iterations=8,
+                        eval_seq_len=128, eval_batch_tokens=128, eval_stride=64, ttt_chunk_tokens=256, run_id="a",
+                        rehearsal_steps=1, scores="quantized,sliding,stream,ttt") | knobs)
+    log = t.Log(WORLD, tmp_path / "a")
+    tokens = stream(4096, V=h.vocab_size, document=40)
+    data = t.Dataset([tokens.astype("uint16")], validation(tokens[:600]), "test")
+    t.run(h, WORLD, log, data, 0.0)
+    said = [line for line in (tmp_path / "a" / "log.txt").read_text().splitlines() if line.startswith("graphs:")]
+    assert said == [f"graphs:{graphs} compiled before the clock, 0 inside, 0 after"]
