@@ -54,6 +54,29 @@ def test_no_step_waits_for_the_device(knobs):
             run.step(n, 0.95, looped=True)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's own watch needs CUDA")
+def test_nothing_waits_on_cuda():
+    """The same by CUDA's own watch, which sees copies too: training steps, and ticks of streaming TTT."""
+    world = t.World(device=torch.device("cuda", 0))
+    h = settings(train_seq_len=32, eval_seq_len=32, eval_batch_tokens=256)
+    tokens = stream(4096, V=h.vocab_size, document=50)
+    model = t.build_model(h, world)
+    run = t.Trainer.of(h, world, model, t.Dataset([tokens.astype("uint16")], None, ""))
+    run.step(0, 0.0, looped=False)
+    ledger, rows, C = t.Ledger(validation(tokens), world), 2, 16
+    ticks = t.document_plan(ledger.documents, C, rows, world)
+    learners = t.Learners(model, rows, C, "stream", 1)
+    t.score(ledger, learners.follow(ticks[:2]), learners.nats_of, learners.learn)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.model.requires_grad_(True)
+        for n in (1, 2):
+            run.step(n, 0.95, looped=True)
+        t.score(ledger, learners.follow(ticks[2:5]), learners.nats_of, learners.learn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_wait_is_seen():
     """The same watch refuses the reading of a loss."""
     run = trainer()
