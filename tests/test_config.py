@@ -70,7 +70,7 @@ OUT_OF_RANGE += [(name, 0) for name in (
     "budget_bytes", "eval_stride", "eval_batch_tokens", "ttt_chunk_tokens", "ttt_batch_seqs", "ttt_grad_clip",
     "ttt_lora_rank")]
 OUT_OF_RANGE += [("vocab_size", 3), ("vocab_size", 65537), ("train_seq_len", 1), ("eval_seq_len", 1), ("matrix_bits", 1),
-                 ("matrix_bits", 9), ("embed_bits", 1), ("embed_bits", 9), ("run_id", "a/b"), ("run_id", "a b"),
+                 ("matrix_bits", 9), ("embed_bits", 1), ("embed_bits", 9), ("run_id", "a/b"), ("run_id", "a b"), ("run_id", ".."),
                  ("corpus", "web"), ("compile", "yes"), ("precision", "fp16"), ("compressor", "gzip"),
                  ("scores", "sliding,best")]
 

@@ -158,17 +158,17 @@ def test_bytes_on_the_wire_of_eight_ranks():
     assert Wire.sent.total() < 0.6 * flat
 
 
-@pytest.mark.parametrize("knobs, graphs", [({}, 5), (dict(train_seq_schedule="16@0.5,32@1"), 7),
-                                           (dict(late_qat_threshold=0.5, trellis_states=0, num_loops=0), 5)])
+@pytest.mark.parametrize("knobs, graphs", [({}, 6), (dict(train_seq_schedule="16@0.5,32@1"), 8),
+                                           (dict(late_qat_threshold=0.5, trellis_states=0, num_loops=0), 6)])
 def test_every_graph_is_compiled_before_the_clock(monkeypatch, tmp_path, knobs, graphs):
-    """One graph per depth plan and context in training, one for windows, one for the stream, one for what learns, each
-    whole; none is compiled inside the clock, nor while scoring."""
+    """One graph per depth plan and context in training, one for windows, one more for short documents, one for the
+    stream, one for what learns, each whole; none is compiled inside the clock, nor while scoring."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     h = settings(**dict(compile="full", train_seq_len=32, micro_batch_tokens=64, max_wallclock_seconds=0.0, iterations=8,
                         eval_seq_len=128, eval_batch_tokens=128, eval_stride=64, ttt_chunk_tokens=256, run_id="a",
-                        rehearsal_steps=1, scores="quantized,sliding,stream,ttt") | knobs)
+                        rehearsal_steps=1, scores="quantized,sliding,documents,stream,ttt") | knobs)
     log = t.Log(WORLD, tmp_path / "a")
     tokens = stream(4096, V=h.vocab_size, document=40)
     data = t.Dataset([tokens.astype("uint16")], validation(tokens[:600]), "test")
