@@ -5748,16 +5748,19 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
     weights = list(model.bank.values())
+    # every pass has the same number of sequences, padded where they are fewer: one graph for all
+    share, most = -(-h.ttt_batch_seqs // world.size), max(1, h.micro_batch_tokens // T)
+    width = -(-share // -(-share // most))
     shares = sgd_shares(model) if epochs is None else [1.0] * len(weights)
     for _ in range(h.ttt_epochs if epochs is None else epochs):
         for lo in range(0, rows, h.ttt_batch_seqs):
             count = min(h.ttt_batch_seqs, rows - lo)
             sgd.zero_grad(set_to_none=True)
             mine = slice(lo + world.rank, lo + count, world.size)
-            most = max(1, h.micro_batch_tokens // T)
-            for x, y in zip(ids[mine].split(most), targets[mine].split(most)):
-                if len(x):    # fewer sequences than ranks leave some without
-                    (model.run_nats(x, y, plan).mean(1).sum() / count).backward()
+            for x, y in zip(ids[mine].split(width), targets[mine].split(width)):
+                if own := len(x):    # fewer sequences than ranks leave some without
+                    x, y = (F.pad(t, (0, 0, 0, width - own)) for t in (x, y))
+                    (model.run_nats(x, y, plan).mean(1)[:own].sum() / count).backward()
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
             flat = world.sum(torch.cat([g.flatten() for g in grads]))
             for p, g in zip(weights, flat.split([p.numel() for p in weights])):

@@ -175,3 +175,25 @@ def test_every_graph_is_compiled_before_the_clock(monkeypatch, tmp_path, knobs, 
     t.run(h, WORLD, log, data, 0.0)
     said = [line for line in (tmp_path / "a" / "log.txt").read_text().splitlines() if line.startswith("graphs:")]
     assert said == [f"graphs:{graphs} compiled before the clock, 0 inside, 0 after"]
+
+
+@pytest.mark.parametrize("rows", [3, 8, 9])
+def test_learning_from_a_chunk_has_one_shape(monkeypatch, rows):
+    """Whatever a chunk's size, every pass has the same one; the step is that of the mean over the real sequences."""
+    h = settings(ttt_epochs=1, ttt_batch_seqs=8, ttt_grad_clip=1e9, ttt_lr_ramp=1.0)    # passes of 4 sequences of 16
+    torch.manual_seed(0)
+    model, shapes = t.GPT(h), set()
+    tokens = torch.from_numpy(stream(rows * h.train_seq_len + 1, V=h.vocab_size))
+    nats = model.nats
+    model.run_nats = lambda ids, *rest, **more: shapes.add(ids.shape) or nats(ids, *rest, **more)
+    twin = t.GPT(h)
+    twin.load_state_dict(model.state_dict())
+    t.learn_chunk(model, torch.optim.SGD(model.bank.values(), lr=0.1), tokens[:-1], tokens[1:], WORLD)
+    assert shapes == {(4, h.train_seq_len)}
+    plain = torch.optim.SGD(twin.bank.values(), lr=0.1)
+    for x, y in zip(*(part.view(rows, -1).split(8) for part in (tokens[:-1], tokens[1:]))):
+        plain.zero_grad()
+        twin.nats(x, y, t.depth_plan(h, True)).mean().backward()
+        plain.step()
+    for a, b in zip(model.bank.values(), twin.bank.values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -228,7 +228,7 @@ def test_no_knob_of_a_recipe_is_dead(name):
 def test_every_mechanism_is_in_a_test():
     """Each knob of the block is of a stage above, in a row or spare; or has a test of its own."""
     own = {"swa_every", "mtp_num_heads", "recur_start_step", "bigram_dim", "caseops_enabled", "short_val_allowed", "prequant_ttt_tokens",
-           "muon_symmetric", "bias_correction_steps", "attention"}
+           "muon_symmetric", "bias_correction_steps", "attention", "fp8"}
     block = set(list(DEFAULTS)[list(DEFAULTS).index("caseops_enabled"):])
     rows = {knob for row in [*t.RECIPES.values(), SPARE] for knob in row}
     assert block <= own | rows and rows <= set(STAGE_OF) | ELSEWHERE | set(t.RECIPES["demo"])
