@@ -382,7 +382,7 @@ class Hyperparameters:
     attn_gate: str = mechanism("sparse", "head gate: sparse, dense (#1736), output (#1667)",
                           among("sparse", "dense", "output"))
     asym_logit_rescale: bool = mechanism(False, "softcaps by sign, which TTT moves (#1945)")
-    fp8: str = mechanism("", "products in FP8 while training: mlp, head or both (Hopper or later)",
+    fp8: str = mechanism("", "products in FP8 while training: mlp, head or mlp,head (H100 or later)",
                          lambda v: set(v.split(",")) <= {"", "mlp", "head"})
     mtp_num_heads: int = mechanism(0, "heads for later tokens, never stored", natural)
     recur_start_step: int = mechanism(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
@@ -6307,6 +6307,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
                 "slower)")
     elif h.attention != "auto":
         check(attention_kernel, h, world.device)
+    if h.fp8 and (compute_dtype(h, world.device) != torch.bfloat16 or world.device.type == "cuda"
+                  and torch.cuda.get_device_capability(world.device) < (8, 9)):
+        wrong.append(f"FP8={h.fp8} needs bf16 products, and a GPU that has FP8 (H100 or later)")
     check(accumulation, h, world)
 # >>> not packed (a packed script builds no corpus)
     if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
