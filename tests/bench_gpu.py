@@ -228,7 +228,8 @@ def attention(b: Bench) -> dict[str, Any]:
     its exponentials, so that it gets fewer rows."""
     cuda, H, K, E = b.world.device.type == "cuda", b.h.num_heads, b.h.num_kv_heads, b.h.head_dim
     hopper = cuda and torch.cuda.get_device_capability()[0] == 9
-    found = dict(fa3=tg.flash_attn_3 and hopper, fa2=tg.flash_attn_2 and cuda, varlen=tg.torch_varlen and cuda, blocks=True)
+    found = dict(fa3=tg.flash_attn_3 and hopper, fa2=tg.flash_attn_2 and cuda, varlen=tg.torch_varlen and cuda,
+                 sdpa=True, blocks=True)
     rows: dict[str, Any] = dict(chosen=tg.attention_kernel(b.h, b.world.device))
     for T in ((64, 96) if b.small else (2048, 3072)):
         for kernel in (name for name, there in found.items() if there):

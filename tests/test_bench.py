@@ -29,7 +29,7 @@ ATTENTION = {"tokens", "forward_ms", "both_ms", "largest_error", "share_of_peak"
 EXPECTED = dict(
     training=dict(before=STEP, after=STEP, mean_keys=None), split=dict(before=PHASES, after=PHASES),
     kernels=dict.fromkeys(DIRECTIONS, FORMS) | dict(trouble=None),
-    attention=dict(chosen=None, blocks_64=ATTENTION, blocks_96=ATTENTION),
+    attention=dict(chosen=None, **{f"{kernel}_{T}": ATTENTION for T in (64, 96) for kernel in ("sdpa", "blocks")}),
     muon=dict.fromkeys(("plain_ms", "symmetric_ms", "floor_ms")),
     export=dict.fromkeys(("parameters", "artifact_bytes", "whole_s", "calibration_s", "factors_s", "damage_s", "gptq_s",
                           "pack_s", "fit_budget_s", "unpack_s")),
