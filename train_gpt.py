@@ -2385,9 +2385,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
         # the mask is (B, 1, T, T): dear, and so only where no kernel takes document ends
         place = torch.arange(q.size(1), device=q.device)
         seen = (place[:, None] >= place) & (place >= docs.start[..., None])
+        # with enable_gqa and a mask torch keeps all (H, T, T) probabilities: copied heads are cheaper
+        k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
-                                              attn_mask=seen[:, None],
-                                              enable_gqa=True).transpose(1, 2)
+                                              seen[:, None]).transpose(1, 2)
     (B, T, H, E), ends, longest = q.shape, docs.bounds, docs.longest
     q, k, v = (t.reshape(B * T, -1, E) for t in (q, k, v))
     if kernel == "varlen":
