@@ -38,9 +38,10 @@ def test_it_refuses_in_one_sentence(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, code", [
-    ("cudaStreamCreateWithPriority", "last += 64"), ("cublasLtMatmulDescCreate", "last += 64"), ("cudaLaunchKernel", ""),
-    ("cuModuleLoadData", "last += 64"), ("cuOccupancyMaxActiveClusters", "= 4;"), ("cudaStreamIsCapturing", "*(int *)b = 0;"),
-    ("cusolverDnDpotrf_bufferSize", "= 64;"), ("cuDeviceGet", "= 0;"), ("__cudaRegisterFatBinary", ""), ("cuLinkCreate_v2", "")])
+    ("cudaStreamCreateWithPriority", "last += 64"), ("cublasLtMatmulDescCreate", "last += 64"),
+    ("cuModuleLoadData", "last += 64"), ("cuOccupancyMaxActiveClusters", "= 4;"), ("cuDeviceGet", "= 0;"),
+    ("cudaStreamIsCapturing", "*(int *)b = 0;"), ("cusolverDnDpotrf_bufferSize", "= 64;"),
+    ("cudaLaunchKernel", ""), ("__cudaRegisterFatBinary", ""), ("cuLinkCreate_v2", "")])
 def test_each_name_has_at_most_one_answer(name, code):
     """A name that the patterns know fits one of them only, and is one that is looked for."""
     found = [does for names, does in null_gpu.ANSWERS.items() if re.fullmatch(names, name)]
