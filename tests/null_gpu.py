@@ -23,6 +23,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -184,7 +185,9 @@ def start(arguments: list[str]) -> int:
         # Inductor chooses by timings and remembers its choice: what made-up ones say must not reach a real GPU
         cache = Path(tempfile.gettempdir(), f"null_gpu_cache_{os.getuid()}")
         env = dict(TORCHINDUCTOR_CACHE_DIR=str(cache)) | os.environ | env
-        return subprocess.call([sys.executable, __file__, *arguments], env=env)
+        with subprocess.Popen([sys.executable, __file__, *arguments], env=env) as program:
+            signal.signal(signal.SIGTERM, lambda *_: program.terminate())    # it goes first, the folder after it
+            return program.wait()
 
 
 def patch_torch() -> None:
