@@ -382,7 +382,7 @@ class Hyperparameters:
     attn_gate: str = mechanism("sparse", "head gate: sparse, dense (#1736), output (#1667)",
                           among("sparse", "dense", "output"))
     asym_logit_rescale: bool = mechanism(False, "softcaps by sign, which TTT moves (#1945)")
-    fp8: str = mechanism("", "products in FP8 while training: mlp, head or mlp,head (H100 or later)",
+    fp8: str = mechanism("", "FP8 products in training: mlp, head or mlp,head (H100 or later)",
                          lambda v: set(v.split(",")) <= {"", "mlp", "head"})
     mtp_num_heads: int = mechanism(0, "heads for later tokens, never stored", natural)
     recur_start_step: int = mechanism(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
@@ -2371,8 +2371,8 @@ def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
     if h.attention == "auto":
         return next(name for name in there if there[name])
     if not there[h.attention] and (h.attention != "blocks" or not BLOCK_ATTENTION):
-        raise Refusal(f"ATTENTION={h.attention}: not on {device.type} in {str(dtype)[6:]} with what "
-                      "is installed here")
+        raise Refusal(f"ATTENTION={h.attention}: not on {device.type} in {str(dtype)[6:]} with "
+                      "what is installed here")
     return h.attention
 
 
@@ -2387,7 +2387,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
         # the mask is (B, 1, T, T): dear, and so only where no kernel takes document ends
         place = torch.arange(q.size(1), device=q.device)
         seen = (place[:, None] >= place) & (place >= docs.start[..., None])
-        # with enable_gqa and a mask torch keeps all (H, T, T) probabilities: copied heads are cheaper
+        # enable_gqa with a mask would keep all (H, T, T) probabilities; copied heads are far less
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
                                               seen[:, None]).transpose(1, 2)
@@ -6436,10 +6436,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     model = build_model(h, world)
     announce(h, model, world, data, log)
     source, code = running_source(__file__, h) if world.main else (None, b"")
-    mode = compile_mode(h, world.device, log)
-    model.compile(mode)
-    trainer = Trainer.of(h, world, model, data)
-    watch = Stopwatch(world)
+    model.compile(compile_mode(h, world.device, log))
+    trainer, watch = Trainer.of(h, world, model, data), Stopwatch(world)
     reserve_s = rehearse(trainer, data, log, held) if h.rehearsal_steps else h.gptq_reserve_seconds
     if h.rehearsal_steps:
         h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
@@ -6470,10 +6468,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     stage("quantise", watch)
     watch = Stopwatch(world)
     if world.main:
-        write_atomically(log.folder / "model.bin", blob)
-        write_atomically(log.folder / "train_gpt.py", code)
-        report_bytes(ledger, roles(h), blob, code, h, log)
-        blob = (log.folder / "model.bin").read_bytes()
+        blob = keep(blob, ledger, code, h, log)
     blob = world.share(blob)
     load_stored(model, unpack(blob)[1])
     stage("pack", watch)
@@ -6487,6 +6482,16 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
     seconds["total"] = round(time.perf_counter() - begin_s, 3)
     return conclude(h, world, model, trained, clock_s, sizes, scores, seconds, log)
+
+
+def keep(blob: bytes, ledger: Mapping[str, int], code: bytes, h: Hyperparameters,
+         log: Log) -> bytes:
+    """Writes artifact and packed code into the run's folder and their sizes into its log; returns
+    the artifact as it is read from there, since that is what gets scored."""
+    write_atomically(log.folder / "model.bin", blob)
+    write_atomically(log.folder / "train_gpt.py", code)
+    report_bytes(ledger, roles(h), blob, code, h, log)
+    return (log.folder / "model.bin").read_bytes()
 
 
 def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: Log) -> None:

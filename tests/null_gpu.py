@@ -175,6 +175,7 @@ def built(folder: Path) -> Path:
     text.write_text("\n".join(lines) + "\n")
     options = ["-w", "-O1", "-std=gnu11", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     subprocess.run(["gcc", *options, "-o", library, text], check=True)
+    (folder / "libcuda.so").symlink_to(library)    # Triton links its launchers against it
     return library
 
 
