@@ -2304,16 +2304,19 @@ class LoRA(NamedTuple):
     b: Tensor    # (B, out, R)
     scale: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, T, in) -> scale * b (a x), (B, T, out). The factor meets the narrow side, R wide."""
-        return (x @ self.a.mT * self.scale) @ self.b.mT
+
+def correction(lora: LoRA, x: Tensor) -> Tensor:
+    """(B, T, in) -> scale * b (a x), (B, T, out). The factor meets the narrow side, R wide.
+
+    A function, since the compiler of torch 2.9 cannot call a named tuple that holds tensors."""
+    return (x @ lora.a.mT * lora.scale) @ lora.b.mT
 
 
 def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | None = None) -> Tensor:
     """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is an
     adapter."""
     y = F.linear(x, w)
-    return y if lora is None else y + lora(x if lora_in is None else lora_in)
+    return y if lora is None else y + correction(lora, x if lora_in is None else lora_in)
 
 
 def rope_table(h: Hyperparameters,
@@ -2681,7 +2684,7 @@ class Block(nn.Module):
             y = mlp(n, w.w_up, w.w_down, h.leaky_slope, probe,
                     h.fused_kernels and "mlp" not in h.fp8,
                     linear_8 if "mlp" in h.fp8 else F.linear)
-        return y if adapter is None else y + adapter(n)
+        return y if adapter is None else y + correction(adapter, n)
 
     def forward(self,
                 w: Layer,
