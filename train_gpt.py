@@ -6334,9 +6334,11 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     tokens = np.concatenate(
         [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
     tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
-    # it opens with a document of every width that `bucketed` makes, so that each is compiled
+    # It opens with a document of every width that `bucketed` makes, so that each is compiled; no
+    # other one is so long that rows would lack documents (`tiles`).
     widths = [h.eval_seq_len >> n for n in range(16) if h.eval_seq_len >> n >= 64]
     tokens[np.cumsum([0, *widths])[:len(tokens)]] = BOS
+    tokens[sum(widths)::2 * h.eval_seq_len] = BOS
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
