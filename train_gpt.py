@@ -5332,6 +5332,12 @@ class Windows(NamedTuple):
     # (B,) chunks of its document that a row has behind it, where rows walk through documents
     age: np.ndarray | None = None
 
+    @property
+    def scored(self) -> np.ndarray:
+        """(B, width) True at the places that are scored."""
+        place = np.arange(self.width)
+        return (place >= self.lo[:, None]) & (place < self.hi[:, None])
+
 
 Span = tuple[int, int, int, int]
 
@@ -5471,9 +5477,8 @@ class Ledger:
     def record(self, w: Windows, nats: Tensor) -> None:
         """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be
         scored twice, by an earlier batch or within this one. There is no way to unbook."""
-        place = np.arange(w.width)
-        mask = (place >= w.lo[:, None]) & (place < w.hi[:, None])
-        targets = (w.start[:, None] + place)[mask]
+        mask = w.scored
+        targets = (w.start[:, None] + np.arange(w.width))[mask]
         if self._scored[targets].any() or len(np.unique(targets)) != len(targets):
             raise RuntimeError(
                 f"a target between {targets.min()} and {targets.max()} would be scored twice")
@@ -5592,13 +5597,12 @@ class Learners:
         # only adapters learn here: no gradient of a weight is computed, and none is kept
         self.model.requires_grad_(False)
         for w in batches:
-            age = sent(w.age.repeat(self.N), self.device)
-            place = np.arange(w.width)
-            inside = (place >= w.lo[:, None]) & (place < w.hi[:, None])
-            self.inside = sent(inside, self.device)
+            ages = w.age.repeat(self.N)
+            age = sent(ages, self.device)
+            self.inside = sent(w.scored, self.device)
             self.rate = (self.rates * (1 + age / 4)**-self.model.h.ttt_lr_decay)[:, None]
             if self.bank:
-                self.bank.reset(sent(np.flatnonzero(w.age.repeat(self.N) == 0), self.device))
+                self.bank.reset(sent(np.flatnonzero(ages == 0), self.device))
             self.belief = self.belief * (age > 0).view(self.rows, self.N)
             if self.cache:
                 self.cache.open(age * self.C)
@@ -5755,8 +5759,8 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
     weights = list(model.bank.values())
     # every pass has the same number of sequences, padded where they are fewer: one graph for all
-    share, most = -(-h.ttt_batch_seqs // world.size), max(1, h.micro_batch_tokens // T)
-    width = -(-share // -(-share // most))
+    each, most = -(-h.ttt_batch_seqs // world.size), max(1, h.micro_batch_tokens // T)
+    width = -(-each // -(-each // most))
     shares = sgd_shares(model) if epochs is None else [1.0] * len(weights)
     for _ in range(h.ttt_epochs if epochs is None else epochs):
         for lo in range(0, rows, h.ttt_batch_seqs):
