@@ -122,28 +122,12 @@ class Refusal(Exception):
 # One typed table is the only place where a setting is declared: its name in capitals is the
 # environment variable. Reads the environment; gives a frozen `Hyperparameters`. Defaults are the
 # submission; RECIPE changes many at once.
-# From weak to strong: defaults, rows of RECIPE from left to right, single variables. No function
-# below reads a knob from the environment again, so the knobs that a run logs are those it used.
+# From weak to strong: defaults, recipes from left to right, single variables. No function below
+# reads a knob from the environment again, so the knobs that a run logs are those it used.
 # ==================================================================================================
 def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
     """One setting: its default, what it means with its unit, and which values are allowed."""
     return field(default=default, metadata=dict(meaning=meaning, check=check))
-
-
-def mechanism(default: Any, meaning: str, check: Callable[[Any], bool] = lambda v: True) -> Any:
-    """A knob whose code a packed script carries only where its run turned that knob.
-
-    Packed code counts against BUDGET_BYTES, so what a run left alone must cost it nothing. A switch
-    or a name keeps the run's value in its packed script; a number that it turned can be turned
-    again.
-    """
-    return field(default=default, metadata=dict(meaning=meaning, check=check, optional=True))
-
-
-# Nothing here calls it: the packer writes it in the place of `mechanism` (see `Specialised`).
-def only(value: Any) -> Any:
-    """A mechanism of a packed script that takes the value of its run and no other."""
-    return knob(value, "", value.__eq__)
 
 
 def positive(value: float) -> bool:
@@ -161,13 +145,30 @@ def fraction(value: float) -> bool:
     return 0 <= value <= 1
 
 
+def below_one(value: float) -> bool:
+    """True in [0, 1), where the decay of an average must lie."""
+    return 0 <= value < 1
+
+
 def among(*names: str) -> Callable[[str], bool]:
     """A check that admits only these names."""
     return lambda value: value in names
 
 
+def listed(*names: str) -> Callable[[str], bool]:
+    """A check that admits lists of these names, joined by commas, and empty text."""
+    return lambda value: set(value.split(",")) <= {"", *names}
+
+
 # in the order of the pipeline
 SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
+# group: (its first knob, what it is about), in the order of the table below
+GROUPS = dict(
+    run=("run_id", "run and data"), model=("num_layers", "the network"),
+    training=("iterations", "the clock, the batch, rates, optimisers, checkpoints"),
+    bytes=("gptq_calibration_batches", "quantisation and artifact"),
+    scoring=("scores", "windows, test-time training, and the time that both may take"),
+    systems=("caseops_enabled", "mechanisms of published systems; the submission has all off"))
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Hyperparameters:
     Frozen: a change is a new object, made by `replace`, which runs every check again.
     """
 
-    # -- run and data
+    # -- run
     # it becomes a folder's name: no slash and no blank
     run_id: str = knob("", "name of the run's folder; empty: the date and time",
                        lambda v: not re.search(r"[^\w.+-]|^\.+$", v))
@@ -186,9 +187,8 @@ class Hyperparameters:
         "", "recipes joined by commas, applied left to right; single knobs override them")
     seed: int = knob(1337, "seed of every random generator", natural)
     logs_dir: str = knob("logs", "folder in which each run gets a folder of its own")
-    corpus: str = mechanism(
-        "",
-        "embedded: text of the running Python's library; shards: files; empty: shards if any",
+    corpus: str = knob(
+        "", "embedded: text of the running Python's library; shards: files; empty: shards if any",
         among("", "embedded", "shards"))
     data_dir: str = knob("./data",
                          "where data sets and tokenizers are looked for and caches are kept")
@@ -215,10 +215,10 @@ class Hyperparameters:
         natural)
     head_gate_scale: float = knob(
         0.5, "slope of the sparse attention head gate (#1787); 0: no gate", natural)
-    smear_gate: bool = knob(
-        True, "let each token mix in the embedding of the token before it, within its document")
-    gate_window: int = knob(12, "leading channels that drive the head gate and the smear gate",
-                            positive)
+    smear_gate: str = knob(
+        "token", "mixes in the embedding of the token before, within a document, by a gate for each "
+        "token; channel: for each channel, after the norm (#162); none", among(
+            "token", "channel", "none"))
     num_loops: int = knob(2, "extra passes over layers LOOP_START to LOOP_END", natural)
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
@@ -227,8 +227,8 @@ class Hyperparameters:
     parallel_start_layer: int = knob(
         8, "first layer with separate attention and MLP lanes (#1204); NUM_LAYERS: none", natural)
     logit_softcap: float = knob(30.0, "logits are squashed into (-softcap, softcap)", positive)
-    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding",
-                                      positive)
+    attention: str = knob("auto", "attention kernel: auto, fa3, fa2, varlen, sdpa, blocks",
+                          among("auto", "fa3", "fa2", "varlen", "sdpa", "blocks"))
 
     # -- training
     iterations: int = knob(20000, "most steps", natural)
@@ -248,21 +248,18 @@ class Hyperparameters:
     matrix_lr: float = knob(0.026, "Muon rate of the matrices", natural)
     tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding", natural)
     scalar_lr: float = knob(0.02, "AdamW rate of gains, scales and gates", natural)
-    muon_momentum: float = knob(0.97, "Muon momentum", lambda v: 0 <= v < 1)
-    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at the first step",
-                                             lambda v: 0 <= v < 1)
+    muon_momentum: float = knob(0.97, "Muon momentum", below_one)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at the first step", below_one)
     muon_momentum_warmup_steps: int = knob(1500, "steps over which the momentum rises", natural)
-    beta1: float = knob(0.9, "AdamW decay of the mean", lambda v: 0 <= v < 1)
-    beta2: float = knob(0.99, "AdamW decay of the square", lambda v: 0 <= v < 1)
-    adam_eps: float = knob(1e-8, "AdamW epsilon", positive)
+    beta2: float = knob(0.99, "AdamW decay of the square", below_one)
     muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", natural)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", natural)
     adam_wd: float = knob(0.02, "decoupled weight decay of gains, scales and gates", natural)
     grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", natural)
     ema_decay: float = knob(0.9965, "decay of the averaged weights, which are the ones exported",
-                            lambda v: 0 <= v < 1)
+                            below_one)
     train_log_every: int = knob(500, "steps between two training lines of the log", positive)
-    val_loss_every: int = mechanism(
+    val_loss_every: int = knob(
         0, "steps between two validation scores during training; 0: none", natural)
     fused_kernels: bool = knob(True, "Triton kernels where they work (Hopper GPUs or later)")
     compile: str = knob(
@@ -272,13 +269,11 @@ class Hyperparameters:
     precision: str = knob("auto",
                           "number format of the matrix products; auto: bf16 where the chip has it",
                           among("auto", "bf16", "fp32"))
-
-    # -- checkpoints
     checkpoint_every_s: float = knob(
         600.0, "seconds between checkpoints; none where the training clock is no longer; 0: never",
         natural)
 
-    # -- quantisation and artifact
+    # -- bytes
     gptq_calibration_batches: int = knob(
         16, "micro-batches of training data for the second moments", positive)
     gptq_reserve_seconds: float = knob(
@@ -294,27 +289,28 @@ class Hyperparameters:
     trellis_states: int = knob(
         8, "states of the trellis down each column of codes; 0: each code to its nearest",
         lambda v: v in (0, 4, 8, 16, 32, 64))
-    step_search: str = mechanism(
+    step_search: str = knob(
         "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
         "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
-    row_step_power: float = knob(
-        0.5, "step of a row ~ its standard deviation to this power; 1 where uniform", natural)
-    column_step_power: float = knob(
-        0.5, "step of a column ~ its entry in GPTQ's factor to this power; 0 where uniform",
-        natural)
-    compressor: str = mechanism("rans", "coder of the codes; auto: whichever is shortest",
+    bias_correction_steps: int = knob(
+        0, "Adam steps by which gains, scales and gates make up for the rounding of matrices; the "
+        "search then runs inside the clock", natural)
+    compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
                            among("auto", "rans", "brotli", "zstd", "lzma", "zlib", "lrzip"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
+    scores: str = knob("quantized,sliding,ttt",
+                       "which scores the artifact gets, joined by commas", listed(*SCORES))
     eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
     eval_batch_tokens: int = knob(262144, "tokens of one scoring forward pass on one rank",
                                   positive)
-    scores: str = knob(
-        "quantized,sliding,ttt", "which scores the artifact gets, joined by commas",
-        lambda v: set(v.split(",")) <= {"", *SCORES})
-    ttt: str = mechanism("stream", "form of test-time training: stream, phased, recompute or chunk",
+    eval_budget_s: float = knob(
+        480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
+        natural)
+    ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
+    ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
                     among("stream", "phased", "recompute", "chunk"))
     ttt_stream_chunk: int = knob(16, "tokens of a document scored before its adapters learn",
                                  positive)
@@ -324,94 +320,60 @@ class Hyperparameters:
                                natural)
     ttt_learners: int = knob(3, "predictors per document, mixed by past losses; the last of "
                              "several never learns", positive)
-    ttt_lr_spread: float = knob(2.0, "ratio of the rates of neighbouring learners", positive)
-    ttt_mix_decay: float = knob(0.8, "decay per token of the losses that weigh them", fraction)
-    ttt_beta2: float = knob(0.99, "decay of the adapters' squared gradient", lambda v: 0 <= v < 1)
     ttt_targets: str = knob("q,v,o,mlp,head", "adapted maps, of q k v o mlp head",
-                            lambda v: set(v.split(",")) <= set("q k v o mlp head".split()))
-    ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
-    ttt_chunk_tokens: int = knob(32768, "tokens that are scored before they are learned from",
-                                 positive)
-    ttt_lr: float = knob(
-        0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
-    ttt_phases: int = mechanism(3, "parts of the stream between which phased learns",
-                           positive)
-    ttt_max_chunks: int = mechanism(0, "parts SGD learns from, its cosine's length; 0: all",
-                               natural)
-    ttt_ema_decay: float = mechanism(0.0, "scores use an average of SGD's weights with this decay",
-                                lambda v: 0 <= v < 1)
-    ttt_freeze_blocks: int = mechanism(0, "first layers, and embedding, that SGD leaves", natural)
-    ttt_lr_ramp: float = mechanism(1.0, "share of TTT_LR in the first layer, rising to all of it",
-                              fraction)
-    eval_budget_s: float = knob(
-        480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
-        natural)
-    ttt_momentum: float = knob(0.9, "SGD momentum of test-time training", lambda v: 0 <= v < 1)
-    ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
-    ttt_batch_seqs: int = knob(
-        32, "sequences of TRAIN_SEQ_LEN per test-time training step over all ranks", positive)
-    ttt_grad_clip: float = knob(1.0, "largest global gradient norm of test-time training", positive)
+                            listed(*"q k v o mlp head".split()))
     ttt_lora_rank: int = knob(32, "rank R of the per-row adapters", positive)
     ttt_lora_alpha: float = knob(
         16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
+    ttt_chunk_tokens: int = knob(32768, "tokens that are scored before all weights learn from them",
+                                 positive)
+    ttt_lr: float = knob(
+        0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
+    ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
+    ttt_batch_seqs: int = knob(
+        32, "sequences of TRAIN_SEQ_LEN per step of such adaptation over all ranks", positive)
+    ttt_freeze_blocks: int = knob(0, "first layers that it leaves alone", natural)
+    ttt_lr_ramp: float = knob(1.0, "share of its rate in the first layer, rising to all of it",
+                              fraction)
 
-    # -- mechanisms of the published systems; the submission has all of them off
-    attention: str = mechanism("auto", "attention kernel: auto, fa3, fa2, varlen, sdpa, blocks",
-                               among("auto", "fa3", "fa2", "varlen", "sdpa", "blocks"))
-    caseops_enabled: bool = mechanism(False, "shards of CaseOps text (#1729)")
-    short_val_allowed: bool = mechanism(False, "take published CaseOps shards cut short")
-    doc_mask: bool = mechanism(True, "attention stays inside documents")
-    loader: str = mechanism("shuffled", "order of blocks: shuffled, stream, coprime (#726)",
-                       among("shuffled", "stream", "coprime"))
-    train_seq_schedule: str = mechanism(
+    # -- systems
+    caseops_enabled: bool = knob(False, "shards of CaseOps text (#1729)")
+    short_val_allowed: bool = knob(False, "take published CaseOps shards cut short")
+    doc_mask: bool = knob(True, "attention stays inside documents")
+    loader: str = knob("shuffled", "order of training blocks: shuffled, stream",
+                       among("shuffled", "stream"))
+    train_seq_schedule: str = knob(
         "", "contexts up to a share of training: 1024@0.1,2048@1 (#2014)",
         lambda v: re.fullmatch(r"([1-9]\d*@(0?\.\d+|1)(,(?!$)|$))*", v))
-    activation: str = mechanism("leaky_relu2", "MLP: leaky_relu2, swiglu",
-                           among("leaky_relu2", "swiglu"))
-    matrix_init: str = mechanism("orthogonal", "matrices at first: orthogonal, uniform",
+    matrix_init: str = knob("orthogonal", "matrices at first: orthogonal, uniform",
                             among("orthogonal", "uniform"))
-    bigram_vocab_size: int = mechanism(0, "rows of the bigram embedding (#162)", natural)
-    bigram_dim: int = mechanism(128, "width of the bigram embedding", positive)
-    ve_dim: int = mechanism(0, "width of the value embedding (#374)", natural)
-    ve_layers: str = mechanism("", "layers with value embedding: 9,10",
-                          lambda v: re.fullmatch(r"(\d+(,(?!$)|$))*", v))
-    smear_mix: bool = mechanism(False, "SMEAR_GATE per channel, after the norm (#162)")
-    skip_gates: bool = mechanism(True, "gated U-Net skips; 0: weighted sums")
-    parallel_form: str = mechanism("lanes", "parallel: lanes, apart (#1539), gptj (#1493), none",
+    bigram_vocab_size: int = knob(0, "rows of the bigram embedding (#162)", natural)
+    ve_dim: int = knob(0, "width of the value embedding of the last two layers (#374)", natural)
+    skip_gates: bool = knob(True, "gated U-Net skips; 0: weighted sums")
+    parallel_form: str = knob("lanes", "parallel: lanes, apart (#1539), gptj (#1493), none",
                               among("lanes", "apart", "gptj", "none"))
-    attn_gate: str = mechanism("sparse", "head gate: sparse, dense (#1736), output (#1667)",
-                          among("sparse", "dense", "output"))
-    asym_logit_rescale: bool = mechanism(False, "softcaps by sign, which TTT moves (#1945)")
-    fp8: str = mechanism("", "FP8 products in training: mlp, head or mlp,head (H100 or later)",
-                         lambda v: set(v.split(",")) <= {"", "mlp", "head"})
-    mtp_num_heads: int = mechanism(0, "heads for later tokens, never stored", natural)
-    recur_start_step: int = mechanism(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
-    muon_symmetric: bool = mechanism(False, "Muon's symmetric products with half the work, fused")
-    polar_express: bool = mechanism(True, "Polar Express; 0: Newton-Schulz")
-    muon_backend_steps: int = mechanism(5, "iterations of Muon", lambda v: 0 < v < 6)
-    muon_row_normalize: bool = mechanism(True, "rows of Muon's momentum at norm one (#1285)")
-    warmdown_iters: int = mechanism(0, "steps of the warmdown; 0: WARMDOWN_FRAC", natural)
-    wd_taper: float = mechanism(1.0, "share of MUON_WD at the end, after 70% (#1729)", fraction)
-    swa_every: int = mechanism(0, "steps between snapshots whose mean is exported", natural)
-    late_qat_threshold: float = mechanism(0.0, "rate factor below which training rounds (#578)",
+    asym_logit_rescale: bool = knob(False, "softcaps by sign, which TTT moves (#1945)")
+    recur_start_step: int = knob(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
+    polar_express: bool = knob(True, "Polar Express; 0: Newton-Schulz")
+    muon_backend_steps: int = knob(5, "iterations of Muon", lambda v: 0 < v < 6)
+    muon_row_normalize: bool = knob(True, "rows of Muon's momentum at norm one (#1285)")
+    warmdown_iters: int = knob(0, "steps of the warmdown; 0: WARMDOWN_FRAC", natural)
+    late_qat_threshold: float = knob(0.0, "rate factor below which training rounds (#578)",
                                      fraction)
-    clip_search: bool = mechanism(False, "best of 5 percentiles clips each matrix row (#414)")
-    gptq_roles: str = mechanism("all", "what GPTQ rounds: all, matrices, none",
+    clip_search: bool = knob(False, "best of 5 percentiles clips each matrix row (#414)")
+    gptq_roles: str = knob("all", "what GPTQ rounds: all, matrices, none",
                            among("all", "matrices", "none"))
-    calibration: str = mechanism("train", "calibration text: train, self (sampled, #1019)",
+    calibration: str = knob("train", "calibration text: train, self (sampled, #1019)",
                             among("train", "self"))
-    bias_correction_steps: int = mechanism(
-        0, "Adam steps by which gains, scales and gates make up for the rounding of matrices; the "
-        "search then runs inside the clock", natural)
-    prequant_ttt_epochs: int = mechanism(0, "passes of adaptation before GPTQ (#1364)", natural)
-    prequant_ttt_data: str = mechanism("train", "text: train (held out), val (breaks rule C3)",
-                                  among("train", "val"))
-    prequant_ttt_tokens: int = mechanism(1 << 23, "most held-out tokens", positive)
-    prequant_ttt_lr: float = mechanism(5e-4, "their first rate", natural)
-    prequant_ttt_optim: str = mechanism("adamw", "adamw, or sgd after reading back (#398)",
-                                   among("adamw", "sgd"))
-    prequant_ttt_freeze_blocks: int = mechanism(0, "first layers they leave alone", natural)
-    prequant_ttt_block_lr_start: float = mechanism(1.0, "share of the rate at layer 0", fraction)
+    ttt_phases: int = knob(3, "parts of the stream between which phased learns", positive)
+    ttt_max_chunks: int = knob(0, "parts SGD learns from, its cosine's length; 0: all", natural)
+    ttt_ema_decay: float = knob(0.0, "scores use an average of SGD's weights with this decay",
+                                below_one)
+    prequant_ttt_epochs: int = knob(0, "passes of adaptation before scoring (#1364)", natural)
+    prequant_ttt_lr: float = knob(5e-4, "their first rate", natural)
+    prequant_ttt_data: str = knob(
+        "train", "what it reads: train (held out), by AdamW before GPTQ; val likewise, or after, "
+        "val by SGD behind it (#398), which both break rule C3", among("train", "val", "after"))
 
     def __post_init__(self):
         """Checks every range and every relation between knobs; raises `Refusal` with the names and
@@ -419,8 +381,8 @@ class Hyperparameters:
         for f in fields(self):
             # an infinite rate is `natural`, and would show only as a loss that is not finite
             value = getattr(self, f.name)
-            if isinstance(value,
-                          float) and not math.isfinite(value) or not f.metadata["check"](value):
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not finite or not f.metadata["check"](value):
                 raise Refusal(
                     f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
         # Relations, each with the sentence that names both sides of it.
@@ -434,8 +396,6 @@ class Hyperparameters:
             # rotation turns dimensions in pairs
             (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
              "ROPE_DIMS={rope_dims} must be even and at most the head size MODEL_DIM / NUM_HEADS"),
-            (h.gate_window
-             <= h.model_dim, "GATE_WINDOW={gate_window} must be at most MODEL_DIM={model_dim}"),
             (h.num_loops == 0 or h.loop_start <= h.loop_end < h.num_layers,
              "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold"),
             # a step is whole micro-batches and a micro-batch whole rows: equal weight per token
@@ -457,16 +417,12 @@ class Hyperparameters:
             (all(T <= h.train_seq_len and h.micro_batch_tokens % T == 0 for _, T in h.contexts),
              "TRAIN_SEQ_SCHEDULE={train_seq_schedule} must hold divisors of MICRO_BATCH_TOKENS="
              "{micro_batch_tokens} up to TRAIN_SEQ_LEN={train_seq_len}"),
-            (bool(h.ve_dim) == bool(h.ve_layers) and all(i < h.num_layers for i in h.valued),
-             "VE_LAYERS={ve_layers} must be below NUM_LAYERS={num_layers} and go with "
-             "VE_DIM={ve_dim}"),
+            (not h.ve_dim or h.num_layers > 1,
+             "VE_DIM={ve_dim} needs two layers, not NUM_LAYERS={num_layers}"),
             # a step can round each weight to its nearest code, but not search whole columns
             (not h.late_qat_threshold or not h.trellis_states,
              "LATE_QAT_THRESHOLD={late_qat_threshold} needs TRELLIS_STATES=0, not "
              "{trellis_states}"),
-            # sgd learns after the artifact was read back, when training text is out of bounds
-            (h.prequant_ttt_optim == "adamw" or h.prequant_ttt_data == "val",
-             "PREQUANT_TTT_OPTIM=sgd needs PREQUANT_TTT_DATA=val, not {prequant_ttt_data}"),
         ):
             if not holds:
                 raise Refusal(why.format(**asdict(h)))
@@ -482,52 +438,38 @@ class Hyperparameters:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def gate_window(self) -> int:
+        """Leading channels that drive the head gate and the smear gate: the published 12."""
+        return min(12, self.model_dim)
+
+    @property
+    def valued(self) -> list[int]:
+        """Layers whose values get an embedding of their token: the last two."""
+        return [self.num_layers - 2, self.num_layers - 1] if self.ve_dim else []
+
+    @property
     def contexts(self) -> list[tuple[float, int]]:
         """(share of training up to which, longest context T) in order."""
         stages = self.train_seq_schedule or f"{self.train_seq_len}@1"
         return [(float(end), int(T)) for T, end in (s.split("@") for s in stages.split(","))]
 
-    @property
-    def valued(self) -> list[int]:
-        """Layers whose values get an embedding of their token."""
-        return [int(i) for i in self.ve_layers.split(",") if i]
-
     @classmethod
-    def from_env(cls,
-                 env: Mapping[str, str],
-                 recipe: str = "record",
+    def from_env(cls, env: Mapping[str, str], recipe: str = "record",
                  base: Mapping[str, Any] = {}) -> Hyperparameters:
-        """`base`, recipe rows from left to right, single variables. Raises `Refusal` for values and
+        """`base`, recipes from left to right, single variables. Raises `Refusal` for values and
         near-miss names."""
-        kinds = {f.name: f for f in fields(cls)}
-        refuse_near_misses(env, kinds)
+        refuse_near_misses(env)
         recipe = env.get("RECIPE") or recipe
-        values: dict[str, Any] = dict(base, recipe=recipe)
-        for name in recipe.split(","):
-            if name not in RECIPES:
-                raise Refusal(f"RECIPE={recipe}: there is no recipe {name!r}" +
-                              nearest(name, RECIPES) + f"; known: {', '.join(RECIPES)}")
-            # Sizes are not mechanisms: what a recipe has off, the demo leaves off; and it gives
-            # no smaller budget to what does not search steps to fill one.
-            values.update({
-                n: v for n, v in RECIPES[name].items() if name != "demo"
-                or values.get(n, kinds[n].default) or n == "lr_warmup_steps"
-            })
-            if values.get("step_search") == "uniform":
-                values.pop("budget_bytes", None)
-        # Single variables come last and so win over every recipe.
-        single = [n for n in kinds if n != "recipe" and n.upper() in env]
-        for name in single:
-            f = kinds[name]
-            values[name] = parse_knob(name, env[name.upper()], f.type, f.metadata["meaning"])
+        single = parse_knobs({n: env[n] for n in KNOBS if n in env and n != "RECIPE"})
+        values = apply_recipes(recipe, base) | dict(recipe=recipe) | single
         try:
             return cls(**values)
         except Refusal as error:
             # A value that a recipe brought was never typed by the user: say where it came from.
             theirs = [n.upper() for n in values if f"{n.upper()}=" in str(error)
                       and n not in [*single, "recipe"]]
-            raise Refusal(f"{error}" + f" ({', '.join(theirs)} by RECIPE={recipe})" *
-                          any(theirs)) from None
+            by = f" ({', '.join(theirs)} by RECIPE={recipe})" if theirs else ""
+            raise Refusal(f"{error}{by}") from None
 
     def changed(self) -> dict[str, Any]:
         """Name -> value of every knob that differs from the submission, those that only say where
@@ -540,309 +482,247 @@ class Hyperparameters:
         }
 
 
-# Each recipe is a row of overrides. `record` is empty, for it is the defaults; the packed script of
-# a run gets one more row, `run`.
-RECIPES: dict[str, dict[str, Any]] = dict(record={})
-RECIPE_TEXT = ""    # what --help recipes prints
+KNOBS = {f.name.upper(): f for f in fields(Hyperparameters)}    # variable -> its declaration
 
 
-# >>> not packed (the packed script of a run gets the rows that the run used)
-# A model that two CPU cores train in about a minute.
-RECIPES["demo"] = dict(
-    vocab_size=1024,
-    num_layers=4,
-    model_dim=256,
-    num_heads=4,
-    num_kv_heads=2,
-    qk_gain_init=2.0,
-    xsa_last_n=4,
-    num_loops=1,
-    loop_start=1,
-    loop_end=2,
-    parallel_start_layer=3,
-    train_seq_len=256,
-    train_batch_tokens=4096,
-    micro_batch_tokens=4096,
-    max_wallclock_seconds=80.0,
-    rehearsal_steps=1,
-    train_log_every=50,
-    lr_warmup_steps=20,
-    muon_momentum_warmup_start=0.85,
-    muon_momentum=0.95,
-    muon_momentum_warmup_steps=100,
-    ema_decay=0.98,
-    gptq_calibration_batches=8,
-    budget_bytes=1_000_000,
-    scores="prequant,quantized,sliding,ttt",
-    eval_seq_len=256,
-    eval_batch_tokens=4096,
-    ttt_chunk_tokens=8192,
-    ttt_lora_lr=0.016,
-    ttt_lora_rank=32,    # a size, and the rate is for it
-    ttt_lora_alpha=16.0,
-    ttt_lr=0.01,
-    ttt_epochs=2,
-    ttt_batch_seqs=16,
-    eval_stride=64,
-    train_seq_schedule="64@0.1,128@0.7,256@1",
-    ve_layers="2,3",
-    warmdown_iters=300,
-    recur_start_step=100)
-# The published systems share two stems, named by their tokenizers; the later ones are close to the
-# defaults. A row is what its authors ran (RECIPE_NOTES says where not), not what is advisable.
-SP1024 = dict(vocab_size=1024,
-              mlp_mult=3.0,
-              leaky_slope=0.0,
-              rope_base=1e4 * 2**(16 / 14),    # NTK rule: rotary train length 1024, context 2048
-              qk_gain_init=1.5,
-              xsa_last_n=0,
-              head_gate_scale=0.0,
-              skip_gates=False,
-              smear_mix=True,
-              bigram_vocab_size=2048,
-              parallel_form="none",
-              num_loops=0,
-              doc_mask=False,
-              loader="stream",
-              warmdown_iters=3500,
-              min_lr=0.0,
-              matrix_lr=0.025,
-              scalar_lr=0.025,
-              tied_embed_lr=0.035,
-              muon_momentum=0.99,
-              polar_express=False,
-              muon_row_normalize=False,
-              muon_wd=0.04,
-              embed_wd=0.04,
-              adam_wd=0.04,
-              beta2=0.95,
-              ema_decay=0.997,
-              embed_bits=8,
-              matrix_clip_sigmas=0.0,
-              embed_clip_sigmas=0.0,
-              step_search="uniform",
-              compressor="zstd",
-              ttt="chunk",
-              ttt_enabled=False)
-SP8192 = dict(head_gate_scale=0.0,
-              smear_gate=False,
-              parallel_start_layer=7,
-              doc_mask=False,
-              warmdown_frac=0.72,
-              min_lr=0.0,
-              matrix_lr=0.022,
-              muon_momentum=0.99,
-              beta2=0.95,
-              embed_bits=8,
-              embed_clip_sigmas=20.0,
-              trellis_states=0,
-              step_search="uniform",
-              compressor="brotli",
-              ttt="chunk")
-PREQUANT = dict(prequant_ttt_epochs=6, prequant_ttt_data="val", prequant_ttt_freeze_blocks=2,
-                ttt_batch_seqs=256)
-PR578 = SP1024 | dict(xsa_last_n=4,
-                      ve_dim=128,
-                      ve_layers="9,10",
-                      late_qat_threshold=0.5,
-                      clip_search=True,
-                      trellis_states=0,
-                      gptq_roles="matrices",
-                      gptq_calibration_batches=6,
-                      ttt_ema_decay=0.995,
-                      ttt_freeze_blocks=2,
-                      ttt_max_chunks=200,
-                      ttt_enabled=True)
-PR1364 = PR578 | PREQUANT | dict(leaky_slope=0.5,
-                                 xsa_last_n=11,
-                                 qk_gain_init=4.0,
-                                 late_qat_threshold=0.15,
-                                 gptq_calibration_batches=256,
-                                 gptq_damping=0.02,
-                                 compressor="lzma",
-                                 ttt_enabled=False)
-PR1539 = SP8192 | PREQUANT | dict(smear_gate=True,
-                                  smear_mix=True,
-                                  skip_gates=False,
-                                  rope_base=1e4 * 2**(16 / 14),
-                                  ve_dim=44,
-                                  ve_layers="9,10",
-                                  parallel_form="apart",
-                                  num_loops=1,
-                                  recur_start_step=3000,
-                                  loader="stream",
-                                  embed_wd=0.095,
-                                  muon_backend_steps=4,
-                                  late_qat_threshold=0.15,
-                                  gptq_roles="matrices",
-                                  gptq_damping=0.02,
-                                  calibration="self",
-                                  gptq_calibration_batches=1,
-                                  ttt_enabled=False,
-                                  ttt_batch_seqs=32)
-PR1855 = dict(caseops_enabled=True, qk_gain_init=5.0, matrix_clip_sigmas=12.0, trellis_states=0,
-              step_search="uniform", compressor="brotli", ttt="phased", ttt_lora_rank=80,
-              ttt_lora_alpha=144.0, ttt_lora_lr=1e-4, ttt_lr_decay=0.0, ttt_learners=1,
-              ttt_stream_chunk=48, ttt_targets="q,k,v,o,mlp,head")
-ON_TRAIN = dict(prequant_ttt_data="train")
-FLOOR = "row scales without the floor of 1/31 that ruins small models; every target scored once"
-BANKED = ("; whole layers freeze or slow down (published: scalars only), QAT rounds the matrices "
-          "(published: inert)")
-TWIN = "as its twin, adapted to a held-out end of the training shards inside the clock"
-LATE = ("one clip of 12 sigmas (published: 13 attention, 11.5 MLP), no LQER; TTT of all weights by "
-        "chunks (published: adapters by documents); the reserve covers calibration")
-ASYM = "; TTT moves the softcaps (published: no gradient reached them)"
-C3 = "breaks C3"
-RECIPES |= dict(
-    baseline=SP1024 | dict(num_layers=9,
-                           mlp_mult=2.0,
-                           rope_dims=64,
-                           rope_base=1e4,
-                           ln_scale=False,
-                           matrix_init="uniform",
-                           bigram_vocab_size=0,
-                           smear_gate=False,
-                           smear_mix=False,
-                           train_batch_tokens=524288,
-                           micro_batch_tokens=65536,
-                           train_seq_len=1024,
-                           eval_seq_len=1024,
-                           eval_stride=1024,
-                           warmdown_iters=1200,
-                           matrix_lr=0.04,
-                           scalar_lr=0.04,
-                           tied_embed_lr=0.05,
-                           muon_momentum=0.95,
-                           muon_momentum_warmup_start=0.85,
-                           muon_momentum_warmup_steps=500,
-                           muon_wd=0.0,
-                           embed_wd=0.0,
-                           adam_wd=0.0,
-                           grad_clip_norm=0.0,
-                           ema_decay=0.0,
-                           matrix_bits=8,
-                           gptq_roles="none",
-                           compressor="zlib",
-                           scores="quantized"),
-    pr398=SP1024 | dict(iterations=9000,
-                        warmdown_iters=3000,
-                        gptq_roles="none",
-                        prequant_ttt_optim="sgd",
-                        prequant_ttt_epochs=20,
-                        prequant_ttt_data="val",
-                        prequant_ttt_lr=0.008,
-                        ttt_batch_seqs=256),
-    pr398_legal=SP1024 | dict(iterations=9000, warmdown_iters=3000, gptq_roles="none",
-                              ttt_enabled=True),
-    pr578=PR578,
-    pr1364=PR1364,
-    pr1364_legal=PR1364 | ON_TRAIN,
-    dttt=PR1364 | dict(qk_gain_init=5.0,
-                       warmdown_iters=4000,
-                       gptq_damping=0.01,
-                       prequant_ttt_epochs=10,
-                       prequant_ttt_freeze_blocks=0,
-                       prequant_ttt_block_lr_start=0.3),
-    pr1539=PR1539,
-    pr1539_legal=PR1539 | ON_TRAIN,
-    pr1493=SP8192 | dict(parallel_form="gptj", gptq_calibration_batches=64, ttt_lr=0.005),
-    pr1855=PR1855,
-    pr2014=PR1855 | dict(qk_gain_init=5.25,
-                         train_seq_len=3072,
-                         eval_seq_len=3072,
-                         eval_stride=1536,
-                         train_seq_schedule="1024@0.1,2048@0.7,3072@1",
-                         ttt_chunk_tokens=30720,
-                         ttt_targets="k,o,mlp,head",
-                         ttt_lora_lr=7.5e-5,
-                         ttt_phases=1,
-                         asym_logit_rescale=True),
-    pr2135=PR1855 | dict(matrix_lr=0.028,
-                         eval_seq_len=2560,
-                         gptq_calibration_batches=32,
-                         ttt_targets="q,v,o,mlp,head",
-                         ttt_lora_lr=8e-5,
-                         ttt_phases=1,
-                         asym_logit_rescale=True))
-RECIPES["dttt_legal"] = RECIPES["dttt"] | ON_TRAIN
-# (source, legality, reported BPB or 0, what differs from the original)
-RECIPE_NOTES = dict(
-    record=("this script", "legal", 0.0, "the defaults; not yet run on 8xH100"),
-    demo=("this script", "legal", 0.0, "a size for two CPU cores; RECIPE=pr578,demo shrinks any"),
-    baseline=("openai/parameter-golf, NaiveBaseline", "legal", 1.2244,
-              "published on an older export of the validation set"),
-    pr398=("#398", C3, 1.1221, FLOOR),
-    pr398_legal=("#398", "legal", 0.0, "score-first SGD by chunks in place of SGD on validation"),
-    pr578=("#578", "legal", 1.1215, FLOOR + "; correct GPTQ; unused SWA snapshots left out; "
-           "calibrates inside the clock (published: after it)"),
-    pr1364=("#1364", C3, 1.1025, FLOOR + "; QK gain 4.0 of its README (script: 1.5)" + BANKED),
-    pr1364_legal=("#1364", "legal", 0.0, TWIN),
-    dttt=("#1351", C3, 1.0807, FLOOR + BANKED),
-    dttt_legal=("#1351", "legal", 0.0, TWIN),
-    pr1539=("#1539", C3, 1.0587, FLOOR + BANKED + "; calibrates the model itself (published: a "
-            "copy without recurrence and lanes); momentum rows scaled along the stored rows"),
-    pr1539_legal=("#1539", "legal", 0.0, TWIN),
-    pr1493=("#1493", "legal", 1.0810, "without the hash embedding that its logs show and its "
-            "script lacks"),
-    pr1855=("#1855", "legal", 1.0611, LATE),
-    pr2014=("#2014", "legal", 1.0576, LATE + ASYM + "; no AWQ-lite"),
-    pr2135=("#2135", "legal", 1.0565, LATE + ASYM + "; no n-gram tilt; SmearGate stops at "
-            "document starts (published: not in training)"))
-RECIPE_TEXT = "\n".join(
-    f"{name:13} {format(bpb, '.4f') if bpb else '-':7} {legality}\n{'':14}{source}: {differs}"
-    for name, (source, legality, bpb, differs) in RECIPE_NOTES.items())
-# <<< not packed
+class Recipe(NamedTuple):
+    """A published system as a run block: variables as users write them."""
+
+    source: str
+    legality: str    # "legal", or the rule that it breaks
+    bpb: str    # as its authors reported it
+    differs: str    # from the original
+    block: str    # may begin with the RECIPE that it builds on, and differs in what that differs in
+
+
+# A row: name, source, legality, reported BPB; what differs from the original; the run block.
+# Mechanisms and rates are what the authors ran, not what is advisable. The systems come in two
+# families, named by their tokenizers; the latest are close to the defaults. ROPE_BASE=22081.79 is
+# 10,000 under the NTK rule, for a rotary train length of 1024 and a context of 2048.
+RECIPE_TABLE = """
+record | this script | legal | -
+    the defaults; not yet run on 8xH100
+
+demo | this script | legal | -
+    a size for two CPU cores; RECIPE=pr578,demo shrinks any system
+    VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 QK_GAIN_INIT=2
+    XSA_LAST_N=4 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 RECUR_START_STEP=100
+    TRAIN_SEQ_LEN=256 TRAIN_SEQ_SCHEDULE=64@0.1,128@0.7,256@1 TRAIN_BATCH_TOKENS=4096
+    MICRO_BATCH_TOKENS=4096 MAX_WALLCLOCK_SECONDS=80 REHEARSAL_STEPS=1 TRAIN_LOG_EVERY=50
+    LR_WARMUP_STEPS=20 WARMDOWN_ITERS=300 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
+    MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.98 GPTQ_CALIBRATION_BATCHES=8
+    BUDGET_BYTES=1_000_000 SCORES=prequant,quantized,sliding,ttt EVAL_SEQ_LEN=256 EVAL_STRIDE=64
+    EVAL_BATCH_TOKENS=4096 TTT_CHUNK_TOKENS=8192 TTT_LORA_LR=0.016 TTT_LORA_RANK=32
+    TTT_LORA_ALPHA=16 TTT_LR=0.01 TTT_EPOCHS=2 TTT_BATCH_SEQS=16
+
+sp1024 | what #398, #578 and #1364 share | legal | -
+    row scales without the floor of 1/31 that ruins small models; every target scored once
+    VOCAB_SIZE=1024 MLP_MULT=3 LEAKY_SLOPE=0 ROPE_BASE=22081.790273476247 QK_GAIN_INIT=1.5
+    XSA_LAST_N=0 HEAD_GATE_SCALE=0 SKIP_GATES=0 SMEAR_GATE=channel BIGRAM_VOCAB_SIZE=2048
+    NUM_LOOPS=0 PARALLEL_FORM=none DOC_MASK=0 LOADER=stream WARMDOWN_ITERS=3500 MIN_LR=0 MATRIX_LR=0.025
+    SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99 POLAR_EXPRESS=0 MUON_ROW_NORMALIZE=0
+    MUON_WD=0.04 EMBED_WD=0.04 ADAM_WD=0.04 BETA2=0.95 EMA_DECAY=0.997 EMBED_BITS=8
+    MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 STEP_SEARCH=uniform COMPRESSOR=zstd TTT=chunk
+    TTT_ENABLED=0
+
+sp8192 | what #1493 and #1539 share | legal | -
+    nothing
+    HEAD_GATE_SCALE=0 SMEAR_GATE=none PARALLEL_START_LAYER=7 DOC_MASK=0 WARMDOWN_FRAC=0.72 MIN_LR=0
+    MATRIX_LR=0.022 MUON_MOMENTUM=0.99 BETA2=0.95 EMBED_BITS=8 EMBED_CLIP_SIGMAS=20
+    TRELLIS_STATES=0 STEP_SEARCH=uniform COMPRESSOR=brotli TTT=chunk
+
+prequant | adaptation before GPTQ, #1364 | breaks C3 | -
+    whole layers freeze or slow down (published: scalars only), rounding in training reaches the
+    matrices (published: it does not)
+    PREQUANT_TTT_EPOCHS=6 PREQUANT_TTT_DATA=val TTT_FREEZE_BLOCKS=2 TTT_BATCH_SEQS=256
+
+baseline | openai/parameter-golf, NaiveBaseline | legal | 1.2244
+    published on an older export of the validation set
+    RECIPE=sp1024 NUM_LAYERS=9 MLP_MULT=2 ROPE_DIMS=64 ROPE_BASE=10000 LN_SCALE=0
+    SMEAR_GATE=none BIGRAM_VOCAB_SIZE=0 MATRIX_INIT=uniform TRAIN_BATCH_TOKENS=524288
+    MICRO_BATCH_TOKENS=65536 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 MATRIX_LR=0.04 SCALAR_LR=0.04
+    TIED_EMBED_LR=0.05 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
+    MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0 EMBED_WD=0 ADAM_WD=0 GRAD_CLIP_NORM=0 EMA_DECAY=0
+    MATRIX_BITS=8 GPTQ_ROLES=none COMPRESSOR=zlib SCORES=quantized EVAL_SEQ_LEN=1024
+    EVAL_STRIDE=1024
+
+pr398 | #398 | breaks C3 | 1.1221
+    as sp1024
+    RECIPE=sp1024 ITERATIONS=9000 WARMDOWN_ITERS=3000 GPTQ_ROLES=none PREQUANT_TTT_EPOCHS=20
+    PREQUANT_TTT_DATA=after PREQUANT_TTT_LR=0.008 TTT_BATCH_SEQS=256
+
+pr398_legal | #398 | legal | -
+    score-first SGD by chunks in place of SGD on validation
+    RECIPE=sp1024 ITERATIONS=9000 WARMDOWN_ITERS=3000 GPTQ_ROLES=none TTT_ENABLED=1
+
+pr578 | #578 | legal | 1.1215
+    correct GPTQ, calibrated inside the clock (published: after it); unused SWA snapshots left out
+    RECIPE=sp1024 XSA_LAST_N=4 VE_DIM=128 LATE_QAT_THRESHOLD=0.5 CLIP_SEARCH=1 TRELLIS_STATES=0
+    GPTQ_ROLES=matrices GPTQ_CALIBRATION_BATCHES=6 TTT_ENABLED=1 TTT_EMA_DECAY=0.995
+    TTT_FREEZE_BLOCKS=2 TTT_MAX_CHUNKS=200
+
+pr1364 | #1364 | breaks C3 | 1.1025
+    QK gain 4.0 of its README (its script: 1.5)
+    RECIPE=pr578,prequant LEAKY_SLOPE=0.5 QK_GAIN_INIT=4 XSA_LAST_N=11 LATE_QAT_THRESHOLD=0.15
+    GPTQ_CALIBRATION_BATCHES=256 GPTQ_DAMPING=0.02 COMPRESSOR=lzma TTT_ENABLED=0
+
+pr1364_legal | #1364 | legal | -
+    adapts to a held-out end of the training shards inside the clock
+    RECIPE=pr1364 PREQUANT_TTT_DATA=train
+
+dttt | #1351 | breaks C3 | 1.0807
+    as pr1364
+    RECIPE=pr1364 QK_GAIN_INIT=5 WARMDOWN_ITERS=4000 GPTQ_DAMPING=0.01 PREQUANT_TTT_EPOCHS=10
+    TTT_FREEZE_BLOCKS=0 TTT_LR_RAMP=0.3
+
+dttt_legal | #1351 | legal | -
+    adapts to a held-out end of the training shards inside the clock
+    RECIPE=dttt PREQUANT_TTT_DATA=train
+
+pr1539 | #1539 | breaks C3 | 1.0587
+    row scales without the floor of 1/31; calibrates the model itself (published: a copy without
+    recurrence and lanes); momentum rows scaled along the stored rows
+    RECIPE=sp8192,prequant SMEAR_GATE=channel SKIP_GATES=0 ROPE_BASE=22081.790273476247
+    VE_DIM=44 PARALLEL_FORM=apart NUM_LOOPS=1 RECUR_START_STEP=3000 LOADER=stream EMBED_WD=0.095
+    MUON_BACKEND_STEPS=4 LATE_QAT_THRESHOLD=0.15 GPTQ_ROLES=matrices GPTQ_DAMPING=0.02
+    CALIBRATION=self GPTQ_CALIBRATION_BATCHES=1 TTT_ENABLED=0 TTT_BATCH_SEQS=32
+
+pr1539_legal | #1539 | legal | -
+    adapts to a held-out end of the training shards inside the clock
+    RECIPE=pr1539 PREQUANT_TTT_DATA=train
+
+pr1493 | #1493 | legal | 1.0810
+    without the hash embedding that its logs show and its script lacks
+    RECIPE=sp8192 PARALLEL_FORM=gptj GPTQ_CALIBRATION_BATCHES=64 TTT_LR=0.005
+
+pr1855 | #1855 | legal | 1.0611
+    one clip of 12 sigmas (published: 13 attention, 11.5 MLP), no LQER; adapters by document read
+    a cache (published: each window anew) and know no weight decay; all weights learn between
+    three parts of the stream (published: within its first 2,500 documents); the reserve covers
+    calibration (published: it does not)
+    CASEOPS_ENABLED=1 QK_GAIN_INIT=5 MATRIX_CLIP_SIGMAS=12 TRELLIS_STATES=0 STEP_SEARCH=uniform
+    COMPRESSOR=brotli TTT=phased TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=1e-4
+    TTT_LR_DECAY=0 TTT_LEARNERS=1 TTT_STREAM_CHUNK=48 TTT_TARGETS=q,k,v,o,mlp,head
+
+pr2014 | #2014 | legal | 1.0576
+    no AWQ-lite, no shorter chunks for short documents; TTT moves the softcaps (published: no
+    gradient reached them)
+    RECIPE=pr1855 QK_GAIN_INIT=5.25 TRAIN_SEQ_LEN=3072 TRAIN_SEQ_SCHEDULE=1024@0.1,2048@0.7,3072@1
+    EVAL_SEQ_LEN=3072 EVAL_STRIDE=1536 TTT_CHUNK_TOKENS=30720 TTT_PHASES=1 TTT_LORA_LR=7.5e-5
+    TTT_TARGETS=k,o,mlp,head ASYM_LOGIT_RESCALE=1
+
+pr2135 | #2135 | legal | 1.0565
+    no n-gram tilt; SmearGate stops at document starts (published: not in training); TTT moves the
+    softcaps (published: no gradient reached them)
+    RECIPE=pr1855 MATRIX_LR=0.028 GPTQ_CALIBRATION_BATCHES=32 EVAL_SEQ_LEN=2560 TTT_PHASES=1
+    TTT_LORA_LR=8e-5 TTT_TARGETS=q,v,o,mlp,head ASYM_LOGIT_RESCALE=1
+"""
+
+
+def read_recipes(table: str) -> dict[str, Recipe]:
+    """Name -> the recipe of every row, in order."""
+    found = {}
+    for row in table.strip().split("\n\n"):
+        head, *lines = row.splitlines()
+        name, *facts = head.split(" | ")
+        block = [line.strip() for line in lines if re.match(r" +[A-Z0-9_]+=", line)]
+        differs = [line.strip() for line in lines if line.strip() not in block]
+        found[name] = Recipe(*facts, " ".join(differs), " ".join(block))
+    return found
+
+
+RECIPES = read_recipes(RECIPE_TABLE)
+
+
+def apply_recipes(names: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The knob values after these recipes, joined by commas; raises `Refusal` for an unknown one.
+    """
+    values = dict(values)
+    for name in names.split(","):
+        if name not in RECIPES:
+            raise Refusal(f"RECIPE={names}: there is no recipe {name!r}{nearest(name, RECIPES)}; "
+                          f"known: {', '.join(RECIPES)}")
+        block = dict(part.split("=", 1) for part in RECIPES[name].block.split())
+        if stem := block.pop("RECIPE", ""):
+            values = apply_recipes(stem, values)
+        own = parse_knobs(block)
+        if name == "demo":
+            # Sizes are not mechanisms: what a recipe has off, the demo leaves off; and it gives
+            # no smaller budget to what does not search steps to fill one.
+            own = {n: v for n, v in own.items() if n == "lr_warmup_steps"
+                   or values.get(n, KNOBS[n.upper()].default)}
+            if values.get("step_search") == "uniform":
+                del own["budget_bytes"]
+        values |= own
+    return values
 
 
 # Strict on purpose: "yes", "1e4" for a count or an empty switch may mean two things, and a guess
 # would train a model that nobody asked for. 1_000_000 is a number as it is in Python.
-def parse_knob(name: str, raw: str, kind: str, meaning: str) -> Any:
-    """The text of one variable as its knob's type; raises `Refusal` naming variable, value and
-    meaning."""
-    parse = dict(int=lambda s: int(s.replace("_", "")),
-                 float=float,
-                 str=str,
-                 bool=dict(zip(("0", "1", "false", "true"), (False, True) * 2)).__getitem__)[kind]
-    try:
-        return parse(raw.strip().lower() if kind == "bool" else raw)
-    except (ValueError, KeyError):
-        wanted = dict(int="a whole number", float="a number", bool="0 or 1", str="text")[kind]
-        raise Refusal(f"{name.upper()}={raw!r} must be {wanted}: {meaning}") from None
+def parse_knobs(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Knob -> the text of its variable as the knob's type; raises `Refusal` naming variable, value
+    and meaning."""
+    switch = dict(zip(("0", "1", "false", "true"), (False, True) * 2))
+    parsers = dict(int=(lambda s: int(s.replace("_", "")), "a whole number"),
+                   float=(float, "a number"), str=(str, "text"),
+                   bool=(lambda s: switch[s.strip().lower()], "0 or 1"))
+    values = {}
+    for name, raw in variables.items():
+        parse, wanted = parsers[KNOBS[name].type]
+        try:
+            values[name.lower()] = parse(raw)
+        except (ValueError, KeyError):
+            raise Refusal(f"{name}={raw!r} must be {wanted}: {KNOBS[name].metadata['meaning']}"
+                          ) from None
+    return values
+
+
+def run_block(values: Mapping[str, Any]) -> str:
+    """The inverse of `parse_knobs`: NAME=value, with a blank between two."""
+    return " ".join(f"{n.upper()}={int(v) if isinstance(v, bool) else v}"
+                    for n, v in values.items())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint `, did you mean ...` for a misspelt name, or nothing."""
+    """A hint `; did you mean ...?` for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(known), 1, 0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def refuse_near_misses(env: Mapping[str, str], known: Iterable[str]) -> None:
+def refuse_near_misses(env: Mapping[str, str]) -> None:
     """Raises `Refusal` for a variable that is no knob but looks like one: a typo must not train the
     wrong model."""
-    knobs = [name.upper() for name in known]
     # The same words in another order (LR_MATRIX) are as much a typo as a wrong letter. Names of up
     # to four letters are let pass: among so many knobs they resemble one by chance.
-    words = {tuple(sorted(name.split("_"))): name for name in knobs}
-    for name in sorted(set(env) - set(knobs)):
+    words = {tuple(sorted(name.split("_"))): name for name in KNOBS}
+    for name in sorted(set(env) - set(KNOBS)):
         close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
-            difflib.get_close_matches(name.upper(), knobs, 1, 0.87)
+            difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87)
         if close and len(name) > 4 and name != "COMPILER":    # which build systems set
             raise Refusal(
                 f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})")
 
 
-def help_text() -> str:
-    """The knob table, grouped as declared, with types and defaults."""
-    rows = [
-        f"  {f.name.upper():28} {f.type:6} {str(f.default):14} {f.metadata['meaning']}"
-        for f in fields(Hyperparameters)
-    ]
-    return "\n".join([
-        (__doc__ or "A packed run of train_gpt.py").strip(), "",
-        f"Recipes (RECIPE=a,b; --help recipes): {', '.join(RECIPES)}", "",
-        f"  {'knob':28} {'type':6} {'default':14} meaning", *rows
-    ])
-
+def help_text(topic: str = "") -> str:
+    """The title and all groups of knobs, one group, or the recipes; raises `Refusal` for another
+    topic."""
+    groups: dict[str, list[str]] = {}
+    for f in fields(Hyperparameters):
+        for group, (first, about) in GROUPS.items():
+            if f.name == first:
+                groups[group] = rows = [f"{group}: {about}"]
+        rows.append(f"  {f.name.upper():28} {f.type:6} {str(f.default):14} {f.metadata['meaning']}")
+    texts = {name: "\n".join(rows) for name, rows in groups.items()}
+    if topic:
+        texts["recipes"] = RECIPE_TABLE.strip()
+        if topic not in texts:
+            raise Refusal(f"--help {topic}: expected one of {', '.join(texts)}")
+        return texts[topic]
+    return "\n\n".join([
+        (__doc__ or "A packed run of train_gpt.py").strip(),
+        f"Recipes (RECIPE=a,b; --help recipes): {', '.join(RECIPES)}",
+        f"Knobs: variable, type, default, meaning (--help GROUP: {', '.join(groups)})",
+        *texts.values()])
 
 
 # ==================================================================================================
@@ -1223,15 +1103,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(sent(batch.ids, device), sent(batch.targets, device), docs)
 
 
-def coprime_order(blocks: int, rng: np.random.Generator) -> np.ndarray:
-    """The numbers below `blocks` in strides without a common divisor, which miss none (#726)."""
-    # n -> n * stride mod blocks is a permutation exactly where both have no common divisor;
-    # neighbours in the order lie far apart in the data.
-    stride = int(blocks * rng.uniform(0.3, 0.7)) + 1
-    stride = next(n for n in itertools.count(stride) if math.gcd(n, blocks) == 1)
-    return (np.arange(blocks) * stride + int(rng.integers(blocks))) % blocks
-
-
 class Loader:
     """Endless micro-batches of the training shards; `position` is its whole state.
 
@@ -1285,8 +1156,6 @@ class Loader:
         # of their own, which cuts the blocks elsewhere. Less one: the last target lies behind them.
         spare = int(self.starts[-1]) - 1 - self.blocks * self.h.micro_batch_tokens
         self.phase = int(rng.integers(spare + 1)) if epoch else 0
-        if self.h.loader == "coprime":
-            number = coprime_order(self.blocks, rng)
         # 1024 blocks of 98,304 tokens are about one shard, so that what is read at random lies in
         # few files, which themselves come in random order.
         for lo in range(0, self.blocks * (self.h.loader == "shuffled"), 1024):
@@ -2168,10 +2037,14 @@ class Role(NamedTuple):
     shape: tuple[int, ...]    # leading L where there is one slice per layer
     init: str | float    # "orthogonal", "uniform", "normal", or the constant that fills it
     optim: str    # "muon", "embed", "scalar", or "" where training leaves it alone
-    bits: int = 16    # 16: fp16; 1 to 8: codes of that width, a step per row; 0: not stored
+    bits: int = 16    # 16: fp16; 1 to 8: codes of that width, a step per row
     tap: str = ""    # the activation that feeds it; empty: rounded without GPTQ
     # clip width in standard deviations of a row; 0: the row's largest value
     sigmas: float = 0.0
+
+
+BIGRAM_DIM = 128    # width of the bigram embedding, in all systems that have one
+EMBED_INIT_STD = 0.005    # of the token embedding at first; its norm takes the size away
 
 
 # At first a model is nearly its embedding: wo and w_down are zero, so no block adds anything to the
@@ -2193,8 +2066,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         wk=Role((L, K, D), start, tap="attn_in", **matrix),
         wv=Role((L, K, D), start, tap="attn_in", **matrix),
         wo=Role((L, D, H), 0.0, tap="attn_out", **matrix),
-        # SwiGLU stores the value and the gate as one matrix of 2 F rows
-        w_up=Role((L, F_ << (h.activation == "swiglu"), D), start, tap="mlp_in", **matrix),
+        w_up=Role((L, F_, D), start, tap="mlp_in", **matrix),
         w_down=Role((L, D, F_), 0.0, tap="mlp_hidden", **matrix),
         q_gain=Role((L, h.num_heads), h.qk_gain_init, **scalar),
         attn_scale=Role((L, D), 1.0, **scalar),
@@ -2206,20 +2078,20 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
     if h.skip_gates:
         table["skip_gate"] = Role((S, D), 0.0, **scalar)
     if h.head_gate_scale:
-        window = D if h.attn_gate == "dense" else h.gate_window
-        table["head_gate"] = Role((L, h.num_heads, window), 0.0, "scalar", bits=8)
+        table["head_gate"] = Role((L, h.num_heads, h.gate_window), 0.0, "scalar", bits=8)
     if h.parallel_start_layer < L and h.parallel_form == "lanes":
         table["lane_keep"] = Role((L, 2), 1.1, **scalar)
         table["lane_write"] = Role((L, 2, 2), 1.0, **scalar)
     if h.parallel_form == "apart":
         table["lane_share"] = Role((1, ), 0.5, **scalar)
-    if h.smear_gate:
-        table["smear_gate"] = Role((1, D if h.smear_mix else h.gate_window), 0.0, **scalar)
-    if h.smear_gate and not h.smear_mix:
+    if h.smear_gate == "channel":
+        table["smear_gate"] = Role((1, D), 0.0, **scalar)
+    if h.smear_gate == "token":
+        table["smear_gate"] = Role((1, h.gate_window), 0.0, **scalar)
         table["smear_scale"] = Role((1, ), 0.0, **scalar)
     if h.bigram_vocab_size:
-        table["bigram"] = Role((h.bigram_vocab_size, h.bigram_dim), 0.0, "embed", 8)
-        table["bigram_proj"] = Role((1, D, h.bigram_dim), "orthogonal", "muon")
+        table["bigram"] = Role((h.bigram_vocab_size, BIGRAM_DIM), 0.0, "embed", 8)
+        table["bigram_proj"] = Role((1, D, BIGRAM_DIM), "orthogonal", "muon")
         table["bigram_scale"] = Role((1, ), 0.05, **scalar)
     if h.ve_dim:
         # The published pass over the matrices leaves a side below 64 at zero.
@@ -2229,9 +2101,6 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         table["ve_layer"] = Role((len(h.valued), ), 1.0, **scalar)
     if h.asym_logit_rescale:    # in no group: test-time training alone moves it
         table["softcap"] = Role((2, ), h.logit_softcap, "")
-    if h.mtp_num_heads:
-        # bits=0: it lends training a second task and is left out of the artifact
-        table["mtp"] = Role((h.mtp_num_heads, h.vocab_size, D), 0.0, "muon", bits=0)
     skipped = dict(all=(), matrices=("embed", ), none=table)[h.gptq_roles]
     return {n: r._replace(tap="") if n in skipped else r for n, r in table.items()}
 
@@ -2359,9 +2228,6 @@ def compute_dtype(h: Hyperparameters, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted else torch.float32
 
 
-BLOCK_ATTENTION = True    # the packed script of a run with fused kernels goes without
-
-
 def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
     """ATTENTION, or with auto the fastest that device, precision and installation offer: fa3, fa2,
     varlen (torch >= 2.10) or sdpa on GPUs, blocks on CPUs. Raises Refusal for what is not there."""
@@ -2370,10 +2236,10 @@ def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
     chip = torch.cuda.get_device_capability(device)[0] if cuda and dtype != torch.float32 else 0
     # in the order of preference
     there = dict(fa3=chip == 9 and flash_attn_3, fa2=chip >= 8 and flash_attn_2,
-                 varlen=chip >= 8 and torch_varlen, blocks=BLOCK_ATTENTION and not cuda, sdpa=True)
+                 varlen=chip >= 8 and torch_varlen, blocks=not cuda, sdpa=True)
     if h.attention == "auto":
         return next(name for name in there if there[name])
-    if not there[h.attention] and (h.attention != "blocks" or not BLOCK_ATTENTION):
+    if not there[h.attention] and h.attention != "blocks":
         raise Refusal(f"ATTENTION={h.attention}: not on {device.type} in {str(dtype)[6:]} with "
                       "what is installed here")
     return h.attention
@@ -2384,9 +2250,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
 
     Softmax of q k / sqrt(E), by the named kernel; all of them compute the same.
     """
-    if BLOCK_ATTENTION and kernel == "blocks":
+    if kernel == "blocks":
         return BlockAttention.apply(q, k, v, docs.start)
-    if kernel in ("blocks", "sdpa"):
+    if kernel == "sdpa":
         # the mask is (B, 1, T, T): dear, and so only where no kernel takes document ends
         place = torch.arange(q.size(1), device=q.device)
         seen = (place[:, None] >= place) & (place >= docs.start[..., None])
@@ -2553,66 +2419,21 @@ def kernels_take(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETED) and x.dtype == torch.bfloat16 and x.size(-1) % 8 == 0
 
 
-def in_8_bits(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The tensor in an FP8 type, and the scale () fp32 that maps its largest value to the largest
-    of that type."""
-    scale = t.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (t / scale).to(dtype), scale
-
-
-def product_8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
-    """scale_a a @ scale_b b^T in bf16 of FP8 matrices (M, K) and (N, K)."""
-    if a.is_cuda:
-        return torch._scaled_mm(a, b.mT, scale_a, scale_b, out_dtype=torch.bfloat16)
-    return (a.float() @ b.float().mT * (scale_a * scale_b)).bfloat16()
-
-
-class Linear8(torch.autograd.Function):
-    """x @ w^T with its products in FP8: values in e4m3, gradients, which need more range than
-    precision, in e5m2 (arXiv 2209.05433); one scale per tensor, taken from the tensor itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        """(M, K) and (N, K) -> (M, N); keeps both in 8 bits."""
-        (x, scale_x), (w, scale_w) = (in_8_bits(t, torch.float8_e4m3fn) for t in (x, w))
-        ctx.save_for_backward(x, w, scale_x, scale_w)
-        return product_8(x, w, scale_x, scale_w)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x and w; the chip multiplies rows by rows, hence the transposed copies."""
-        x, w, scale_x, scale_w = ctx.saved_tensors
-        dy, scale_y = in_8_bits(dy, torch.float8_e5m2)
-        return (product_8(dy, w.mT.contiguous(), scale_y, scale_w),
-                product_8(dy.mT.contiguous(), x.mT.contiguous(), scale_y, scale_x))
-
-
-def linear_8(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w^T in FP8 where a bf16 w (N, K) is being trained and the chip's units of 16 fit, else
-    plain: scores stay those of the weights that are stored."""
-    rows = x.flatten(0, -2)
-    fits = x.dtype == torch.bfloat16 and not any(n % 16 for n in (*rows.shape, len(w)))
-    if not (fits and w.requires_grad):
-        return F.linear(x, w)
-    return Linear8.apply(rows, w).view(*x.shape[:-1], len(w))
-
-
 def mlp(x: Tensor,
         up: Tensor,
         down: Tensor,
         slope: float,
         probe: Callable[[str, Tensor], None] | None = None,
-        fused: bool = False,
-        product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
+        fused: bool = False) -> Tensor:
     """(..., D) -> (..., D): down @ LeakyReLU(up @ x, slope)^2 with weights (F, D) and (D, F)."""
     # a probe is to see the activations in between, which the plain form has at hand
     if fused and kernels_take(x) and not probe:
         y, _ = torch.ops.golf.mlp(x.flatten(0, -2), up, down, slope)
         return y.view_as(x)
-    hidden = F.leaky_relu(product(x, up), slope).square()
+    hidden = F.leaky_relu(F.linear(x, up), slope).square()
     if probe:
         probe("mlp_hidden", hidden)
-    return product(hidden, down)
+    return F.linear(hidden, down)
 
 
 class Block(nn.Module):
@@ -2662,7 +2483,6 @@ class Block(nn.Module):
             # (B, T, H)
             gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)
             y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
-            y = y * 2 if h.attn_gate == "output" else y
         y = y.reshape(B, T, -1)
         if probe:
             probe("attn_out", y)
@@ -2670,21 +2490,11 @@ class Block(nn.Module):
 
     def mlp(self, w: Layer, n: Tensor, lora: Mapping[str, LoRA],
             probe: Callable[[str, Tensor], None] | None) -> Tensor:
-        """Normalised input (B, T, D) -> squared leaky ReLU or SwiGLU MLP, before its scale."""
+        """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
         if probe:
             probe("mlp_in", n)
-        h, adapter = self.h, lora.get("mlp")
-        if h.activation == "swiglu":    # arXiv 2002.05202
-            hidden, gate = F.linear(n, w.w_up).chunk(2, -1)
-            hidden = hidden * F.silu(gate)
-            if probe:
-                probe("mlp_hidden", hidden)
-            y = F.linear(hidden, w.w_down)
-        else:
-            y = mlp(n, w.w_up, w.w_down, h.leaky_slope, probe,
-                    h.fused_kernels and "mlp" not in h.fp8,
-                    linear_8 if "mlp" in h.fp8 else F.linear)
-        return y if adapter is None else y + correction(adapter, n)
+        y = mlp(n, w.w_up, w.w_down, self.h.leaky_slope, probe, self.h.fused_kernels)
+        return y + correction(lora["mlp"], n) if "mlp" in lora else y
 
     def forward(self,
                 w: Layer,
@@ -2771,8 +2581,7 @@ class Head(nn.Module):
         """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
         the logits."""
         # (B * T, V), the largest tensor of a step: flat, since the kernel takes one row per program
-        z = (linear_8(x, embed) if "head" in self.h.fp8 and lora is None else
-             linear(x, embed, lora)).flatten(0, 1)
+        z = linear(x, embed, lora).flatten(0, 1)
         cap = self.h.logit_softcap if caps is None else caps
         return softcapped_nats(z, targets.flatten(), cap, self.h.fused_kernels).view_as(targets)
 
@@ -2858,7 +2667,7 @@ class GPT(nn.Module):
             elif role.init == "uniform":
                 w.uniform_(-1, 1).mul_(w.size(-1)**-0.5)
             elif role.init == "normal":
-                nn.init.normal_(w, std=0.01 if name == "ve" else self.h.tied_embed_init_std)
+                nn.init.normal_(w, std=0.01 if name == "ve" else EMBED_INIT_STD)
             else:
                 nn.init.constant_(w, role.init)
 
@@ -2896,10 +2705,10 @@ class GPT(nn.Module):
             x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
         if last is not None:
             x = x * (ids >= 0)[..., None]
-        if self.h.smear_mix and self.h.smear_gate:
+        if self.h.smear_gate == "channel":
             x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
             x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
-        elif self.h.smear_gate:
+        elif self.h.smear_gate == "token":
             # (B, T, 1)
             drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
@@ -2961,21 +2770,13 @@ class GPT(nn.Module):
              plan: tuple[Step, ...],
              docs: Docs | None = None,
              lora: Sequence[Mapping[str, LoRA]] | None = None,
-             cache: Cache | None = None,
-             ahead: int = 0) -> Tensor:
+             cache: Cache | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
-        read this; training alone adds a fifth of the mean loss of `ahead` heads for later targets.
-        """
+        read this."""
         x = self.hidden(ids, plan, docs, lora, cache=cache)
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
-        nats = self.run_head(x, self.bank["embed"].to(self.dtype), targets,
+        return self.run_head(x, self.bank["embed"].to(self.dtype), targets,
                              *([lora[-1].get("head")] if lora else []), **caps)
-        # A head for the k-th token after the next; its loss is a constant added to every target,
-        # so that the mean of all is what it would be as a term of its own.
-        for k in range(1, ahead + 1):
-            later = self.run_head(x[:, :-k], self.bank["mtp"][k - 1].to(self.dtype), targets[:, k:])
-            nats = nats + 0.2 / ahead * later.mean()
-        return nats
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss in nats of the looped plan; about ln V at initialisation."""
@@ -3064,6 +2865,9 @@ def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
 # weights themselves are not touched here. An adapter corrects a map y = W x by scale * b (a x) with
 # scale = TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
+ADAPTER_BETA2 = 0.99    # decay of their squared gradient
+
+
 class AdapterBank:
     """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state; a
     fresh bank changes nothing.
@@ -3112,7 +2916,7 @@ class AdapterBank:
         the gradient of a row is that of its own document alone: no row learns from another.
         """
         grad, = torch.autograd.grad(loss, self.flat)
-        beta = self.h.ttt_beta2
+        beta = ADAPTER_BETA2
         self.updates += 1
         self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
         spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
@@ -3154,14 +2958,7 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795,
 NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315), ) * 5    # of the first Muon, equal at every iteration
 
 
-def symmetric(x: Tensor, alpha: float = 1.0, beta: float = 0.0,
-              c: Tensor | None = None) -> Tensor:
-    """alpha * x @ x^T + beta * c, (n, r, r), of (n, r, k) and a symmetric c (n, r, r)."""
-    return x @ x.mT if c is None else torch.baddbmm(c, x, x.mT, beta=beta, alpha=alpha)
-
-
-def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS,
-                  product: Callable = symmetric) -> Tensor:
+def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS) -> Tensor:
     """(n, rows, cols) -> about the nearest semi-orthogonal matrices, products in `dtype`."""
     # x x^T is then the smaller of the two products. The Frobenius norm is at least the largest
     # singular value, and 2% more keep rounding from lifting one above 1, where the first polynomial
@@ -3170,8 +2967,8 @@ def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EX
     x = (g.mT if tall else g).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in iterations:
-        gram = product(x)
-        x = torch.baddbmm(x, product(gram, c, b, gram), x, beta=a)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram.mT, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -3221,8 +3018,7 @@ class Stack:
                   momentum: float,
                   dtype: torch.dtype,
                   equal_rows: bool = True,
-                  iterations: Sequence = POLAR_EXPRESS,
-                  product: Callable = symmetric) -> Tensor:
+                  iterations: Sequence = POLAR_EXPRESS) -> Tensor:
         """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
         cols).
 
@@ -3235,7 +3031,7 @@ class Stack:
             # a row is one of the matrix as stored: in a transposed slice it is a column
             u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
             u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
-        return orthogonalise(u, dtype, iterations, product) * self.gain.to(dtype)
+        return orthogonalise(u, dtype, iterations) * self.gain.to(dtype)
 
     def apply(self, rows: Tensor, lr: float, decay: float) -> None:
         """p <- (1 - lr * decay) p - lr * update, with the slices (n, rows, cols) of all ranks."""
@@ -3275,7 +3071,7 @@ class Optimiser:
             for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd),
                                       ("scalar", h.scalar_lr, h.adam_wd))
         ]
-        self.adam = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, h.beta2), fused=True)
         self.others = [p for group in groups for p in group["params"]]
         self.wire = torch.bfloat16 if world.device.type == "cuda" else torch.float32
 
@@ -3287,9 +3083,8 @@ class Optimiser:
                 p.grad = g.view_as(p)
 
     @torch.no_grad()
-    def step(self, factor: float, momentum: float, taper: float = 1.0) -> None:
-        """One update with all rates times `factor`, the matrices' decay times `taper`; clears the
-        gradients."""
+    def step(self, factor: float, momentum: float) -> None:
+        """One update with all rates times `factor`; clears the gradients."""
         h = self.h
         # All collectives start in the same order on every rank, without which they would deadlock.
         begun = [stack.collect(self.wire) for stack in self.stacks]
@@ -3303,8 +3098,7 @@ class Optimiser:
             clip = (h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
         iterations = POLAR_EXPRESS if h.polar_express else NEWTON_SCHULZ
-        options = (h.muon_row_normalize, iterations[:h.muon_backend_steps],
-                   symmetric_fused() if h.muon_symmetric and h.fused_kernels else symmetric)
+        options = (h.muon_row_normalize, iterations[:h.muon_backend_steps])
         # Each gather starts as soon as its stack is ready; AdamW works while the last is under way.
         updates = [self.world.gathered(stack.direction(g, momentum, self.model.dtype, *options))
                    for stack, g in zip(self.stacks, shares)]
@@ -3312,7 +3106,7 @@ class Optimiser:
             group["lr"] = factor * group["peak"]
         self.adam.step()
         for stack, ready in zip(self.stacks, updates):
-            stack.apply(ready(), factor * h.matrix_lr, h.muon_wd * taper)
+            stack.apply(ready(), factor * h.matrix_lr, h.muon_wd)
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
@@ -3352,8 +3146,7 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of all banks, from the initial weights on, after every step; with
-    SWA_EVERY the plain mean of a few of them beside it (arXiv 1803.05407).
+    """Exponential moving average of all banks, from the initial weights on, after every step.
 
     It reaches back about 1 / (1 - EMA_DECAY) steps, 286 at the defaults. Of the initial weights
     decay^steps is left, nothing after thousands of them, so that no correction is made. Every rank
@@ -3363,14 +3156,7 @@ class EMA:
     def __init__(self, model: GPT):
         """Starts as a copy of the weights."""
         self.live = [p.detach() for p in model.bank.values()]
-        self.mean, self.taken = [p.clone() for p in self.live], 0
-        self.total = [torch.zeros_like(p) for p in self.live if model.h.swa_every]
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Counts the weights into the plain mean, which is then what gets exported."""
-        torch._foreach_add_(self.total, self.live)
-        self.taken += 1
+        self.mean = [p.clone() for p in self.live]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -3380,8 +3166,7 @@ class EMA:
     @torch.no_grad()
     def export(self) -> None:
         """Overwrites the weights with their average."""
-        torch._foreach_copy_(self.live, torch._foreach_div(self.total, self.taken) if self.taken
-                             else self.mean)
+        torch._foreach_copy_(self.live, self.mean)
 
 
 # ==================================================================================================
@@ -3474,8 +3259,8 @@ class Trainer:
 
     def step(self, number: int, progress: float, looped: bool) -> Tensor:
         """One optimiser step; returns this rank's mean loss in nats, still on the device."""
-        h, falling = self.h, warmdown(self.h, number, progress)
-        rounded, loss = falling < h.late_qat_threshold, 0.0
+        h, loss = self.h, 0.0
+        rounded = warmdown(h, number, progress) < h.late_qat_threshold
         # The rates rise again over 32 steps where the context changes (#2014).
         since = self.loader.cut(
             next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
@@ -3485,17 +3270,13 @@ class Trainer:
         # optimiser), is the mean over all tokens of the step.
         for _ in range(self.accumulation):
             batch = self.loader.next()
-            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs,
-                                       ahead=h.mtp_num_heads).mean() / self.accumulation
+            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs)
+            nats = nats.mean() / self.accumulation
             nats.backward()
             loss = loss + nats.detach()
-        # one up to 70% of training, then linear to WD_TAPER at its end (#1729)
-        taper = 1 - (1 - h.wd_taper) * max(0.0, progress - 0.7) / 0.3
-        self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number), taper)
+        self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number))
         self.ema.update(h.ema_decay)
         self.rounded_steps += rounded
-        if h.swa_every and falling < 0.2 and number % h.swa_every == 0:
-            self.ema.take()
         return loss
 
     def snapshot(self) -> dict[str, Any]:
@@ -3506,18 +3287,18 @@ class Trainer:
         Training draws no random numbers on a device, so the CPU's generator is enough.
         """
         return dict(weights=[p.detach().clone() for p in self.model.bank.values()],
-                    mean=[t.clone() for t in self.ema.mean + self.ema.total],
+                    mean=[t.clone() for t in self.ema.mean],
                     optimiser=self.optimiser.state(),
                     loader=(self.loader.position, self.loader.context, self.loader.since),
-                    counts=(self.ema.taken, self.rounded_steps),
+                    rounded_steps=self.rounded_steps,
                     random=torch.get_rng_state())
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Back to the snapshot, bit for bit."""
         torch._foreach_copy_(list(self.model.bank.values()), state["weights"])
-        torch._foreach_copy_(self.ema.mean + self.ema.total, state["mean"])
-        self.ema.taken, self.rounded_steps = state["counts"]
+        torch._foreach_copy_(self.ema.mean, state["mean"])
+        self.rounded_steps = state["rounded_steps"]
         self.model.zero_grad(set_to_none=True)
         self.optimiser.restore(state["optimiser"])
         self.loader.rewind(*state["loader"])
@@ -3686,8 +3467,8 @@ def train(t: Trainer, reserve_s: float, log: Log,
     seconds = clock.read_s()
     if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
-    if h.late_qat_threshold or h.swa_every:
-        log(f"rounded_steps:{t.rounded_steps} snapshots:{t.ema.taken}")
+    if h.late_qat_threshold:
+        log(f"rounded_steps:{t.rounded_steps}")
     if h.checkpoint_every_s:
         saves.close(step)
     t.ema.export()
@@ -3764,6 +3545,9 @@ def sampled(model: GPT, number: int) -> Batch:
     return Batch(ids, ids, whole_rows(ids))
 
 
+# A step is in proportion to the standard deviation of its row, and to the entry of its column in
+# GPTQ's factor, each to a power; where steps are uniform, to 1 and 0.
+ROW_STEP_POWER = COLUMN_STEP_POWER = 0.5
 # Exponents of steps count quarters of an octave: finer ones cost more bytes than they save.
 OCTAVE = 4
 
@@ -4053,7 +3837,7 @@ def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
     precision between columns and leave the bits of the bank about where they were."""
     h, role = model.h, roles(model.h)[name]
     rows, columns = ((1, 0) if h.step_search == "uniform" else
-                     (h.row_step_power, h.column_step_power))
+                     (ROW_STEP_POWER, COLUMN_STEP_POWER))
     order, upper = factors[role.tap]
     column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
     column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
@@ -4314,11 +4098,10 @@ HEADER_LIMIT = 1 << 16
 # others would be another model (`evaluate` refuses that).
 MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                "leaky_slope", "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n",
-               "head_gate_scale", "smear_gate", "gate_window", "num_loops", "loop_start",
+               "head_gate_scale", "smear_gate", "num_loops", "loop_start",
                "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits",
-               "trellis_states", "activation", "bigram_vocab_size", "bigram_dim", "ve_dim",
-               "ve_layers", "smear_mix", "skip_gates", "parallel_form", "attn_gate",
-               "asym_logit_rescale", "gptq_roles")
+               "trellis_states", "bigram_vocab_size", "ve_dim", "skip_gates",
+               "parallel_form", "asym_logit_rescale", "gptq_roles")
 
 
 class Coder(NamedTuple):
@@ -4958,279 +4741,32 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
     return h, coder, lengths, first + length
 
 
-# The packed script is one Python file: a marker line, a string literal of raw bytes of brotli (of
-# LZMA where that is not installed), and statements that unpack the text, show it to `linecache`
-# (tracebacks and Triton read sources there) and run it in place. Before that the text loses what a
-# run of these knobs cannot reach: mechanisms that it fixes become constants, conditions on
-# constants become one of their branches, what nothing reads any more goes, names of ours shrink. A
-# fixed mechanism then refuses other values, so that no variable can ask for what is not there.
+# The packed script is one Python file: a marker line, a string literal of raw compressed bytes, and
+# statements that unpack the text, show it to `linecache` (tracebacks and Triton read sources there)
+# and run it in place.
 PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
 
 
 # >>> not packed (a packed script is its own packed bytes)
 python_minifier = optional("python_minifier")
-# CODER is the module's name. The entry of `linecache` must stand before `exec`: without it
-# `inspect` finds no source, and Triton compiles kernels from their source.
+# The entry of `linecache` must stand before `exec`: without it `inspect` finds no source, and
+# Triton compiles kernels from their source.
 UNPACKER = (
     b"import linecache,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
     b"exec(compile(_,__file__+'*','exec'))\n")
-KEPT = ["main", "Hyperparameters", "GPT"]    # what importers of the file use
 
 
 def shipped(source: str) -> str:
-    """`source` without the regions between `# >>> not packed` and `# <<< not packed` lines.
+    """`source` with the regions between `# >>> not packed` and `# <<< not packed` lines left blank.
 
     Raises Refusal where a fence does not pair with another one."""
-    kept, opened = [], 0
-    for number, line in enumerate(source.splitlines(keepends=True), 1):
-        fence = re.match(r"# (>>>|<<<) not packed", line)
-        if fence and (fence[1] == ">>>") == bool(opened):
-            raise Refusal(f"line {number}: '# {fence[1]} not packed' does not pair with a fence")
-        if fence:
-            opened = 0 if opened else number
-        elif not opened:
-            kept.append(line)
-    if opened:
-        raise Refusal(f"line {opened}: '# >>> not packed' is never closed by '# <<< not packed'")
-    return "".join(kept)
-
-
-class Specialised(ast.NodeTransformer):
-    """Replaces the reads `h.knob` of `constants` by their values, and constants of the module named
-    there, and drops what is then dead.
-
-    Only knobs read through a name or attribute `h` are replaced, so that other attributes of the
-    same name stay. Conditions, and checks that hold, go; their knobs refuse other values. Each
-    visit turns the children first, so a constant climbs as far as it decides something."""
-
-    def __init__(self, constants: Mapping[str, Any], own: Mapping[str, Any]):
-        """Keeps the values by knob, and those that the run turned."""
-        self.constants, self.own = constants, own
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """The knob's value where it is fixed."""
-        node = self.generic_visit(node)
-        base = getattr(node.value, "attr", getattr(node.value, "id", ""))
-        if base == "h" and node.attr in self.constants and isinstance(node.ctx, ast.Load):
-            return ast.Constant(self.constants[node.attr])
-        return node
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        """The value of a constant of the module."""
-        known = node.id.isupper() and node.id in self.constants and isinstance(node.ctx, ast.Load)
-        return ast.Constant(self.constants[node.id]) if known else node
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """A knob's declaration without its meaning; a mechanism admits the run's value only."""
-        called = getattr(node.value, "func", None)
-        if getattr(called, "id", "") in ("knob", "mechanism"):
-            (default, _, *check), name = node.value.args, node.target.id
-            value = ast.Constant(self.constants.get(name))
-            plain = name in self.constants and ast.unparse(value) == ast.unparse(default)
-            if name in self.constants and name in self.own:
-                check = [ast.Attribute(value, "__eq__", ast.Load())]
-            node.value = ast.Call(ast.Name("only" if plain else "knob", ast.Load()),
-                                  [default] if plain else [default, ast.Constant(""), *check], [])
-        return self.generic_visit(node)
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
-        """`not` of a constant is one."""
-        node = self.generic_visit(node)
-        if isinstance(node.op, ast.Not) and isinstance(node.operand, ast.Constant):
-            return ast.Constant(not node.operand.value)
-        return node
-
-    def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        """A comparison of two constants, or of one with several, is one."""
-        node = self.generic_visit(node)
-        right = node.comparators[0]
-        constant = isinstance(node.left, ast.Constant) and len(node.ops) == 1
-        if constant and isinstance(node.ops[0], (ast.In, ast.NotIn)) and all(
-                isinstance(n, (ast.Tuple, ast.Constant, ast.Load)) for n in ast.walk(right)):
-            inside = node.left.value in ast.literal_eval(right)
-            return ast.Constant(inside == isinstance(node.ops[0], ast.In))
-        if constant and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and isinstance(
-                right, ast.Constant):
-            equal = node.left.value == right.value
-            return ast.Constant(equal == isinstance(node.ops[0], ast.Eq))
-        return node
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
-        """`and` and `or` up to the first constant that decides; the others that do not go."""
-        node = self.generic_visit(node)
-        kept, stops = [], isinstance(node.op, ast.Or)
-        for value in node.values:
-            known = isinstance(value, ast.Constant)
-            if not known or bool(value.value) == stops or value is node.values[-1]:
-                kept.append(value)
-            if known and bool(value.value) == stops:
-                break
-        return kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
-
-    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
-        """The branch that a constant chooses."""
-        node = self.generic_visit(node)
-        if isinstance(node.test, ast.Constant):
-            return node.body if node.test.value else node.orelse
-        return node
-
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.AST]:
-        """The statements that a constant chooses."""
-        node = self.generic_visit(node)
-        if isinstance(node.test, ast.Constant):
-            return (node.body if node.test.value else node.orelse) or ast.Pass()
-        return node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """A function up to the first statement that always leaves it."""
-        node = self.generic_visit(node)
-        ends = [i for i, n in enumerate(node.body, 1) if isinstance(n, (ast.Return, ast.Raise))]
-        node.body = node.body[:ends[0]] if ends else node.body
-        return node
-
-    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
-        """A table of checks without those that hold."""
-        node = self.generic_visit(node)
-        holds = lambda e: (isinstance(e, ast.Tuple) and len(e.elts) == 2 and isinstance(
-            e.elts[0], ast.Constant) and e.elts[0].value is True)
-        node.elts = [e for e in node.elts if not holds(e)]
-        return node
-
-
-CALLED = {"forward", "backward"}    # methods that torch calls by itself
-
-
-def without_unused(tree: ast.Module) -> ast.Module:
-    """The module without top-level definitions, constants and imports that nothing reads, and
-    without methods whose names nothing mentions.
-
-    In rounds, until one finds nothing: what goes may have been the last reader of something else.
-    Statements that are no definition always stay."""
-    while True:
-        nodes = [*ast.walk(tree)]
-        # a method may be reached by any attribute, or by a name in a text, as `getattr` does
-        told = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {
-            n.value for n in nodes if isinstance(n, ast.Constant)} | CALLED
-        for node in nodes:
-            if isinstance(node, ast.ClassDef) and node.name not in KEPT:
-                node.body = [n for n in node.body if not isinstance(n, ast.FunctionDef)
-                             or n.name in told or n.name.startswith("__")] or [ast.Pass()]
-        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
-                and isinstance(n.ctx, ast.Load)} | {*KEPT, "annotations"}
-
-        def used(node: ast.AST) -> bool:
-            """True for what is read by name, and for statements that are no definition."""
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                return node.name in read
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                node.names = [n for n in node.names
-                              if (n.asname or n.name.split(".")[0]) in read]
-                return bool(node.names)
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            names = [t.id for t in targets if isinstance(t, ast.Name)]
-            return len(names) < len(targets) or any(name in read for name in names)
-
-        kept = [node for node in tree.body if used(node)]
-        if len(kept) == len(tree.body):
-            return tree
-        tree.body = kept
-
-
-# Decorators of Python and torch, which do not look at a function as Triton and torch.library do.
-BLIND = {"property", "classmethod", "staticmethod", "torch.no_grad()"}
-
-
-class Undocumented(ast.NodeTransformer):
-    """Removes docstrings and annotations, and makes parameters positional-only, so that they may be
-    renamed, where no call names them.
-
-    Functions under other decorators than BLIND keep their signatures; so do the fields of
-    dataclasses, while those of NamedTuples only need some annotation."""
-
-    def __init__(self, tree: ast.AST):
-        """Finds which names calls give to parameters: of a function that is only ever called by its
-        own name just those of such calls, of others any keyword or text in `tree`."""
-        nodes = [*ast.walk(tree)]
-        calls = [n for n in nodes if isinstance(n, ast.Call)]
-        heads, self.own = {id(c.func) for c in calls}, {}
-        self.shared = {n.value for n in nodes if isinstance(n, ast.Constant)}
-        self.aliased = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in heads}
-        for call in calls:
-            words, name = {k.arg for k in call.keywords}, getattr(call.func, "id", "")
-            self.shared |= words
-            self.own.setdefault(name, set()).update(words)
-            self.aliased |= {name} if None in words else set()
-        for n in nodes:
-            if getattr(n, "name", "") in KEPT:
-                self.shared |= {a.arg for a in ast.walk(n) if isinstance(a, ast.arg)}
-                self.aliased.add(n.name)
-            if isinstance(n, ast.ClassDef):
-                self.aliased |= {getattr(f, "name", "") for f in n.body}
-
-    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
-        """The function or lambda without what only readers need."""
-        if {ast.unparse(d) for d in getattr(node, "decorator_list", ())} <= BLIND:
-            a, name, node.returns = node.args, getattr(node, "name", ""), None
-            for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs,
-                              *filter(None, (a.vararg, a.kwarg))):
-                parameter.annotation = None
-            named = self.own.get(name, ()) if name and name not in self.aliased else self.shared
-            while a.args and a.args[0].arg not in named:
-                a.posonlyargs.append(a.args.pop(0))
-        return self.undocument(node)
-
-    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
-
-    def undocument(self, node: ast.AST) -> ast.AST:
-        """The node without its docstring, children included."""
-        if not isinstance(node, ast.Lambda) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-        if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign):
-                    line.annotation = ast.Constant(0)
-        return self.generic_visit(node)
-
-    visit_ClassDef = undocument
-
-
-def minified(source: str, fixed: Mapping[str, Any] = {}, own: Mapping[str, Any] = {}) -> str:
-    """The text that the packed script runs: no comments, docstrings or long names of ours, and no
-    code that the values of the knobs `fixed` leave dead, some of which are the run's `own`.
-
-    Attributes, keyword arguments, classes, imports and KEPT keep their names. Literals and builtins
-    are not hoisted: an alias `A=int` would reach `Field.type`, and `A=None` or `A=range` would
-    break a Triton kernel. Warns, and returns longer text, where python_minifier is not
-    installed."""
-    tree = without_unused(Specialised(fixed, own).visit(ast.parse(source)))
-    tree = Undocumented(tree).visit(tree)
-    nodes = [*ast.walk(tree)]
-    if ast.get_docstring(tree):
-        tree.body = tree.body[1:]
-    text = ast.unparse(ast.fix_missing_locations(tree))
-    if python_minifier is None:
-        warnings.warn("python_minifier is not installed: the packed script keeps its long names")
-        return text
-    classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
-    imports = [n.asname or n.name.split(".")[0] for n in nodes if isinstance(n, ast.alias)]
-    # Triton is told parameters by name (the keys and tiles of `tuned`), so those of functions under
-    # its decorators stay
-    watched_names = [a.arg for n in nodes if hasattr(n, "args") and not {
-        ast.unparse(d) for d in getattr(n, "decorator_list", ())} <= BLIND for a in ast.walk(n)
-        if isinstance(a, ast.arg)]
-    text = python_minifier.minify(text,
-                                  rename_globals=True,
-                                  hoist_literals=False,
-                                  convert_posargs_to_args=False,
-                                  preserve_globals=[*KEPT, *classes, *imports, *dir(builtins)],
-                                  preserve_locals=watched_names,
-                                  remove_annotations=python_minifier.RemoveAnnotationsOptions(
-                                      remove_variable_annotations=True,
-                                      remove_return_annotations=False,
-                                      remove_argument_annotations=False,
-                                      remove_class_attribute_annotations=False))
-    return re.sub(r",/(?=[,:)])", "", text)    # the marks have served
+    kept = re.sub(r"^# >>> not packed(?:(?!^# >>> ).)*?^# <<< not packed[^\n]*",
+                  lambda region: "\n" * region[0].count("\n"), source, flags=re.M | re.S)
+    if odd := re.search(r"^# (>>>|<<<) not packed", kept, re.M):
+        line = kept.count("\n", 0, odd.start()) + 1
+        raise Refusal(f"line {line}: '# {odd[1]} not packed' does not pair with another fence")
+    return kept
 
 
 def literal(data: bytes) -> bytes:
@@ -5245,62 +4781,46 @@ def literal(data: bytes) -> bytes:
     return min(quoted, key=len)
 
 
-def pack_source(source: str, rows: Mapping[str, Mapping[str, Any]] = {},
-                plain: bool = False) -> bytes:
-    """The packed script: a Python file that behaves like `source` without its unpacked regions,
-    knows the recipes `rows`, and has the code of optional mechanisms only where rows["run"] turns
-    them, and either fused kernels or,
-    for a run that was `plain`, attention by blocks.
+def pack_source(source: str, block: str = "") -> bytes:
+    """The packed script: a Python file that behaves like `source` without its fenced regions, and
+    with a `block` takes it as the recipe `run` where RECIPE is not set.
 
     Equal sources give equal bytes under equal Pythons; the file needs the Python version that
     packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
-    own, fixed = rows.get("run", {}), dict(fused_kernels=False) if plain else {}
-    if rows and not plain:
-        fixed["BLOCK_ATTENTION"] = False
-    for f in fields(Hyperparameters):
-        value = own.get(f.name, f.default)
-        # what the run turned off stays out too; numbers that it turned may be turned again
-        if f.name in own and value is False or "optional" in f.metadata and (
-                f.name not in own or isinstance(value, (bool, str))):
-            fixed[f.name] = value
-    limit_s, every_s = (own.get(n, getattr(Hyperparameters, n)) for n in (
-        "max_wallclock_seconds", "checkpoint_every_s"))
-    if "run" in rows and 0 < limit_s <= every_s:    # too short for checkpoints
-        fixed["checkpoint_every_s"] = 0.0
-    known = f"\nRECIPES.update({rows})\nif __name__" if rows else "\nif __name__"
-    text = minified(shipped(source).replace("\nif __name__", known), fixed, own).encode()
-    # which settings are shortest differs from text to text, so all of them are tried
-    if brotli:
-        coder = "brotli"
-        tried = [brotli.compress(text, mode, 11, bits) for bits in range(16, 25) for mode in (0, 1)]
+    text = shipped(source)
+    if block:
+        row = Recipe("the run that packed this script", "-", "-", "nothing", block)
+        text = text.replace("\nif __name__", f"\nRECIPES['run']={row}\nif __name__")
+    if python_minifier:
+        # What importers use keeps its name. Aliases of literals and builtins would reach types of
+        # dataclasses and kernels of Triton, which also reads annotations and names of tiles.
+        text = python_minifier.minify(
+            text, remove_literal_statements=True, rename_globals=True, hoist_literals=False,
+            preserve_globals=["main", "Hyperparameters", "GPT", "Refusal", *dir(builtins)],
+            preserve_locals=["BACKWARD", "BLOCK", "ROWS", "COLUMNS", "DEPTH"],
+            remove_annotations=python_minifier.RemoveAnnotationsOptions(
+                remove_argument_annotations=False))
     else:
-        coder = "lzma"
-        grid = itertools.product(range(5), (32, 64, 273), (lzma.MF_BT3, lzma.MF_BT4))
-        tried = [
-            lzma.compress(text, lzma.FORMAT_ALONE,
-                          filters=[dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lp=0,
-                                        pb=0, depth=1000, lc=context, nice_len=length, mf=finder,
-                                        dict_size=1 << max(12, len(text).bit_length()))])
-            for context, length, finder in grid
-        ]
-    return PACKED + UNPACKER.replace(b"CODER", coder.encode()) % min(map(literal, tried), key=len)
+        warnings.warn("python_minifier is not installed: the packed script is longer", stacklevel=2)
+    raw = text.encode()
+    packed = [(b"lzma", lzma.compress(raw, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME))]
+    if brotli:
+        packed.append((b"brotli", brotli.compress(raw, brotli.MODE_TEXT, 11, 24)))
+    return min((PACKED + UNPACKER.replace(b"CODER", coder) % literal(data)
+                for coder, data in packed), key=len)
 # <<< not packed
 
 
-def running_source(path: str | Path,
-                   h: Hyperparameters | None = None) -> tuple[str | None, bytes]:
+def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, bytes]:
     """(readable text, packed bytes) of the script at `path`, for a run of `h`.
 
     The text is None where that script is itself packed: its own bytes are then what counts. The
-    packed script knows the run, less its seed, as the recipe `run`, which it takes where RECIPE is
-    not set."""
+    packed script knows the run, less its seed, since all seeds of a record share one script."""
     raw = Path(path).read_bytes()
     if raw.startswith(PACKED):
         return None, raw
-    source, own = raw.decode(), h.changed() if h else {}
-    own.pop("seed", None)    # all seeds of a record share one script
-    rows = dict(run=own) if h else {}
-    return source, pack_source(source, rows, h is not None and not h.fused_kernels)
+    own = dict(recipe="record") | {n: v for n, v in h.changed().items() if n != "seed"}
+    return raw.decode(), pack_source(raw.decode(), run_block(own))
 
 
 # ==================================================================================================
@@ -5564,6 +5084,12 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 # held out of training inside the clock, or on validation text, which breaks C3 and is marked so.
 # Last, how many steps the time for scoring affords, and `score_by_name`, the door to all scores.
 # ==================================================================================================
+SPREAD = 2.0    # ratio of the rates of neighbouring learners
+MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
+SGD_MOMENTUM, SGD_CLIP = 0.9, 1.0    # of all-weights adaptation: momentum, largest gradient norm
+HELD_OUT_TOKENS = 1 << 23    # most training tokens kept aside for adaptation before GPTQ
+
+
 class Learners:
     """Rows that walk through documents, N learners each: adapters of their own, Adam rates a
     factor apart, a prediction that mixes them. A chunk is scored, then learned from; nothing
@@ -5575,12 +5101,12 @@ class Learners:
     def __init__(self, model: GPT, rows: int, C: int, form: str, steps: int):
         """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters.
 
-        Learner i has the rate TTT_LORA_LR / TTT_LR_SPREAD^i. No one rate suits all documents; which
+        Learner i has the rate TTT_LORA_LR / SPREAD^i. No one rate suits all documents; which
         one does is found out token by token, by the mixture."""
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
         self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
         self.N = N = learners_of(h, form, steps)
-        rates = h.ttt_lora_lr * h.ttt_lr_spread**-torch.arange(N)
+        rates = h.ttt_lora_lr * SPREAD**-torch.arange(N)
         rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
         self.rates = rates.repeat(rows).to(device)
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
@@ -5619,7 +5145,7 @@ class Learners:
         """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only.
 
         At token t, w_i ~ exp(sum over s < t of d^(t - s) log p_i(x_s)), summing to one over the
-        learners, with d = TTT_MIX_DECAY; d = 1 is Bayes' rule with equal priors. The weights are
+        learners, with d = MIX_DECAY; d = 1 is Bayes' rule with equal priors. The weights are
         fixed before x_t is looked at, and each p_i sums to one, so the mixture does too (C2)."""
         with torch.set_grad_enabled(self.steps > 0):
             # with its graph: `learn` goes down these very losses, which saves it a forward pass
@@ -5630,8 +5156,8 @@ class Learners:
         n = torch.arange(logs.size(-1) + 1, device=self.device)
         # tokens from place s to place t, which may know s if it is above 0
         ago = n - n[:-1, None]
-        decay = self.model.h.ttt_mix_decay
-        known = self.belief[..., None] * decay**n + logs @ torch.where(ago > 0, decay**ago, 0.0)
+        decayed = torch.where(ago > 0, MIX_DECAY**ago, 0.0)
+        known = self.belief[..., None] * MIX_DECAY**n + logs @ decayed
         self.belief = known[..., -1]
         return -(known[..., :-1].log_softmax(1) + logs).logsumexp(1)
 
@@ -5706,7 +5232,7 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     # `before`: the artifact's weights. `raw`: SGD's own, which go on where they stopped while the
     # model itself holds their average for scoring (#578); without TTT_EMA_DECAY both are the same.
     before, raw = ([p.detach().clone() for p in weights] for _ in range(2))
-    sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=h.ttt_momentum)
+    sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=SGD_MOMENTUM)
     for part in watched(range(parts), name, log):
         begin, end = edges[part:part + 2]
         if h.ttt == "phased":
@@ -5775,7 +5301,7 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
             flat = world.sum(torch.cat([g.flatten() for g in grads]))
             for p, g in zip(weights, flat.split([p.numel() for p in weights])):
                 p.grad = g.view_as(p)
-            torch.nn.utils.clip_grad_norm_(weights, h.ttt_grad_clip)
+            torch.nn.utils.clip_grad_norm_(weights, SGD_CLIP)
             for p, share in zip(weights, shares):
                 p.grad.mul_(share)
             sgd.step()
@@ -5786,10 +5312,11 @@ def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tens
     the last training shard, or validation, which breaks rule C3.
 
     Training never reads what is held out, or there would be nothing new in it to adapt to."""
-    if h.prequant_ttt_data == "val":
-        log("compliant:false rule C3 (PREQUANT_TTT_DATA=val learns what it will score)")
+    if h.prequant_ttt_data != "train":
+        log(f"compliant:false rule C3 (PREQUANT_TTT_DATA={h.prequant_ttt_data} learns what it will "
+            "score)")
         return data, data.val.tokens
-    count = min(h.prequant_ttt_tokens, len(data.train[-1]) // 2)
+    count = min(HELD_OUT_TOKENS, len(data.train[-1]) // 2)
     *shards, last = data.train
     kept = len(last) - count
     return data._replace(train=[*shards, last[:kept]]), torch.from_numpy(
@@ -5799,15 +5326,15 @@ def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tens
 def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
     """Trains all weights on `tokens` (n + 1,) before GPTQ (#1364), or by SGD after it (#398).
 
-    Steps of TTT_BATCH_SEQS sequences clipped to TTT_GRAD_CLIP; the rate of layer l is that of the
-    epoch times PREQUANT_TTT_BLOCK_LR_START + (1 - that) * l / (L - 1), zero if frozen (#1351).
+    Steps of TTT_BATCH_SEQS sequences clipped to SGD_CLIP; the rate of layer l is that of the epoch
+    times TTT_LR_RAMP + (1 - that) * l / (L - 1), zero if frozen (#1351).
     """
     h, weights, lr = model.h, list(model.bank.values()), model.h.prequant_ttt_lr
-    adamw = h.prequant_ttt_optim == "adamw"
+    adamw = h.prequant_ttt_data != "after"
     optimiser = (torch.optim.AdamW(weights, lr, weight_decay=0.0) if adamw else
-                 torch.optim.SGD(weights, lr, h.ttt_momentum))
-    rates = torch.linspace(h.prequant_ttt_block_lr_start, 1, h.num_layers, device=world.device)
-    rates[:h.prequant_ttt_freeze_blocks] = 0
+                 torch.optim.SGD(weights, lr, SGD_MOMENTUM))
+    rates = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=world.device)
+    rates[:h.ttt_freeze_blocks] = 0
     layered = [model.bank[name] for name in Layer._fields if name in model.bank]
     before: list[Tensor] = []
 
@@ -5841,7 +5368,7 @@ def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
     for _ in range(2):    # the first one compiles
         watch = Stopwatch(t.world)
         adapt_early(t.model, few, t.world, 1)
-    if h.prequant_ttt_data == "val":
+    if h.prequant_ttt_data != "train":
         return 0.0
     return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
 
@@ -5910,18 +5437,15 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
 
 # ==================================================================================================
 # 14. Fused kernels
-# Three pieces of a step whose plain form moves tensors through memory that nobody reads twice, in
-# Triton. The plain twins are `Block.mlp`, `Head.forward` and `symmetric` themselves. An operator is
-# opaque to the compiler, so that one graph holds it. The field's sizes: 98,304 tokens, D = 512,
-# F = 2048, V = 8192.
+# Two pieces of a step whose plain form moves tensors through memory that nobody reads twice, in
+# Triton. The plain twins are `Block.mlp` and `Head.forward` themselves. An operator is opaque to
+# the compiler, so that one graph holds it. Sizes: 98,304 tokens, D = 512, F = 2048, V = 8192.
 #   mlp    the activation and its slope come out of the registers that hold the product: no pass of
 #          its own over (M, F)
 #   nats   softcap, softmax and loss from the logits in their own type: no fp32 copy of (N, V), and
 #          one number per row kept for the backward pass
-#   gram   x x^T of Muon is symmetric, so half of its tiles are copies
-# They take and give what the twins do; nothing here defines a meaning. Where mlp and nats cannot
-# work, or disagree with their twins (`kernels_trouble`), a run goes on without them; gram is used
-# only where MUON_SYMMETRIC asks for it.
+# They take and give what the twins do; nothing here defines a meaning. Where they cannot work, or
+# disagree with their twins (`kernels_trouble`), a run goes on without them.
 # ==================================================================================================
 def jit(kernel: Callable) -> Callable:
     """The Triton kernel; where Triton is missing, the function itself, which nobody then calls."""
@@ -6103,60 +5627,6 @@ def nats_backward(ctx: Any, slope: Tensor, unused: Tensor | None) -> tuple[Tenso
     return torch.ops.golf.nats_slope(logits, targets, lse, slope.contiguous(), ctx.cap), None, None
 
 
-@tuned(["r", "k"], (128, 128, 64, 3, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4),
-       (64, 64, 32, 3, 4), (128, 64, 64, 3, 4))
-@jit
-def gram_kernel(x, c, out, r, k, alpha, beta, batch_stride, row_stride, column_stride,
-                ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                DEPTH: tl.constexpr):
-    """out = alpha * x @ x^T + beta * c: a tile that touches the lower triangle is computed and
-    stored twice, here and mirrored; a tile above the diagonal has nothing to do."""
-    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
-    batch = tl.program_id(2).to(tl.int64)
-    if column >= row + ROWS:
-        return
-    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    x += batch * batch_stride
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, k, DEPTH):
-        depth = start + tl.arange(0, DEPTH)
-        across = depth * column_stride
-        left = tl.load(x + rows[:, None] * row_stride + across[None, :], other=0.0,
-                       mask=(rows[:, None] < r) & (depth[None, :] < k))
-        right = tl.load(x + columns[None, :] * row_stride + across[:, None], other=0.0,
-                        mask=(columns[None, :] < r) & (depth[:, None] < k))
-        product = tl.dot(left, right, product)
-    inside = (rows[:, None] < r) & (columns[None, :] <= rows[:, None])
-    here, mirrored = rows[:, None] * r + columns[None, :], columns[None, :] * r + rows[:, None]
-    product *= alpha
-    if ADD:
-        product += beta * tl.load(c + batch * r * r + here, mask=inside, other=0.0).to(tl.float32)
-    # an element and its mirror image are the same number, also where a tile straddles the diagonal
-    out += batch * r * r
-    tl.store(out + here, product.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + mirrored, product.to(out.dtype.element_ty), mask=inside)
-
-
-def gram_forward(x: Tensor, alpha: float, beta: float, c: Tensor | None) -> Tensor:
-    """alpha * x @ x^T + beta * c, (n, r, r), of a batch x (n, r, k), which may be transposed; c is
-    symmetric."""
-    n, r, k = x.shape
-    out = x.new_empty(n, r, r)
-    gram_kernel[lambda tile: (triton.cdiv(r, tile["ROWS"]), triton.cdiv(r, tile["COLUMNS"]), n)](
-        x, out if c is None else c.contiguous(), out, r, k, alpha, beta, *x.stride(),
-        ADD=c is not None)
-    return out
-
-
-@functools.cache
-def symmetric_fused() -> Callable:
-    """`symmetric` with half the multiplications for what the kernels take: exactly symmetric."""
-    gram = define("gram", "(Tensor a, float b, float c, Tensor? d) -> Tensor", gram_forward,
-                  lambda x, *rest: x.new_empty(x.size(0), x.size(1), x.size(1)))
-    return lambda x, alpha=1.0, beta=0.0, c=None: (gram if kernels_take(x) else symmetric)(
-        x, alpha, beta, c)
-
-
 def define(name: str, schema: str, forward: Callable, shapes: Callable) -> Any:
     """The operator golf::name. Its schema is written out, so that packing may drop annotations."""
     operator = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
@@ -6317,9 +5787,6 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
                 "slower)")
     elif h.attention != "auto":
         check(attention_kernel, h, world.device)
-    if h.fp8 and (compute_dtype(h, world.device) != torch.bfloat16 or world.device.type == "cuda"
-                  and torch.cuda.get_device_capability(world.device) < (8, 9)):
-        wrong.append(f"FP8={h.fp8} needs bf16 products, and a GPU that has FP8 (H100 or later)")
     check(accumulation, h, world)
 # >>> not packed (a packed script builds no corpus)
     if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
@@ -6423,7 +5890,7 @@ def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor
     Moments come after the adaptation, because they must be those of the weights that are rounded.
     """
     h, watch = t.h, Stopwatch(t.world)
-    if h.prequant_ttt_epochs and h.prequant_ttt_optim == "adamw":
+    if h.prequant_ttt_epochs and h.prequant_ttt_data != "after":
         adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
     clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))
     watch = Stopwatch(t.world)
@@ -6481,7 +5948,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     blob = world.share(blob)
     load_stored(model, unpack(blob)[1])
     stage("pack", watch)
-    if h.prequant_ttt_epochs and h.prequant_ttt_optim == "sgd":
+    if h.prequant_ttt_epochs and h.prequant_ttt_data == "after":
         adapt_early(model, held, world, h.prequant_ttt_epochs)
     for name in wanted_scores(h):
         if name != "prequant":
@@ -6557,8 +6024,9 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     over the budget. A run that breaks a rule is kept, marked with what it breaks; `submit` refuses
     it."""
     violations = []
-    if h.prequant_ttt_epochs and h.prequant_ttt_data == "val":
-        violations.append("rule C3: PREQUANT_TTT_DATA=val learns validation text before its score")
+    if h.prequant_ttt_epochs and h.prequant_ttt_data != "train":
+        violations.append(f"rule C3: PREQUANT_TTT_DATA={h.prequant_ttt_data} learns validation "
+                          "text before its score")
     if sizes["total"] > h.budget_bytes:
         violations.append(f"bytes: {sizes['total']} is over BUDGET_BYTES={h.budget_bytes}")
     if h.max_wallclock_seconds and clock_s > h.max_wallclock_seconds:
@@ -6636,7 +6104,7 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
     model = build_model(h, world)
     model.compile(compile_mode(h, world.device, log))
     load_stored(model, stored)
-    if h.prequant_ttt_epochs and h.prequant_ttt_optim == "sgd":
+    if h.prequant_ttt_epochs and h.prequant_ttt_data == "after":
         adapt_early(model, data.val.tokens, world, h.prequant_ttt_epochs)
     scores = {
         name: measured_score(name, model, data, world, log)
@@ -6652,11 +6120,10 @@ TOOLS: dict[str, Callable[[list[str], Mapping[str, str]], int]] = {}    # sectio
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """The command line; returns the exit status. A `Refusal` is one sentence on standard error and
     status 2."""
-    if arguments and arguments[0] in ("--help", "-h", "help"):
-        print("recipes" in arguments and RECIPE_TEXT or help_text())
-        return 0
-    world = None
     try:
+        if arguments and arguments[0] in ("--help", "-h", "help"):
+            print(help_text(*arguments[1:2]))
+            return 0
         verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
         if verb not in ("", *VERBS):
             raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
@@ -6671,8 +6138,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             evaluate(arguments[1:], world, env)
             world.leave()
             return 0
-        small = world.device.type != "cuda" and not env.get("RECIPE")
-        small = small and "run" not in RECIPES
+        known = "run" in RECIPES or env.get("RECIPE")
+        small = world.device.type != "cuda" and not known
         default = "run" if "run" in RECIPES else "demo" if small else "record"
         h, log = Hyperparameters.from_env(env, default), Log(world)
         if h.fused_kernels and kernels_trouble():

@@ -26,17 +26,17 @@ from bench_rebuild import methods
 TARGETS = int(os.environ.get("BENCH_TARGETS", 120_000))
 WORLD, QUIET = t.World(), t.Log(t.World(), quiet=True)
 UNIFORM, DEFAULT = "uniform k=12.85", "default: trellis + layer + column + row"
-PLAIN = dict(step_search="layer", row_step_power=1.0, column_step_power=0.0, trellis_states=0)
-# name -> (changed knobs, are damages measured?); without them every role-layer keeps its share of the bytes
+EQUAL, BOTH = (1.0, 0.0), (0.5, 0.5)    # powers of row and column steps: none of their own, the default
+# name -> (changed knobs, those powers, are damages measured?); without them every role-layer keeps its share of the bytes
 METHODS = {
-    "column steps": (dict(PLAIN, column_step_power=0.5), False),
-    "row steps": (dict(PLAIN, row_step_power=0.5), False),
-    "a step per role": (dict(PLAIN, step_search="role"), True),
-    "a step per role and layer": (PLAIN, True),
-    "role and layer + column + row": (dict(trellis_states=0), True),
-    "role and layer + percentile search": (dict(PLAIN, clip_search=True), True),
-    "trellis": (dict(PLAIN, trellis_states=8), False),
-    DEFAULT: ({}, True),
+    "column steps": (dict(trellis_states=0), (1.0, 0.5), False),
+    "row steps": (dict(trellis_states=0), (0.5, 0.0), False),
+    "a step per role": (dict(trellis_states=0, step_search="role"), EQUAL, True),
+    "a step per role and layer": (dict(trellis_states=0), EQUAL, True),
+    "role and layer + column + row": (dict(trellis_states=0), BOTH, True),
+    "role and layer + percentile search": (dict(trellis_states=0, clip_search=True), EQUAL, True),
+    "trellis": ({}, EQUAL, False),
+    DEFAULT: ({}, BOTH, True),
 }
 
 
@@ -112,25 +112,26 @@ def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
     factors, rows, damages = t.inverse_factors(h, bench.moments), {}, {}
     base, sizes = document_nats(model, bench.data.val)
     print(f"\n(b) {len(base)} documents, {sizes.sum():,} bytes, {base.sum() / sizes.sum() / math.log(2):.5f} BPB before")
-    for name, (changes, measured) in {UNIFORM: (None, False), **METHODS}.items():
+    for name, (changes, powers, measured) in {UNIFORM: (None, BOTH, False), **METHODS}.items():
         blob, seconds = uniform, 0.0
         if changes is not None:
             model.h = replace(h, budget_bytes=limit, **changes)
-            powers = (model.h.row_step_power, model.h.column_step_power, model.h.clip_search)
-            if measured and powers not in damages:
+            t.ROW_STEP_POWER, t.COLUMN_STEP_POWER = powers
+            key = (*powers, model.h.clip_search)
+            if measured and key not in damages:
                 loader = t.Loader(h, WORLD, bench.data.train)
                 loader.position = bench.position    # the text that follows calibration's
-                damages[powers] = t.step_damage(model, WORLD, loader, factors)
+                damages[key] = t.step_damage(model, WORLD, loader, factors)
             equal = {n: torch.full((s[0],), float(s[1] * s[2])) for n, s in t.coded_roles(h).items() if t.roles(h)[n].tap}
             begin = time.perf_counter()
-            blob, _ = t.fit_budget(model, factors, damages[powers] if measured else equal, 0, QUIET)
+            blob, _ = t.fit_budget(model, factors, damages[key] if measured else equal, 0, QUIET)
             seconds = time.perf_counter() - begin
         nats = judged(name, len(blob), t.unpack(blob)[1], seconds)
 
     def fit(reserve: int) -> bytes:
         """The default's artifact, `reserve` bytes smaller."""
         model.h = replace(h, budget_bytes=limit - reserve)
-        return t.fit_budget(model, factors, damages[h.row_step_power, h.column_step_power, h.clip_search], 0, QUIET)[0]
+        return t.fit_budget(model, factors, damages[(*BOTH, h.clip_search)], 0, QUIET)[0]
 
     for name, method in methods(bench.position + 1).items():
         begin = time.perf_counter()

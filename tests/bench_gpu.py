@@ -195,17 +195,16 @@ def split(b: Bench) -> dict[str, Any]:
 def kernels(b: Bench) -> dict[str, Any]:
     """Each fused kernel, its plain twin, that twin compiled, and the floor; null where the kernels do not run."""
     N, D, F, V = (256, b.h.model_dim, b.h.mlp_dim, b.h.vocab_size) if b.small else (98_304, 512, 2048, 8192)
-    n, trouble = (2 if b.small else 22), tg.kernels_trouble()
+    trouble = tg.kernels_trouble()
     draw = lambda *shape: torch.randn(shape, device=b.world.device, dtype=torch.bfloat16).mul_(0.1).requires_grad_()
     x, up, down, targets = draw(N, D), draw(F, D), draw(D, F), torch.randint(V, (N, ), device=b.world.device)
-    z, wide = draw(N, V), draw(n, D, F).detach()
+    z = draw(N, V)
     compiled = functools.partial(torch.compile, dynamic=False, backend="eager" if b.small else "inductor")
     mlp = lambda fused: tg.mlp(x, up, down, 0.5, fused=fused)
     nats = lambda fused: tg.softcapped_nats(z, targets, 30.0, fused)
-    gram = lambda fused: (tg.symmetric_fused() if fused else tg.symmetric)(wide)
     # (work, inputs of its gradient, FLOPs, numbers moved) forward, then forward + backward
     cases = dict(mlp=(mlp, (x, up, down), (4 * N * D * F, 12 * N * D * F), (2 * N * D + 3 * N * F, 6 * N * D + 9 * N * F)),
-                 nats=(nats, (z, ), (0, 0), (N * V, 3 * N * V)), gram=(gram, (), (n * D * D * F, ), (n * D * (D + F), )))
+                 nats=(nats, (z, ), (0, 0), (N * V, 3 * N * V)))
     rows: dict[str, Any] = dict(trouble=trouble)
     for name, (work, inputs, flops, numbers) in cases.items():
         forms: dict[str, list[float] | None] = dict(fused=None)
@@ -215,8 +214,8 @@ def kernels(b: Bench) -> dict[str, Any]:
                 continue
             slope = torch.ones_like(call().detach())
             both = lambda: torch.autograd.grad(call(), inputs, slope)
-            forms[form] = [b.ms(c) for c in ([call, both] if inputs else [call])]
-        for i, direction in enumerate(("forward", "backward") if inputs else ("forward", )):
+            forms[form] = [b.ms(call), b.ms(both)]
+        for i, direction in enumerate(("forward", "backward")):
             taken = lambda values: None if values is None else values[i] - (values[0] if i else 0.0)
             rows[f"{name}_{direction}"] = {f"{form}_ms": taken(times) for form, times in forms.items()} | dict(
                 floor_ms=b.floor_ms(flops[i] - (flops[0] if i else 0), 2 * (numbers[i] - (numbers[0] if i else 0))))
@@ -255,25 +254,21 @@ def attention(b: Bench) -> dict[str, Any]:
 
 
 def muon(b: Bench) -> dict[str, Any]:
-    """Milliseconds of `Optimiser.step` on this rank's share, with plain and with symmetric products; floor of Muon's."""
+    """Milliseconds of `Optimiser.step` on this rank's share, and the floor of Muon's products."""
     model, h, flops = b.trainer.model, b.h, 0
     grads = [torch.randn_like(p) for p in model.bank.values()]
-    rows: dict[str, Any] = dict(plain_ms=None, symmetric_ms=None)
-    for form in ("plain", "symmetric")[:1 if tg.kernels_trouble() else 2]:
-        optimiser = tg.Optimiser(model, b.world)
-        optimiser.h = replace(h, muon_symmetric=form == "symmetric")
+    optimiser = tg.Optimiser(model, b.world)
 
-        def step() -> None:
-            """One update at rate zero."""
-            for p, g in zip(model.bank.values(), grads):
-                p.grad = g
-            optimiser.step(0.0, 0.95)
+    def step() -> None:
+        """One update at rate zero."""
+        for p, g in zip(model.bank.values(), grads):
+            p.grad = g
+        optimiser.step(0.0, 0.95)
 
-        rows[f"{form}_ms"] = b.ms(step)
     for momentum in (s.momentum for s in b.trainer.optimiser.stacks):
         n, k, r = momentum.shape
         flops += h.muon_backend_steps * 2 * n * (2 * r * r * k + r**3)
-    return rows | dict(floor_ms=b.floor_ms(flops, 20 * sum(g.numel() for g in grads)))
+    return dict(step_ms=b.ms(step), floor_ms=b.floor_ms(flops, 20 * sum(g.numel() for g in grads)))
 
 
 def export(b: Bench) -> dict[str, Any]:

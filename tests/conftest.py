@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 # Every seam is in use: grouped heads, a loop, skips, lanes, XSA on some layers only, both gates; fp32, no compiler.
 TINY = dict(
     vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2.0, rope_dims=4,
-    qk_gain_init=2.0, xsa_last_n=3, gate_window=6, num_loops=1, loop_start=1, loop_end=2,
+    qk_gain_init=2.0, xsa_last_n=3, num_loops=1, loop_start=1, loop_end=2,
     parallel_start_layer=3, iterations=4, max_wallclock_seconds=0.0, train_batch_tokens=256,
     micro_batch_tokens=64, train_seq_len=16, rehearsal_steps=1, muon_momentum_warmup_steps=10,
     train_log_every=1, compile="off", precision="fp32", gptq_calibration_batches=4,

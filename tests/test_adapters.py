@@ -143,7 +143,7 @@ def test_updates_are_adam_with_a_rate_for_each_row(every):
         bank.step(nats(bank, slice(0, 2)), rates)
     for row in (0, 1):
         alone = tg.AdapterBank(every, 1, plan)
-        adam = torch.optim.Adam([alone.flat], lr=float(rates[row]), betas=(0.0, every.ttt_beta2))
+        adam = torch.optim.Adam([alone.flat], lr=float(rates[row]), betas=(0.0, tg.ADAPTER_BETA2))
         for _ in range(3):
             adam.zero_grad()
             nats(alone, slice(row, row + 1)).backward()

@@ -22,7 +22,7 @@ import bench_gpu
 
 PHASES = {"data", "forward", "backward", "optimiser", "collectives", "average", "host"}
 FORMS = {"fused_ms", "plain_ms", "compiled_ms", "floor_ms"}
-DIRECTIONS = ("mlp_forward", "mlp_backward", "nats_forward", "nats_backward", "gram_forward")
+DIRECTIONS = ("mlp_forward", "mlp_backward", "nats_forward", "nats_backward")
 STEP = {"step_ms", "tokens_per_second", "share_of_peak", "peak_memory_bytes"}
 SCORE = {"tokens_per_second", "full_set_8_gpus_s"}
 ATTENTION = {"tokens", "forward_ms", "both_ms", "largest_error", "share_of_peak"}
@@ -30,7 +30,7 @@ EXPECTED = dict(
     training=dict(before=STEP, after=STEP, mean_keys=None), split=dict(before=PHASES, after=PHASES),
     kernels=dict.fromkeys(DIRECTIONS, FORMS) | dict(trouble=None),
     attention=dict(chosen=None, **{f"{kernel}_{T}": ATTENTION for T in (64, 96) for kernel in ("sdpa", "blocks")}),
-    muon=dict.fromkeys(("plain_ms", "symmetric_ms", "floor_ms")),
+    muon=dict.fromkeys(("step_ms", "floor_ms")),
     export=dict.fromkeys(("parameters", "artifact_bytes", "whole_s", "calibration_s", "factors_s", "damage_s", "gptq_s",
                           "pack_s", "fit_budget_s", "unpack_s")),
     scoring=dict.fromkeys(("quantized", "sliding", "stream", "ttt"), SCORE),

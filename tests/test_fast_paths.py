@@ -58,10 +58,9 @@ def test_fp32_paths_end_at_the_same_loss(plain, path):
     check(losses(**path), plain, 1e-3, 0.002)
 
 
-@pytest.mark.parametrize("path, end", [(dict(), 0.02), (dict(fp8="mlp,head"), 0.1)], ids=str)
-def test_fewer_bits_end_near_the_same_loss(plain, path, end):
-    """bf16 products within 0.02 nats of fp32, FP8 ones within 0.1."""
-    check(losses(precision="bf16", attention="blocks", **path), plain, 0.2, end)
+def test_fewer_bits_end_near_the_same_loss(plain):
+    """bf16 products within 0.02 nats of fp32."""
+    check(losses(precision="bf16", attention="blocks"), plain, 0.2, 0.02)
 
 
 def write_losses(world: t.World, path: Path) -> None:

@@ -2,9 +2,11 @@
 they run in Triton's interpreter, which must be asked for before Triton is imported: in a process of its own."""
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
+from conftest import REPO
 from support import settings
 
 GPU = not t.INTERPRETED and not t.kernels_trouble()
@@ -33,6 +36,13 @@ def k():
         if t.INTERPRETED:
             from triton.runtime import interpreter
             patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_bf16)
+        if "PACKED" in os.environ:
+            packed = sys.modules["packed"] = types.ModuleType("packed")
+            packed.__file__ = "packed"
+            source = (REPO / "train_gpt.py").read_text()
+            exec(compile(t.pack_source(source, "RECIPE=demo"), "packed", "exec"), vars(packed))
+            yield packed
+            return
         assert t.kernels_trouble() == ""
         yield t
 
@@ -153,31 +163,6 @@ def test_no_fp32_tensor_is_as_large_as_the_logits(k):
         k.softcapped_nats(x @ table.mT, targets, 30.0)
 
 
-@pytest.mark.parametrize("n, r, c", [(1, 32, 32), (3, 40, 72), (2, 97, 40), (2, 5, 8), (1, 65, 16)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_symmetric_products_equal_plain_ones(k, n, r, c, transposed):
-    """And are symmetric bit for bit."""
-    product = k.symmetric_fused()
-    x = normal(n, r, c)
-    x = x.mT.contiguous().mT if transposed else x
-    got = product(x)
-    torch.testing.assert_close(got, t.symmetric(x), rtol=2e-2 * SLACK, atol=1e-2 * SLACK)
-    assert torch.equal(got, got.mT)
-    if r % 8 == 0:
-        small = got / c
-        twice = product(small, -0.4, 2.5, small)
-        torch.testing.assert_close(twice, t.symmetric(small, -0.4, 2.5, small), rtol=2e-2 * SLACK,
-                                   atol=1e-2 * SLACK)
-        assert torch.equal(twice, twice.mT)
-
-
-def test_orthogonalise_with_symmetric_products(k):
-    """Five iterations end near the same matrices."""
-    g = normal(2, 40, 72)
-    got = t.orthogonalise(g, torch.bfloat16, product=k.symmetric_fused())
-    assert error(got, t.orthogonalise(g, torch.bfloat16)) < 0.03 * SLACK
-
-
 @pytest.mark.parametrize("looped", [False, True])
 def test_the_model_with_kernels_equals_the_plain_one(k, looped):
     """Loss and every gradient of a whole model within bf16 rounding."""
@@ -186,13 +171,13 @@ def test_the_model_with_kernels_equals_the_plain_one(k, looped):
     ids = torch.randint(2, h.vocab_size, (2, 64), device=DEVICE)
     for fused in (True, False):
         torch.manual_seed(0)
-        model = k.GPT(k.replace(h, fused_kernels=fused), torch.bfloat16).to(DEVICE)
+        model = k.GPT(dataclasses.replace(h, fused_kernels=fused), torch.bfloat16).to(DEVICE)
         assert model.h.fused_kernels == fused
         with torch.no_grad():
             for name, p in model.bank.items():
                 if not p.any():
                     p.normal_(std=0.1)
-        nats = model.nats(ids, ids.roll(-1, 1), k.depth_plan(h, looped))
+        nats = model.nats(ids, ids.roll(-1, 1), t.depth_plan(settings(matrix_init="uniform"), looped))
         nats.mean().backward()
         found.append([nats.detach(), *(p.grad for p in model.bank.values() if p.grad is not None)])
     for got, wanted in zip(*found):    # a small tensor's gradient is a sum that mostly cancels
@@ -206,7 +191,7 @@ def test_a_hundred_steps_with_and_without_kernels(k):
                  train_seq_len=16, micro_batch_tokens=16, train_batch_tokens=16)
     for fused in (True, False):
         torch.manual_seed(0)
-        model = k.GPT(k.replace(h, fused_kernels=fused), torch.bfloat16).to(DEVICE)
+        model = k.GPT(dataclasses.replace(h, fused_kernels=fused), torch.bfloat16).to(DEVICE)
         optimiser, plan, losses = k.Optimiser(model, k.World(device=torch.device(DEVICE))), k.depth_plan(h, True), []
         for step in range(100):
             batch = tokens[20 * step:20 * step + 17]
@@ -241,13 +226,11 @@ def test_one_graph_holds_the_operators(k, monkeypatch):
 
 def test_operators_pass_torchs_own_checks(k):
     """Schema, fake tensors and registration of gradients."""
-    k.symmetric_fused()
     x, up, down = (a.requires_grad_() for a in (normal(8, 16), normal(48, 16), normal(16, 48)))
     few = dict(test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
     golf, ones = torch.ops.golf, torch.ones(4, device=DEVICE)
     torch.library.opcheck(golf.mlp.default, (x, up, down, 0.5), **few)
     torch.library.opcheck(golf.mlp_slope.default, (x.detach(), down.detach(), normal(8, 48), 0.5), **few)
-    torch.library.opcheck(golf.gram.default, (normal(2, 8, 16), 1.0, 0.0, None), **few)
     where = torch.arange(4, device=DEVICE)
     torch.library.opcheck(golf.nats.default, (normal(4, 8).requires_grad_(), where, 30.0), **few)
     torch.library.opcheck(golf.nats_slope.default, (normal(4, 8), where, ones, ones, 30.0), **few)
@@ -266,11 +249,13 @@ if not GPU and not t.INTERPRETED:
     for name in [n for n in globals() if n.startswith("test_")]:
         del globals()[name]
 
-    def test_all_kernels_in_the_interpreter():
-        """Every test above, where no GPU runs the kernels themselves."""
+    @pytest.mark.parametrize("script", [{}, dict(PACKED="1")], ids=["readable", "packed"])
+    def test_all_kernels_in_the_interpreter(script):
+        """Every test above, where no GPU runs the kernels themselves; of the packed script, a whole model."""
         pytest.importorskip("triton")
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__],
-                              env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
+        chosen = ["-k", "the_model_with_kernels"] if script else []
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, __file__],
+                              env=os.environ | dict(TRITON_INTERPRET="1") | script, capture_output=True, text=True)
         assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
     def test_a_machine_without_the_kernels_says_why_and_is_plain():

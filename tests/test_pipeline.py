@@ -316,18 +316,6 @@ def test_preflight_looks_at_the_gpu(kernel, free, words, tmp_path, monkeypatch):
     assert len(said) == len(words) and all(a.startswith(b) for a, b in zip(said, words))
 
 
-@pytest.mark.parametrize("device, chip, precision, told", [
-    ("cpu", None, "fp32", True), ("cpu", None, "bf16", False), ("cuda", (8, 0), "bf16", True), ("cuda", (9, 0), "bf16", False)])
-def test_fp8_needs_a_chip_and_a_precision(device, chip, precision, told, tmp_path, monkeypatch):
-    """FP8 that would quietly be plain products is refused before the clock."""
-    monkeypatch.setattr(t.torch.cuda, "get_device_capability", lambda device: chip)
-    monkeypatch.setattr(t.torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
-    monkeypatch.setattr(t, "attention_kernel", lambda h, device: "fa3")
-    said = checked(tmp_path, t.World(0, 1, t.torch.device(device, 0) if chip else t.torch.device("cpu")), fp8="mlp",
-                   precision=precision)
-    assert [sentence.startswith("FP8=mlp needs bf16") for sentence in said] == [True] * told
-
-
 def test_least_memory_is_below_what_the_submission_takes():
     """More than 10 GB and less than the 80 GB of an H100."""
     assert 10e9 < t.least_gpu_bytes(t.Hyperparameters()) < 40e9

@@ -274,10 +274,12 @@ def test_the_trellis_beats_plain_gptq():
     assert bits[1] < 1.03 * bits[0]
 
 
-def test_uniform_steps_are_the_clip_sigmas():
+def test_uniform_steps_are_the_clip_sigmas(monkeypatch):
     """STEP_SEARCH=uniform: the largest code stands at k standard deviations of its row to half a
     quarter octave, columns are equal, nothing is measured, whatever the powers say."""
-    h = settings(step_search="uniform", row_step_power=0.0, column_step_power=1.0)
+    monkeypatch.setattr(t, "ROW_STEP_POWER", 0.0)
+    monkeypatch.setattr(t, "COLUMN_STEP_POWER", 1.0)
+    h = settings(step_search="uniform")
     model = model_of(h)
     factors = factors_of(model)
     loader = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
@@ -295,7 +297,7 @@ def test_uniform_steps_are_the_clip_sigmas():
 def test_steps_of_rows_and_columns_follow_their_powers():
     """A column's exponent is OCTAVE * power * log2 of its entry of U, mean zero, in the order of the
     inputs; rows are drawn together by their power."""
-    h = settings(step_search="layer", row_step_power=0.5, column_step_power=0.5)
+    h = settings(step_search="layer")
     model = model_of(h)
     factors = factors_of(model)
     for name in ("embed", "wk", "w_down"):

@@ -15,7 +15,7 @@ def layers(plan) -> list[int]:
 
 def variants(tiny) -> list[tg.Hyperparameters]:
     """Models with and without each optional role."""
-    return [tiny, replace(tiny, head_gate_scale=0.0), replace(tiny, smear_gate=False),
+    return [tiny, replace(tiny, head_gate_scale=0.0), replace(tiny, smear_gate="none"),
             replace(tiny, parallel_start_layer=4), replace(tiny, num_loops=0), tg.Hyperparameters()]
 
 
@@ -32,7 +32,7 @@ def test_table_covers_the_state_exactly(tiny):
 
 def test_optional_roles_follow_their_knobs(tiny):
     """A role that a knob switches off takes no bytes."""
-    full, none = tg.roles(tiny), tg.roles(replace(tiny, head_gate_scale=0.0, smear_gate=False, parallel_start_layer=4))
+    full, none = tg.roles(tiny), tg.roles(replace(tiny, head_gate_scale=0.0, smear_gate="none", parallel_start_layer=4))
     assert set(full) - set(none) == {"head_gate", "lane_keep", "lane_write", "smear_gate", "smear_scale"}
 
 
