@@ -216,9 +216,9 @@ class Hyperparameters:
     head_gate_scale: float = knob(
         0.5, "slope of the sparse attention head gate (#1787); 0: no gate", natural)
     smear_gate: str = knob(
-        "token", "mixes in the embedding of the token before, within a document, by a gate for each "
-        "token; channel: for each channel, after the norm (#162); none", among(
-            "token", "channel", "none"))
+        "token", "what mixes in the embedding of the token before: a gate for each token, within "
+        "documents; channel: one for each channel, after the norm (#162); none",
+        among("token", "channel", "none"))
     num_loops: int = knob(2, "extra passes over layers LOOP_START to LOOP_END", natural)
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
@@ -519,11 +519,11 @@ sp1024 | what #398, #578 and #1364 share | legal | -
     row scales without the floor of 1/31 that ruins small models; every target scored once
     VOCAB_SIZE=1024 MLP_MULT=3 LEAKY_SLOPE=0 ROPE_BASE=22081.790273476247 QK_GAIN_INIT=1.5
     XSA_LAST_N=0 HEAD_GATE_SCALE=0 SKIP_GATES=0 SMEAR_GATE=channel BIGRAM_VOCAB_SIZE=2048
-    NUM_LOOPS=0 PARALLEL_FORM=none DOC_MASK=0 LOADER=stream WARMDOWN_ITERS=3500 MIN_LR=0 MATRIX_LR=0.025
-    SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99 POLAR_EXPRESS=0 MUON_ROW_NORMALIZE=0
-    MUON_WD=0.04 EMBED_WD=0.04 ADAM_WD=0.04 BETA2=0.95 EMA_DECAY=0.997 EMBED_BITS=8
-    MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 STEP_SEARCH=uniform COMPRESSOR=zstd TTT=chunk
-    TTT_ENABLED=0
+    NUM_LOOPS=0 PARALLEL_FORM=none DOC_MASK=0 LOADER=stream WARMDOWN_ITERS=3500 MIN_LR=0
+    MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99 POLAR_EXPRESS=0
+    MUON_ROW_NORMALIZE=0 MUON_WD=0.04 EMBED_WD=0.04 ADAM_WD=0.04 BETA2=0.95 EMA_DECAY=0.997
+    EMBED_BITS=8 MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 STEP_SEARCH=uniform COMPRESSOR=zstd
+    TTT=chunk TTT_ENABLED=0
 
 sp8192 | what #1493 and #1539 share | legal | -
     nothing
@@ -2135,10 +2135,8 @@ def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple
     if not (looped and h.num_loops):
         order = list(range(h.num_layers))
     else:
-        order = [
-            *range(h.loop_start), *list(segment) * (1 + h.num_loops),
-            *range(h.loop_end + 1, h.num_layers)
-        ]
+        order = [*range(h.loop_start), *list(segment) * (1 + h.num_loops),
+                 *range(h.loop_end + 1, h.num_layers)]
     # Steps below `half` push, so a parallel step, which is at or beyond it, never does: what is
     # kept is always one lane, and it is always merged into the lane of the attention.
     half = len(order) // 2
@@ -2188,9 +2186,7 @@ def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | Non
     return y if lora is None else y + correction(lora, x if lora_in is None else lora_in)
 
 
-def rope_table(h: Hyperparameters,
-               T: int,
-               like: Tensor,
+def rope_table(h: Hyperparameters, T: int, like: Tensor,
                behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv
     2104.09864), rounded last; (B, T, 1, ROPE_DIMS / 2) where rows begin `behind` (B,) tokens."""
@@ -2221,9 +2217,8 @@ def compute_dtype(h: Hyperparameters, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(False)    # not by way of fp32
     else:
-        native = any(
-            getattr(torch.cpu, name, bool)()
-            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        native = any(getattr(torch.cpu, name, bool)()
+                     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     wanted = h.precision == "bf16" or h.precision == "auto" and native
     return torch.bfloat16 if wanted else torch.float32
 
@@ -2345,14 +2340,13 @@ class BlockAttention(torch.autograd.Function):
             dp = dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)
             ds = (p.float() * dp * (E**-0.5 / total)).to(q.dtype)
             grads = (grads / total).to(q.dtype)
-            dq.append(
-                torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)).view(
-                    B, K, H // K, hi - lo, E))
+            dq.append(torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)))
             # a key gets a part from every later block, and the parts are added in fp32
             dk.append(F.pad(torch.bmm(ds.mT, rows).float(), (0, 0, 0, T - hi)))
             dv.append(F.pad(torch.bmm(p.mT, grads).float(), (0, 0, 0, T - hi)))
         dk, dv = (ungroup(sum(t).to(q.dtype).view(B, K, 1, T, E)) for t in (dk, dv))
-        return ungroup(torch.cat(dq, 3)), dk, dv, None
+        dq = torch.cat([t.view(B, K, H // K, -1, E) for t in dq], 3)
+        return ungroup(dq), dk, dv, None
 
 
 # Scoring a document chunk by chunk would read everything before a chunk again for each. Instead
@@ -2411,7 +2405,9 @@ class Layer(NamedTuple):
     depth_scale: Tensor    # () 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE)
 
 
-Probe = Callable[[str, int, Tensor], None]
+Probe = Callable[[str, int, Tensor], None]    # tap, layer, activation
+LayerProbe = Callable[[str, Tensor], None] | None    # the same inside one layer
+Rope = tuple[Tensor, Tensor]    # cosine and sine
 
 
 def kernels_take(x: Tensor) -> bool:
@@ -2419,11 +2415,7 @@ def kernels_take(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETED) and x.dtype == torch.bfloat16 and x.size(-1) % 8 == 0
 
 
-def mlp(x: Tensor,
-        up: Tensor,
-        down: Tensor,
-        slope: float,
-        probe: Callable[[str, Tensor], None] | None = None,
+def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, probe: LayerProbe = None,
         fused: bool = False) -> Tensor:
     """(..., D) -> (..., D): down @ LeakyReLU(up @ x, slope)^2 with weights (F, D) and (D, F)."""
     # a probe is to see the activations in between, which the plain form has at hand
@@ -2445,70 +2437,48 @@ class Block(nn.Module):
         super().__init__()
         self.h, self.kernel = h, kernel
 
-    def attention(self,
-                  w: Layer,
-                  n: Tensor,
-                  rope: tuple[Tensor, Tensor],
-                  docs: Docs,
-                  xsa: bool,
-                  lora: Mapping[str, LoRA],
-                  probe: Callable[[str, Tensor], None] | None,
-                  value: Tensor | None = None,
+    def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool,
+                  lora: Mapping[str, LoRA], probe: LayerProbe, value: Tensor | None = None,
                   past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
         if probe:
             probe("attn_in", n)
-        heads = lambda t: t.view(B, T, -1, h.head_dim)
-        # (B, T, H, E)
+        heads = lambda t: t.view(B, T, -1, h.head_dim)    # (B, T, H | K, E)
         q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
         # Norms make |q| = |k| = sqrt(E), so that a logit lies within gain * sqrt(E) whatever the
         # weights; the gain of each head is learned.
         q = (q * w.q_gain[:, None]).type_as(n)
-        # (B, T, K, E)
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = linear(n, w.wv, lora.get("v"))
         v = heads(v if value is None else v + value)
-        y = attend(q, k, v, docs, self.kernel) if past is None else recall(
-            q, k, v, past, self.kernel)
+        y = (attend(q, k, v, docs, self.kernel) if past is None else
+             recall(q, k, v, past, self.kernel))
         # What a token says of itself is in its stream already; heads bring what is elsewhere.
         if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
-            # (B, T, K, 1, E)
-            own = F.normalize(v, dim=-1)[..., None, :]
+            own = F.normalize(v, dim=-1)[..., None, :]    # (B, T, K, 1, E)
             grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
         # A softmax cannot attend to nothing. One factor for each head and token, driven by a few
         # leading channels, lets a head keep silent; adapters do not touch it.
         if w.head_gate is not None:
-            # (B, T, H)
-            gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)
+            gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)    # (B, T, H)
             y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
         y = y.reshape(B, T, -1)
         if probe:
             probe("attn_out", y)
         return linear(y, w.wo, lora.get("o"), lora_in=n)
 
-    def mlp(self, w: Layer, n: Tensor, lora: Mapping[str, LoRA],
-            probe: Callable[[str, Tensor], None] | None) -> Tensor:
+    def mlp(self, w: Layer, n: Tensor, lora: Mapping[str, LoRA], probe: LayerProbe) -> Tensor:
         """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
         if probe:
             probe("mlp_in", n)
         y = mlp(n, w.w_up, w.w_down, self.h.leaky_slope, probe, self.h.fused_kernels)
         return y + correction(lora["mlp"], n) if "mlp" in lora else y
 
-    def forward(self,
-                w: Layer,
-                a: Tensor,
-                m: Tensor,
-                x0: Tensor,
-                rope: tuple[Tensor, Tensor],
-                docs: Docs,
-                parallel: bool,
-                xsa: bool,
-                lora: Mapping[str, LoRA] = {},
-                probe: Callable[[str, Tensor], None] | None = None,
-                value: Tensor | None = None,
-                past: Past | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
+                parallel: bool, xsa: bool, lora: Mapping[str, LoRA] = {}, probe: LayerProbe = None,
+                value: Tensor | None = None, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
         `a` and hands `m` through. `value` (B, T, K E) is added to the values.
 
@@ -2519,8 +2489,7 @@ class Block(nn.Module):
         """
         # x0 is the embedding: however deep the step, what the token is stays within reach
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
-        attn = w.attn_scale * self.attention(w,
-                                             norm(read) * w.depth_scale, rope, docs, xsa, lora,
+        attn = w.attn_scale * self.attention(w, norm(read) * w.depth_scale, rope, docs, xsa, lora,
                                              probe, value, past)
         if not parallel:
             a = (read + attn).type_as(a)
@@ -2563,20 +2532,13 @@ class Head(nn.Module):
         super().__init__()
         self.h = h
 
-    def logits(self,
-               x: Tensor,
-               embed: Tensor,
-               lora: LoRA | None = None,
+    def logits(self, x: Tensor, embed: Tensor, lora: LoRA | None = None,
                caps: Tensor | None = None) -> Tensor:
         """States (B, T, D) -> cap tanh(z / cap), (B, T, V) fp32; `caps` (2,) has one cap for each
         sign."""
         return softcapped(linear(x, embed, lora), self.h.logit_softcap if caps is None else caps)
 
-    def forward(self,
-                x: Tensor,
-                embed: Tensor,
-                targets: Tensor,
-                lora: LoRA | None = None,
+    def forward(self, x: Tensor, embed: Tensor, targets: Tensor, lora: LoRA | None = None,
                 caps: Tensor | None = None) -> Tensor:
         """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
         the logits."""
@@ -2605,19 +2567,15 @@ class GPT(nn.Module):
     """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss
     in nats."""
 
-    def __init__(self,
-                 h: Hyperparameters,
-                 dtype: torch.dtype = torch.float32,
+    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32,
                  kernel: str = "blocks"):
         """Weights are fp32 and initialised from the global random state; `dtype` is that of the
         matrix products, `kernel` the attention's (see `attention_kernel`)."""
         super().__init__()
         h = replace(h, fused_kernels=h.fused_kernels and not kernels_trouble())
         self.h, self.dtype = h, dtype
-        self.bank = nn.ParameterDict({
-            name: nn.Parameter(torch.empty(r.shape))
-            for name, r in roles(h).items()
-        })
+        self.bank = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(r.shape)) for name, r in roles(h).items()})
         self.block, self.head = Block(h, kernel), Head(h)
         # what `compile` replaces: `hidden` and `nats` call these, whichever they are
         self.run_block: Callable = self.block
@@ -2676,12 +2634,13 @@ class GPT(nn.Module):
         gradient per use. `rounded` matrices pass their gradient straight through (#578). Every
         executed step of a layer reads the same slice, so its gradients add up over the passes."""
         table, banks = roles(self.h), self.bank
-        matrix = straight_through if rounded else lambda w, *_: w
-        cast = {
-            name: (banks[name] if table[name].optim == "scalar" and name != "head_gate" else
-                   matrix(banks[name], table[name], self.h).to(self.dtype)).unbind(0)
-            for name in Layer._fields if name in banks
-        }
+        cast = {}
+        for name in (name for name in Layer._fields if name in banks):
+            w, role = banks[name], table[name]
+            if rounded:
+                w = straight_through(w, role, self.h)
+            plain = role.optim == "scalar" and name != "head_gate"
+            cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
         cast["depth_scale"] = (numbers**(-0.5 * self.h.ln_scale)).unbind(0)
         absent = (None, ) * self.h.num_layers
@@ -2709,7 +2668,6 @@ class GPT(nn.Module):
             x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
             x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
         elif self.h.smear_gate == "token":
-            # (B, T, 1)
             drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
             x = norm(x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0)))
@@ -2717,12 +2675,8 @@ class GPT(nn.Module):
             x = norm(x)
         return x if last is None else x[:, last.size(1):]
 
-    def hidden(self,
-               ids: Tensor,
-               plan: tuple[Step, ...],
-               docs: Docs | None = None,
-               lora: Sequence[Mapping[str, LoRA]] | None = None,
-               probe: Probe | None = None,
+    def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
+               lora: Sequence[Mapping[str, LoRA]] | None = None, probe: Probe | None = None,
                cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
         step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
@@ -2764,11 +2718,7 @@ class GPT(nn.Module):
             probe("final", 0, x)
         return x
 
-    def nats(self,
-             ids: Tensor,
-             targets: Tensor,
-             plan: tuple[Step, ...],
-             docs: Docs | None = None,
+    def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
              lora: Sequence[Mapping[str, LoRA]] | None = None,
              cache: Cache | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
@@ -2925,14 +2875,10 @@ class AdapterBank:
     def adapters(self, dtype: torch.dtype = torch.float32) -> list[dict[str, LoRA]]:
         """The adapters of each step in order; the last entry is the output head's."""
         B, scale = len(self.flat), self.h.ttt_lora_alpha / self.h.ttt_lora_rank
-        factors = [
-            part.view(B, *shape).unbind(1) for part, shape in zip(
-                self.flat.to(dtype).split([s.numel() for s in self.shapes], 1), self.shapes)
-        ]
-        banks = {
-            name: [LoRA(a, b, scale) for a, b in zip(*pair)]
-            for name, pair in zip(self.names, zip(factors[::2], factors[1::2]))
-        }
+        parts = self.flat.to(dtype).split([shape.numel() for shape in self.shapes], 1)
+        factors = [part.view(B, *shape).unbind(1) for part, shape in zip(parts, self.shapes)]
+        banks = {name: [LoRA(a, b, scale) for a, b in zip(*pair)]
+                 for name, pair in zip(self.names, zip(factors[::2], factors[1::2]))}
         head = {n: banks.pop(n)[0] for n in ["head"] if n in banks}
         return [{n: banks[n][i] for n in banks} for i in range(self.S)] + [head]
 
@@ -2950,8 +2896,8 @@ class AdapterBank:
 # (arXiv 2505.16932).
 # Odd polynomials act on singular values alone: s becomes a s + b s^3 + c s^5, and five of them
 # drive every s in (0, 1] towards 1. No decomposition is made, only products.
-POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795,
-                  15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
                  (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
@@ -3013,11 +2959,7 @@ class Stack:
         ready = self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows)
         return lambda: ready().float()
 
-    def direction(self,
-                  g: Tensor,
-                  momentum: float,
-                  dtype: torch.dtype,
-                  equal_rows: bool = True,
+    def direction(self, g: Tensor, momentum: float, dtype: torch.dtype, equal_rows: bool = True,
                   iterations: Sequence = POLAR_EXPRESS) -> Tensor:
         """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
         cols).
@@ -3063,14 +3005,10 @@ class Optimiser:
         self.stacks = [Stack(banks, world) for banks in shapes.values()]
         self.matrices = [p for stack in self.stacks for p in stack.banks]
         h = self.h
-        groups = [
-            dict(params=[bank[n] for n, r in table.items() if r.optim == kind],
-                 lr=rate,
-                 peak=rate,
-                 weight_decay=decay)
-            for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd),
-                                      ("scalar", h.scalar_lr, h.adam_wd))
-        ]
+        groups = [dict(params=[bank[n] for n, r in table.items() if r.optim == kind], lr=rate,
+                       peak=rate, weight_decay=decay)
+                  for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd),
+                                            ("scalar", h.scalar_lr, h.adam_wd))]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, h.beta2), fused=True)
         self.others = [p for group in groups for p in group["params"]]
         self.wire = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -4796,7 +4734,7 @@ def pack_source(source: str, block: str = "") -> bytes:
         # dataclasses and kernels of Triton, which also reads annotations and names of tiles.
         text = python_minifier.minify(
             text, remove_literal_statements=True, rename_globals=True, hoist_literals=False,
-            preserve_globals=["main", "Hyperparameters", "GPT", "Refusal", *dir(builtins)],
+            preserve_globals=["main", "Hyperparameters", "GPT", "Refusal", "tl", *dir(builtins)],
             preserve_locals=["BACKWARD", "BLOCK", "ROWS", "COLUMNS", "DEPTH"],
             remove_annotations=python_minifier.RemoveAnnotationsOptions(
                 remove_argument_annotations=False))

@@ -33,7 +33,9 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import TINY, clean_env, tg as t, write_dataset
+
+from conftest import TINY, clean_env, write_dataset
+from conftest import tg as t
 
 KNOBS = {n.upper(): v for n, v in TINY.items()} | dict(
     RECIPE="record", ITERATIONS=40, CHECKPOINT_EVERY_S=0.05, TRAIN_LOG_EVERY=4)

@@ -24,9 +24,10 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -229,5 +230,5 @@ def launch(script: str, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    import beside    # again, by its name: the compiler looks up a function's globals in the module of that name
+    import beside  # again, by its name: the compiler looks up a function's globals in the module of that name
     beside.launch(*sys.argv[1:])

@@ -3,7 +3,10 @@ that keeps lines."""
 from __future__ import annotations
 
 import numpy as np
-from conftest import TINY, alive as model_of, tg as t
+
+from conftest import TINY
+from conftest import alive as model_of
+from conftest import tg as t
 
 WORLD = t.World()
 SMALL = TINY | dict(train_batch_tokens=128,

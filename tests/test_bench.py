@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, clean_env, random_tokens, write_dataset
 
 import train_gpt as tg
+from conftest import REPO, TINY, clean_env, random_tokens, write_dataset
 
 sys.path.insert(0, str(REPO / "tests"))
-import beside
 import bench_gpu
+import beside
 
 PHASES = {"data", "forward", "backward", "optimiser", "collectives", "average", "host"}
 FORMS = {"fused_ms", "plain_ms", "compiled_ms", "floor_ms"}

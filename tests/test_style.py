@@ -4,9 +4,12 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 
 import pytest
+
 from conftest import REPO
 
 SOURCE = (REPO / "train_gpt.py").read_text()
@@ -104,6 +107,22 @@ def test_sections_follow_the_map():
     assert numbers == sorted(set(numbers)) and numbers[0] == 1 and len(numbers) >= 14
     doc = " ".join(ast.get_docstring(TREE).split()).lower()
     report(name for number, name in banners if f"{number} {name.lower()}" not in doc)
+
+
+def test_ruff_finds_nothing():
+    """Unused names, likely mistakes, order of imports: the rules of .ruff.toml, on the script and the tests."""
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", REPO], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_is_short():
+    """What it is and how to run it; figures stand in tests/README.md."""
+    assert len((REPO / "README.md").read_text()) <= 12_000
+
+
+def test_the_file_is_short():
+    """One person can hold it in mind."""
+    assert len(LINES) <= 6_400
 
 
 @pytest.mark.parametrize("name", ["TODO", "FIXME", "XXX", "HACK"])
