@@ -40,6 +40,7 @@ import argparse
 import ast
 import base64
 import builtins
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -68,7 +69,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 import warnings
 import zlib
@@ -1109,46 +1109,32 @@ class Log:
 # place, before the clock starts where it can be. No token of the validation set is cut off, and no
 # function here hands one to the model: that is the business of section 12.
 # ==================================================================================================
-# fixed by the published export; 100 M tokens are what it puts in one file
-SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1    # fixed by the published export
 HEADER_BYTES = 256 * 4
 BOS = 1
 CASEOPS_VAL_TOKENS = 47_851_520    # of the published CaseOps validation set, its tail cut off
 
 
-def shard_header(count: int) -> bytes:
-    """256 little-endian int32: magic, version, token count, zeros."""
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, count
-    return header.tobytes()
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes `tokens` (T,) as one official shard of uint16."""
-    tokens = np.ascontiguousarray(tokens, "<u2")
-    write_atomically(Path(path), shard_header(len(tokens)), tokens.data)
+def require(holds: object, sentence: str) -> None:
+    """Raises `Refusal` with the sentence unless the condition holds."""
+    if not holds:
+        raise Refusal(sentence)
 
 
 def read_shard(path: Path) -> np.ndarray:
     """The memory-mapped uint16 tokens (T,) of an official shard; raises Refusal on any damage."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refusal(f"shard {path}: there is no such file")
-    size_bytes = path.stat().st_size
-    header = np.fromfile(path, "<i4", 256)
-    if len(header) < 256:
-        raise Refusal(f"shard {path}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte "
-                      "header")
+    place = f"shard {path}"
+    require(path.is_file(), f"{place}: there is no such file")
+    size_bytes, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
+    require(len(header) == 256,
+            f"{place}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte header")
     magic, version, count = map(int, header[:3])
-    if magic != SHARD_MAGIC:
-        raise Refusal(f"shard {path}: magic number {magic}, expected {SHARD_MAGIC}")
-    if version != SHARD_VERSION:
-        raise Refusal(f"shard {path}: version {version}, expected {SHARD_VERSION}")
-    if count < 1:
-        raise Refusal(f"shard {path}: the header promises {count} tokens, expected at least 1")
-    if size_bytes != HEADER_BYTES + 2 * count:
-        raise Refusal(f"shard {path}: {size_bytes} bytes, but a header of {count} tokens asks for "
-                      f"{HEADER_BYTES + 2 * count}")
+    whole_bytes = HEADER_BYTES + 2 * count
+    require(magic == SHARD_MAGIC, f"{place}: magic number {magic}, expected {SHARD_MAGIC}")
+    require(version == SHARD_VERSION, f"{place}: version {version}, expected {SHARD_VERSION}")
+    require(count > 0, f"{place}: the header promises {count} tokens, expected at least 1")
+    require(size_bytes == whole_bytes, f"{place}: {size_bytes} bytes, but a header of {count} "
+            f"tokens asks for {whole_bytes}")
     # Mapped, not read: 80 shards are 16 GB, of which a rank needs one block at a time.
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
 
@@ -1196,8 +1182,7 @@ def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
         # the first copy ends the last piece, the others are pieces of no tokens.
         ends = np.flatnonzero(start == np.arange(ids.shape[1])).astype(np.int32)
         room = max(ids.size // 64, 1 << len(ends).bit_length())
-        bounds = torch.from_numpy(
-            np.concatenate([ends, np.full(room - len(ends), ids.size, np.int32)]))
+        bounds = torch.from_numpy(np.pad(ends, (0, room - len(ends)), constant_values=ids.size))
     return Docs(torch.from_numpy(np.ascontiguousarray(start)), bounds, min(longest, ids.shape[1]))
 
 
@@ -1216,22 +1201,6 @@ def sent(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device."""
-    bounds = None if batch.docs.bounds is None else sent(batch.docs.bounds, device)
-    docs = batch.docs._replace(start=sent(batch.docs.start, device), bounds=bounds)
-    return Batch(sent(batch.ids, device), sent(batch.targets, device), docs)
-
-
-def coprime_order(blocks: int, rng: np.random.Generator) -> np.ndarray:
-    """The numbers below `blocks` in strides without a common divisor, which miss none (#726)."""
-    # n -> n * stride mod blocks is a permutation exactly where both have no common divisor;
-    # neighbours in the order lie far apart in the data.
-    stride = int(blocks * rng.uniform(0.3, 0.7)) + 1
-    stride = next(n for n in itertools.count(stride) if math.gcd(n, blocks) == 1)
-    return (np.arange(blocks) * stride + int(rng.integers(blocks))) % blocks
-
-
 class Loader:
     """Endless micro-batches of the training shards; `position` is its whole state.
 
@@ -1239,20 +1208,21 @@ class Loader:
     MICRO_BATCH_TOKENS; blocks are shuffled within stretches of 1024, and no block comes twice
     before all have come. Block number position * size + rank belongs to this rank, so that any
     world size sees the same steps. A block is one long row where attention takes variable lengths,
-    else rows of TRAIN_SEQ_LEN. The next one is read on a thread.
+    else rows of TRAIN_SEQ_LEN. The next one is read ahead, by a worker.
     """
 
     def __init__(self, h: Hyperparameters, world: World, shards: Sequence[np.ndarray]):
         """Raises `Refusal` where the shards hold less than one micro-batch for each rank."""
         self.h, self.world, self.shards, self.position = h, world, shards, 0
-        self.blocks = (sum(map(len, shards)) - 1) // h.micro_batch_tokens
-        if self.blocks < world.size:
-            raise Refusal(
-                f"the training shards hold {sum(map(len, shards)):,} tokens, too few for one of "
+        count = sum(map(len, shards))
+        self.blocks = (count - 1) // h.micro_batch_tokens
+        require(self.blocks >= world.size,
+                f"the training shards hold {count:,} tokens, too few for one of "
                 f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
         # Drawn anew from (SEED, epoch), so they are no state: `position` tells all of it.
         self.epoch, self.order, self.stream = -1, np.empty(0), []
-        self.thread, self.ready = None, {}
+        # One worker reads all blocks, in the order of asking: `arrange` never runs twice at once.
+        self.worker, self.ahead = concurrent.futures.ThreadPoolExecutor(1), {}
         cuda = world.device.type == "cuda"
         self.side = torch.cuda.Stream(world.device) if cuda else None
         self.packed = attention_kernel(h, world.device) not in ("blocks", "sdpa")
@@ -1267,9 +1237,7 @@ class Loader:
 
     def rewind(self, position: int, context: int, since: float) -> None:
         """Back, or on, to a state; what was read ahead for another one is dropped."""
-        if self.thread:
-            self.thread.join()
-        self.ready.clear()
+        self.ahead = {}
         self.position, self.context, self.since = position, context, since
 
     def arrange(self, epoch: int) -> None:
@@ -1286,7 +1254,12 @@ class Loader:
         spare = int(self.starts[-1]) - 1 - self.blocks * self.h.micro_batch_tokens
         self.phase = int(rng.integers(spare + 1)) if epoch else 0
         if self.h.loader == "coprime":
-            number = coprime_order(self.blocks, rng)
+            # n -> n * stride mod blocks is a permutation exactly where both have no common divisor;
+            # neighbours in the order lie far apart in the data (#726).
+            stride = int(self.blocks * rng.uniform(0.3, 0.7)) + 1
+            while math.gcd(stride, self.blocks) > 1:
+                stride += 1
+            number = (number * stride + int(rng.integers(self.blocks))) % self.blocks
         # 1024 blocks of 98,304 tokens are about one shard, so that what is read at random lies in
         # few files, which themselves come in random order.
         for lo in range(0, self.blocks * (self.h.loader == "shuffled"), 1024):
@@ -1295,64 +1268,47 @@ class Loader:
 
     def tokens(self, lo: int, count: int) -> np.ndarray:
         """(count,) tokens of this epoch's stream from place `lo` on."""
-        first = int(np.searchsorted(self.starts, lo, "right")) - 1
-        parts = []
-        while count > 0:
-            part = self.stream[first][lo - self.starts[first]:][:count]
-            parts.append(part)
-            lo, count, first = lo + len(part), count - len(part), first + 1
+        first, last = np.searchsorted(self.starts, [lo, lo + count - 1], "right") + [-1, 0]
+        parts = [shard[max(0, lo - start):lo + count - start]
+                 for start, shard in zip(self.starts[first:last], self.stream[first:last])]
         return np.concatenate(parts).astype(np.int64)
 
     def read(self, number: int) -> Batch:
-        """Block `number` of the endless sequence, on the CPU."""
+        """Block `number` of the endless sequence, on this rank's device."""
         epoch, place = divmod(number, self.blocks)
         if epoch != self.epoch:
             self.arrange(epoch)
         # One token more than a block: targets are the inputs one place on, and the last target of a
         # block is the first input of the next. So a token is a target at most once in an epoch.
-        size = self.h.micro_batch_tokens
+        size, device = self.h.micro_batch_tokens, self.world.device
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
         # here and not on the device, where an id beyond V ends the process without naming a file
         check_tokens(tokens, self.h.vocab_size, "a training shard")
         rows = 1 if self.packed else size // self.context
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
         # without DOC_MASK no document start is shown, so that only rows and cuts bound a piece
-        return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
-                     locate(ids if self.h.doc_mask else np.zeros_like(ids), self.context,
-                            self.world.device))
-
-    def fetch(self, number: int) -> None:
-        """Block `number` on the device, for `next`; runs on the thread, so an error is kept and
-        raised there. The copy has a stream of its own: it passes beside the step under way."""
-        try:
-            with torch.cuda.stream(self.side):
-                self.ready[number] = to_device(self.read(number), self.world.device)
-        except Exception as error:
-            self.ready[number] = error
+        start, bounds, longest = locate(ids if self.h.doc_mask else np.zeros_like(ids),
+                                        self.context, device)
+        # The copies have a stream of their own: they pass beside the step under way.
+        with torch.cuda.stream(self.side):
+            ids, targets, start, bounds = (t if t is None else sent(t, device)
+                                           for t in (ids, targets, start, bounds))
+        return Batch(ids, targets, Docs(start, bounds, longest))
 
     def next(self) -> Batch:
-        """The next micro-batch of this rank, on its device."""
-        # The thread is joined before anything is touched: `arrange` runs on it too. A block that
-        # was read for another position or context is not the one asked for, and is dropped.
+        """The next micro-batch of this rank, on its device; an error of the worker is raised here.
+        """
         number = self.position * self.world.size + self.world.rank
-        if self.thread:
-            self.thread.join()
-        if number not in self.ready:
-            self.fetch(number)
-        batch = self.ready[number]
-        self.ready.clear()
-        if isinstance(batch, Exception):
-            raise batch
+        # a block of another position is not the one asked for, and is dropped
+        batch = (self.ahead.pop(number, None) or self.worker.submit(self.read, number)).result()
         if self.side:
             step = torch.cuda.current_stream(self.world.device)
             step.wait_stream(self.side)
             for t in (batch.ids, batch.targets, batch.docs.start, batch.docs.bounds):
                 t.record_stream(step)    # its memory is not given away before the step has read it
         self.position += 1
-        self.thread = threading.Thread(target=self.fetch,
-                                       args=(number + self.world.size, ),
-                                       daemon=True)
-        self.thread.start()
+        number += self.world.size
+        self.ahead = {number: self.worker.submit(self.read, number)}
         return batch
 
 
@@ -1388,30 +1344,32 @@ class Dataset(NamedTuple):
 
 def check_tokens(tokens: np.ndarray, V: int, place: str) -> None:
     """Raises `Refusal` for a token that the vocabulary does not have."""
-    if tokens.size and (largest := int(tokens.max())) >= V:
-        raise Refusal(f"{place}: token {largest} is outside VOCAB_SIZE={V}; "
-                      "shards and vocabulary do not belong together")
+    largest = tokens.max(initial=0)
+    require(largest < V, f"{place}: token {largest} is outside VOCAB_SIZE={V}; "
+            "shards and vocabulary do not belong together")
 
 
-def check_caseops(h: Hyperparameters, folder: Path, sidecars: int, count: int) -> None:
-    """Raises `Refusal` where byte counts are missing or `count` validation tokens cannot be all of
-    the published CaseOps set; a manifest says that the set is one's own."""
-    whole = h.short_val_allowed or (folder / "manifest.json").is_file()
-    if not sidecars or not (whole or count >= CASEOPS_VAL_TOKENS):
-        raise Refusal(
+def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int) -> None:
+    """Raises `Refusal` where a manifest says that these shards were changed, or made for another
+    vocabulary or text form, or where `count` validation tokens without one cannot be all of the
+    published CaseOps set."""
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        # Validation decides every score, so its files are hashed; training shards are gigabytes.
+        require(intact(folder, "_train_"),
+                f"DATA_PATH={folder}: a validation file is not what manifest.json says")
+        made = json.loads(manifest.read_text())
+        for name, mine in (("vocab_size", h.vocab_size), ("caseops", h.caseops_enabled)):
+            theirs = made.get(name, mine)
+            require(theirs == mine, f"{manifest}: {name} is {theirs}, the model's is {mine}")
+    if h.caseops_enabled:
+        whole = manifest.exists() or h.short_val_allowed or count >= CASEOPS_VAL_TOKENS
+        require(
+            sidecars and whole,
             f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation tokens and {sidecars} files "
             f"fineweb_val_bytes_*.bin; the published set has {CASEOPS_VAL_TOKENS:,} and one for "
             "each shard. Of a set cut short the rest may be training text, so it is taken only "
             "with SHORT_VAL_ALLOWED=1")
-
-
-def check_manifest(h: Hyperparameters, path: Path) -> None:
-    """Raises `Refusal` where the verb data made these shards for another vocabulary or text form.
-    """
-    made = json.loads(path.read_text()) if path.is_file() else {}
-    for name, mine in (("vocab_size", h.vocab_size), ("caseops", h.caseops_enabled)):
-        if made.get(name, mine) != mine:
-            raise Refusal(f"{path}: {name} is {made[name]}, the model's is {mine}")
 
 
 def shards_folder(h: Hyperparameters) -> Path:
@@ -1428,60 +1386,48 @@ def must_build(h: Hyperparameters) -> bool:
 def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
     """Finds or builds the data and checks all of it before any training; raises `Refusal` for
     whatever is wrong."""
-    folder = shards_folder(h)
+    folder, V = shards_folder(h), h.vocab_size
     if must_build(h):
         if not h.corpus:
             log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)"
                 )
         if world.main:
             cache = Path(h.data_dir) / "cache"
-            folder = corpus_path(cache, h.vocab_size, h.caseops_enabled)
+            folder = corpus_path(cache, V, h.caseops_enabled)
             if build_corpus:
-                folder = build_corpus(cache, h.vocab_size, log, h.caseops_enabled)
-            elif not intact(folder):
-                raise Refusal(f"CORPUS=embedded: {folder} is not there and this packed script "
-                              "cannot build it; run the readable script once, or set DATA_PATH")
+                folder = build_corpus(cache, V, log, h.caseops_enabled)
+            else:
+                require(intact(folder), f"CORPUS=embedded: {folder} is not there and this packed "
+                        "script cannot build it; run the readable script once, or set DATA_PATH")
         folder = Path(world.share(str(folder)))
-    names = {
-        side: sorted(folder.glob(f"fineweb_{side}_*.bin"))
-        for side in ("train", "val", "val_bytes")
-    }
+    train, held, sidecars = (sorted(folder.glob(f"fineweb_{side}_*.bin"))
+                             for side in ("train", "val", "val_bytes"))
     # the pattern of the validation shards fits their sidecars as well
-    names["val"] = [p for p in names["val"] if not p.name.startswith("fineweb_val_bytes")]
-    for side in ("train", "val"):
-        if not names[side]:
-            raise Refusal(f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
-    # Validation decides every score, so its files are hashed; training shards are gigabytes.
-    if (folder / "manifest.json").exists() and not intact(folder, "_train_"):
-        raise Refusal(f"DATA_PATH={folder}: a validation file is not what manifest.json says")
-    train = [read_shard(path) for path in names["train"]]
-    tokens = np.concatenate([read_shard(path) for path in names["val"]])
-    for path, shard in [*zip(names["train"], train), (names["val"][0], tokens)]:
-        # Of huge training shards a sample here; the loader checks every block that it reads.
-        sample = tokens if shard is tokens else shard[::max(1, len(shard) >> 22)]
-        check_tokens(sample, h.vocab_size, str(path))
-    if len(tokens) < 2 or not (tokens == BOS).any():
-        raise Refusal(
-            f"{names['val'][0]}: no document start (token {BOS}) among {len(tokens)} tokens")
-    check_manifest(h, folder / "manifest.json")
-    if h.caseops_enabled:
-        check_caseops(h, folder, len(names["val_bytes"]), len(tokens))
+    held = [path for path in held if not path.name.startswith("fineweb_val_bytes")]
+    for side, paths in (("train", train), ("val", held)):
+        require(paths, f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
+    shards = [read_shard(path) for path in train]
+    tokens = np.concatenate([read_shard(path) for path in held])
+    check_origin(h, folder, len(sidecars), len(tokens))
+    for path, shard in zip(train, shards):
+        # Of huge shards a sample here; the loader checks every block that it reads.
+        check_tokens(shard[::max(1, len(shard) >> 22)], V, str(path))
+    check_tokens(tokens, V, str(held[0]))
+    require(len(tokens) > 1 and (tokens == BOS).any(),
+            f"{held[0]}: no document start (token {BOS}) among {len(tokens)} tokens")
     # Of transformed text only the sidecar knows the bytes of the original, by which BPB divides.
-    if names["val_bytes"]:
-        sidecar = np.concatenate([read_shard(path) for path in names["val_bytes"]])
-        if len(sidecar) != len(tokens):
-            raise Refusal(
-                f"{names['val_bytes'][0]}: {len(sidecar)} byte counts for {len(tokens)} tokens; "
+    if sidecars:
+        sizes = np.concatenate([read_shard(path) for path in sidecars])[1:]
+        require(len(sizes) + 1 == len(tokens),
+                f"{sidecars[0]}: {len(sizes) + 1} byte counts for {len(tokens)} tokens; "
                 "the sidecar must hold one for each token")
-        if not sidecar[1:].any():
-            raise Refusal(f"{names['val_bytes'][0]}: every byte count is zero")
-        return Dataset(train, Validation.of(tokens, sidecar[1:]),
-                       f"sidecar {names['val_bytes'][0].name}")
-    path = Path(h.tokenizer_path
-                or Path(h.data_dir) / "tokenizers" / f"fineweb_{h.vocab_size}_bpe.model")
-    tables = piece_bytes(load_tokenizer(path, h.vocab_size, False), h.vocab_size)
-    return Dataset(train, Validation.of(tokens, target_bytes(tokens, tables)),
-                   f"tokenizer {path.name}")
+        require(sizes.any(), f"{sidecars[0]}: every byte count is zero")
+        rule = f"sidecar {sidecars[0].name}"
+    else:
+        path = Path(h.tokenizer_path or Path(h.data_dir) / "tokenizers" / f"fineweb_{V}_bpe.model")
+        sizes = target_bytes(tokens, piece_bytes(load_tokenizer(path, V, False), V))
+        rule = f"tokenizer {path.name}"
+    return Dataset(shards, Validation.of(tokens, sizes), rule)
 
 
 SPACE_MARK = "\u2581"
@@ -1582,6 +1528,22 @@ build_corpus: Callable[..., Path] | None = None
 
 
 # >>> not packed
+SHARD_TOKENS = 100_000_000    # what the published export puts in one file
+
+
+def shard_header(count: int) -> bytes:
+    """256 little-endian int32: magic, version, token count, zeros."""
+    header = np.zeros(256, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, count
+    return header.tobytes()
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes `tokens` (T,) as one official shard of uint16."""
+    tokens = np.ascontiguousarray(tokens, "<u2")
+    write_atomically(path, shard_header(len(tokens)), tokens.data)
+
+
 class ShardWriter:
     """A context that streams tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so on.
 
