@@ -1437,58 +1437,44 @@ BUILDER = 1    # raise it whenever the same documents would give other files
 
 def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer in `path`; raises Refusal unless it has V pieces and suits the text form."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refusal(f"tokenizer {path}: there is no such file")
-    if sentencepiece is None:
-        raise Refusal(f"tokenizer {path} needs the package sentencepiece (pip install "
-                      "sentencepiece)")
+    place = f"tokenizer {path}"
+    require(path.is_file(), f"{place}: there is no such file")
+    require(sentencepiece, f"{place} needs the package sentencepiece (pip install sentencepiece)")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
-        raise Refusal(f"tokenizer {path}: not a SentencePiece model") from error
-    if len(tokenizer) != V:
-        raise Refusal(f"tokenizer {path}: {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
-    if tokenizer.bos_id() != BOS:
-        raise Refusal(f"tokenizer {path}: document start has id {tokenizer.bos_id()}, expected "
-                      f"{BOS}")
-    if not any(tokenizer.is_byte(i) for i in range(V)):
-        raise Refusal(f"tokenizer {path}: it has no byte pieces, so text outside its alphabet "
-                      "would be lost")
+        raise Refusal(f"{place}: not a SentencePiece model") from error
+    size, bos = len(tokenizer), tokenizer.bos_id()
+    require(size == V, f"{place}: {size} pieces, expected VOCAB_SIZE {V}")
+    require(bos == BOS, f"{place}: document start has id {bos}, expected {BOS}")
+    require(any(map(tokenizer.is_byte, range(V))),
+            f"{place}: it has no byte pieces, so text outside its alphabet would be lost")
     # Text of one form under a tokenizer of the other would train without a complaint.
     marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
-    if marked != caseops:
-        raise Refusal(f"tokenizer {path}: " +
-                      ("it was made for CaseOps text, add --caseops" if marked else
-                       "it has no pieces for the four CaseOps markers, leave --caseops away"))
+    require(caseops or not marked, f"{place}: it was made for CaseOps text, add --caseops")
+    require(marked or not caseops,
+            f"{place}: it has no pieces for the four CaseOps markers, leave --caseops away")
     return tokenizer
 
 
-def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor,
-                V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor, V: int) -> tuple[np.ndarray, ...]:
     """The challenge's byte tables: base bytes int16 (V,), leading space (V,), boundary (V,).
 
     A byte piece is 1 byte; control, unknown and unused ids are boundaries of 0 bytes; any other
     piece is its UTF-8 length without a leading space mark. Further marks inside a piece stand for
     one byte each; official vocabularies have none, lossless ones spell runs of spaces with them.
     """
-    if len(tokenizer) != V:
-        raise Refusal(f"the tokenizer has {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
-    pieces = [tokenizer.id_to_piece(i) for i in range(V)]
-    boundary = np.array([
-        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        for i in range(V)
-    ])
-    byte = np.array([tokenizer.is_byte(i) for i in range(V)])
-    spaced = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~boundary & ~byte
-    sizes = [
-        len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for piece in pieces
-    ]
+    size, ids = len(tokenizer), list(range(V))
+    require(size == V, f"the tokenizer has {size} pieces, expected VOCAB_SIZE {V}")
+    kinds = tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)
+    boundary, byte = np.any(kinds, axis=0), np.array(tokenizer.is_byte(ids))
+    texts = tokenizer.id_to_piece(ids)
+    spaced = np.array([text.startswith(SPACE_MARK) for text in texts]) & ~boundary & ~byte
+    sizes = [len(text.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for text in texts]
     return np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16), spaced, boundary
 
 
-def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray,
-                                                   np.ndarray]) -> np.ndarray:
+def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
     """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
 
     A leading space counts one byte unless the token before it is a boundary: after one, official
@@ -1533,134 +1519,97 @@ SHARD_TOKENS = 100_000_000    # what the published export puts in one file
 
 def shard_header(count: int) -> bytes:
     """256 little-endian int32: magic, version, token count, zeros."""
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, count
-    return header.tobytes()
+    return np.array([SHARD_MAGIC, SHARD_VERSION, count] + [0] * 253, "<i4").tobytes()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Writes `tokens` (T,) as one official shard of uint16."""
-    tokens = np.ascontiguousarray(tokens, "<u2")
-    write_atomically(path, shard_header(len(tokens)), tokens.data)
+    write_atomically(path, shard_header(len(tokens)), np.asarray(tokens, "<u2").tobytes())
 
 
 class ShardWriter:
-    """A context that streams tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so on.
-
-    Every shard holds `limit` tokens, the last one the rest; its name appears when it is complete.
-    `count` is the number of tokens appended so far, `paths` the finished shards.
-    """
+    """A context that cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so
+    on: `paths`, of `limit` tokens each, the last one of the rest. `count` tokens came so far."""
 
     def __init__(self, stem: Path, limit: int = SHARD_TOKENS):
-        """Opens nothing yet: a writer without tokens leaves no file behind."""
-        self.stem, self.limit = Path(stem), limit
-        self.count, self.paths, self.file = 0, [], None
+        """Writes nothing yet: a writer without tokens leaves no file behind."""
+        self.stem, self.limit = stem, limit
+        self.count, self.paths, self.rest = 0, [], bytearray()
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> ShardWriter:
         """The writer itself."""
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        """Seals the last shard, or removes its unfinished file when the block failed."""
-        if self.file and error_type is None:
-            self.seal()
-        elif self.file:
-            self.file.close()
-            os.unlink(self.file.name)
+        """Writes the last shard, unless the block failed."""
+        if self.rest and error_type is None:
+            self.seal(len(self.rest))
 
-    def append(self, tokens: np.ndarray) -> None:
+    def append(self, tokens: Sequence[int]) -> None:
         """Adds `tokens` (T,), cut at shard ends wherever they fall, as the official export does."""
-        tokens = np.asarray(tokens, "<u2")
-        while len(tokens):
-            filled = self.count - self.limit * len(self.paths)
-            if self.file is None:
-                self.file = open(f"{self.stem}_{len(self.paths):06d}.bin.partial", "wb")
-                # a header of no tokens, which `read_shard` refuses, until `seal` knows their number
-                self.file.write(shard_header(0))
-            head, tokens = np.split(tokens, [self.limit - filled])
-            self.file.write(head.tobytes())
-            self.count += len(head)
-            if filled + len(head) == self.limit:
-                self.seal()
+        self.count += len(tokens)
+        self.rest += np.asarray(tokens, "<u2").tobytes()
+        while len(self.rest) >= 2 * self.limit:
+            self.seal(2 * self.limit)
 
-    def seal(self) -> None:
-        """Gives the open shard its true count and its final name."""
-        with self.file as file:
-            file.seek(0)
-            file.write(shard_header(self.count - self.limit * len(self.paths)))
-        path = Path(file.name.removesuffix(".partial"))
-        os.replace(file.name, path)
-        self.paths, self.file = [*self.paths, path], None
+    def seal(self, size_bytes: int) -> None:
+        """Writes the oldest `size_bytes` of the rest as the next shard."""
+        self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
+        write_shard(self.paths[-1], np.frombuffer(self.rest[:size_bytes], "<u2"))
+        del self.rest[:size_bytes]
 
 
-def read_documents(paths: Iterable[Path]) -> Iterator[str]:
+def read_documents(paths: Sequence[Path]) -> Iterator[str]:
     """The texts of `.jsonl` and `.jsonl.zst` (field `text`) and `.txt` files (one document each).
 
     Streams: one line is held at a time. Raises Refusal for a missing file, an unknown suffix,
     bytes that are not UTF-8, bad JSON or a line without `text`.
     """
-    paths = [Path(path) for path in paths]
     for path in paths:
-        if not path.is_file():
-            raise Refusal(f"documents {path}: there is no such file")
-        if not path.name.endswith((".txt", ".jsonl", ".jsonl.zst")):
-            raise Refusal(f"documents {path}: expected a name ending in .jsonl, .jsonl.zst or .txt")
-        if path.suffix == ".zst" and zstandard is None:
-            raise Refusal(f"documents {path}: reading it needs the package zstandard "
-                          "(pip install zstandard)")
+        require(path.is_file(), f"documents {path}: there is no such file")
+        require(path.name.endswith((".txt", ".jsonl", ".jsonl.zst")),
+                f"documents {path}: expected a name ending in .jsonl, .jsonl.zst or .txt")
+        require(zstandard or path.suffix != ".zst", f"documents {path}: reading it needs the "
+                "package zstandard (pip install zstandard)")
     for path in paths:
         with open(path, "rb") as file:
             if path.suffix == ".txt":
-                yield decode_utf8(file.read(), path)
-            elif path.suffix == ".jsonl":
-                yield from json_texts(file, path)
-            else:
-                yield from json_texts(zstd_lines(file, path), path)
+                yield text_of(file.read(), f"documents {path}", lambda text: {"text": text})
+                continue
+            lines = zstd_lines(file, path) if path.suffix == ".zst" else file
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield text_of(line, f"documents {path}, line {number}", json.loads)
 
 
-def decode_utf8(raw: bytes, place: object) -> str:
-    """`raw` as text; raises Refusal that names `place`."""
+def text_of(raw: bytes, place: str, parse: Callable[[str], Any]) -> str:
+    """The field `text` of what `parse` makes of UTF-8; raises Refusal that names `place`."""
     try:
-        return raw.decode("utf-8")
+        row = parse(raw.decode())
     except UnicodeDecodeError as error:
-        raise Refusal(f"documents {place}: byte {error.start} (0x{raw[error.start]:02x}) is not "
-                      "UTF-8") from error
-
-
-def json_texts(lines: Iterable[bytes], path: Path) -> Iterator[str]:
-    """The `text` field of each JSON line; blank lines are passed over."""
-    for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(decode_utf8(line, place))
-        except json.JSONDecodeError as error:
-            raise Refusal(f"documents {place}: not JSON ({error.msg}, column "
-                          f"{error.colno})") from error
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise Refusal(f"documents {place}: expected an object with a string field \"text\"")
-        if re.search("[\ud800-\udfff]", text):
-            raise Refusal(f"documents {place}: half of a surrogate pair has no UTF-8 form")
-        yield text
+        byte = f"byte {error.start} (0x{raw[error.start]:02x})"
+        raise Refusal(f"{place}: {byte} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{place}: not JSON ({error.msg}, column {error.colno})") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    require(isinstance(text, str), f'{place}: expected an object with a string field "text"')
+    require(not re.search("[\ud800-\udfff]", text),
+            f"{place}: half of a surrogate pair has no UTF-8 form")
+    return text
 
 
 def zstd_lines(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
     """The lines of a zstd file of any number of frames; raises Refusal for a damaged or cut one."""
     frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
     try:
-        while packed := file.read(1 << 17):
-            while packed:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + frame.decompress(packed)).split(b"\n")
-                yield from lines
-                packed = frame.unused_data
+        while packed := frame.unused_data or file.read(1 << 17):
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            *lines, rest = (rest + frame.decompress(packed)).split(b"\n")
+            yield from lines
     except zstandard.ZstdError as error:
         raise Refusal(f"documents {path}: damaged zstd stream ({error})") from error
-    if not frame.eof:
-        raise Refusal(f"documents {path}: the zstd stream ends in the middle of a frame")
+    require(frame.eof, f"documents {path}: the zstd stream ends in the middle of a frame")
     yield rest
 
 
@@ -1675,10 +1624,8 @@ def held_out(key: str) -> bool:
 
 
 # Linux distributions package these apart from the library, so they are left out everywhere.
-OPTIONAL_MODULES = {
-    "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize", "tkinter",
-    "turtle", "turtledemo", "venv"
-}
+OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize",
+                    "tkinter", "turtle", "turtledemo", "venv"}
 EMBEDDED_MINIMUM_BYTES = 2_000_000
 
 
@@ -1701,35 +1648,33 @@ def embedded_documents() -> list[tuple[str, str]]:
                     documents.append((name, module_text(name, path.read_bytes())))
         topics = library / "pydoc_data" / "topics.py"
         if topics.is_file():
-            table = ast.parse(topics.read_bytes()).body[-1].value
-            documents += [(f"topic {name}", f"{name}\n\n{text}")
-                          for name, text in ast.literal_eval(table).items()]
+            table = ast.literal_eval(ast.parse(topics.read_bytes()).body[-1].value)
+            documents += [(f"topic {name}", f"{name}\n\n{text}") for name, text in table.items()]
     cleaned = [(name, re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip())
                for name, text in documents]
     kept = [(name, text) for name, text in cleaned if len(text.encode()) >= 200]
     size_bytes = sum(len(text.encode()) for _, text in kept)
-    if size_bytes < EMBEDDED_MINIMUM_BYTES:
-        raise Refusal(f"CORPUS=embedded: the library of this Python ({library}) holds {size_bytes} "
-                      f"bytes of documentation, expected at least {EMBEDDED_MINIMUM_BYTES}; "
-                      "install the complete library or make shards with the verb data")
+    require(size_bytes >= EMBEDDED_MINIMUM_BYTES,
+            f"CORPUS=embedded: the library of this Python ({library}) holds {size_bytes} bytes of "
+            f"documentation, expected at least {EMBEDDED_MINIMUM_BYTES}; install the complete "
+            "library or make shards with the verb data")
     return kept
 
 
 def module_text(name: str, source: bytes) -> str:
     """Documentation strings and comment blocks of one module in the order of its lines."""
     text = importlib.util.decode_source(source)
-    pieces = [*documented(ast.parse(text), name)]
+    found = [*documented(ast.parse(text), name)]
     for block in re.finditer(r"^[ \t]*#.*(?:\n[ \t]*#.*)+", text, re.M):
         prose = re.sub(r"^[ \t]*#+[ \t]?", "", block[0], flags=re.M).strip()
-        pieces.append((text.count("\n", 0, block.start()) + 1, prose))
-    return "\n\n".join(prose for _, prose in sorted(pieces, key=lambda piece: piece[0]))
+        found.append((text.count("\n", 0, block.start()) + 1, prose))
+    return "\n\n".join(prose for _, prose in sorted(found, key=lambda piece: piece[0]))
 
 
 def documented(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
     """(line, signature and documentation string) of `node` and of every definition inside it."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        prose = ast.get_docstring(node)
-        if prose:
+        if prose := ast.get_docstring(node):
             signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             yield getattr(node, "lineno", 0), f"{name}{signature}\n\n{prose}"
     for child in node.body:
@@ -1750,9 +1695,8 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
     Ids as in the official tokenizers: pad 0, bos 1, eos 2, unk 3, then `markers`, then 256 bytes.
     Trains on lines, so a newline is always the byte piece. Raises Refusal when V does not fit.
     """
-    if sentencepiece is None:
-        raise Refusal(f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
-                      "(pip install sentencepiece)")
+    require(sentencepiece, f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
+            "(pip install sentencepiece)")
     model = io.BytesIO()
     # SentencePiece passes over sentences longer than max_sentence_length bytes, hence the cuts.
     lines = (line[start:start + 4000] for text in texts for line in text.split("\n")
@@ -1760,53 +1704,38 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
     with tempfile.TemporaryDirectory() as folder:
         # The model records where its rules lay: slashes give that path one length everywhere, so
         # that it can be blotted out and equal texts make equal bytes.
-        rules = folder + "escape.tsv".rjust(RULES_PATH - len(folder), "/")
-        unrules = folder + "restore.tsv".rjust(RULES_PATH - len(folder), "/")
+        rules, unrules = (folder + name.rjust(RULES_PATH - len(folder), "/")
+                          for name in ("escape.tsv", "restore.tsv"))
         Path(rules).write_text(ESCAPE_RULES)
         Path(unrules).write_text(UNESCAPE_RULES)
         try:
             # For losslessness: own rules in place of NFKC, which rewrites characters; no prefix and
             # no merged spaces; bytes for what the alphabet lacks. For equal models: one thread.
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines,
-                                                     model_writer=model,
-                                                     model_type="bpe",
-                                                     vocab_size=V,
-                                                     pad_id=0,
-                                                     bos_id=1,
-                                                     eos_id=2,
-                                                     unk_id=3,
-                                                     user_defined_symbols=list(markers),
-                                                     byte_fallback=True,
-                                                     split_digits=True,
-                                                     character_coverage=0.9995,
-                                                     normalization_rule_tsv=rules,
-                                                     denormalization_rule_tsv=unrules,
-                                                     add_dummy_prefix=False,
-                                                     remove_extra_whitespaces=False,
-                                                     allow_whitespace_only_pieces=True,
-                                                     max_sentence_length=1 << 16,
-                                                     num_threads=1,
-                                                     minloglevel=4)
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=V,
+                pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(markers),
+                byte_fallback=True, split_digits=True, character_coverage=0.9995,
+                normalization_rule_tsv=rules, denormalization_rule_tsv=unrules,
+                add_dummy_prefix=False, remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16,
+                num_threads=1, minloglevel=4)
         except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
             raise Refusal(f"VOCAB_SIZE {V}: no tokenizer of this size can be trained on these "
-                          f"documents ({reason})") from error
-    write_atomically(Path(path),
-                     model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
+                          f"documents ({' '.join(str(error).split())})") from error
+    write_atomically(path, model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
 
 
 def utf8_widths(text: str) -> np.ndarray:
     """UTF-8 bytes int64 (characters,) of each character."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return 1 + np.add(codes >= 0x80, codes >= 0x800, dtype=np.int64) + (codes >= 0x10000)
+    return 1 + np.searchsorted([0x80, 0x800, 0x10000], codes, "right")
 
 
 def piece_widths(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     """UTF-8 bytes (V,) that each piece covers in normalised text, where a space is U+2581."""
-    return np.array([
-        1 if tokenizer.is_byte(i) else len(tokenizer.id_to_piece(i).encode())
-        for i in range(len(tokenizer))
-    ])
+    ids = list(range(len(tokenizer)))
+    return np.where(tokenizer.is_byte(ids), 1,
+                    [len(text.encode()) for text in tokenizer.id_to_piece(ids)])
 
 
 def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarray, ids: np.ndarray,
@@ -1821,16 +1750,15 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarra
     normalised, offsets = tokenizer.normalize(text, with_offsets=True)
     sizes = utf8_widths(normalised)
     ends = np.cumsum(widths[ids])
-    if ends[-1] != sizes.sum():
-        raise Refusal(f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} bytes of a "
-                      "document; without byte pieces the sidecar cannot be exact")
+    require(ends[-1] == sizes.sum(), f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} "
+            "bytes of a document; without byte pieces the sidecar cannot be exact")
     starts = np.concatenate([[0], np.cumsum(weights)])
     before = starts[np.array(offsets)]
     character = np.repeat(np.arange(len(sizes)), sizes)
     within = np.arange(ends[-1]) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     # A cut inside a character (byte pieces) moves on byte by byte as far as the original has any.
     origin = before[character] + np.minimum(within, np.diff(before)[character])
-    return np.diff(np.concatenate([[0], origin[ends[:-1]], [starts[-1]]]))
+    return np.diff(origin[ends[:-1]], prepend=0, append=starts[-1])
 
 
 # Lossless case transform (parameter-golf #1729): lower-case text with markers before each run of
@@ -1866,20 +1794,16 @@ def caseops_encode(text: str) -> str:
 def caseops_decode(text: str) -> str:
     """The original of a CaseOps text; raises Refusal for text that caseops_encode cannot give."""
     original = MARKED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
-    if caseops_encode(original) != text:
-        raise Refusal("CaseOps text: a marker stands where the transform never puts one")
+    require(caseops_encode(original) == text,
+            "CaseOps text: a marker stands where the transform never puts one")
     return original
 
 
 def caseops_weights(text: str) -> np.ndarray:
-    """Original bytes (characters,) behind each character of a CaseOps text: 0 for its markers.
-
-    An escape counts nothing and the marker behind it, a character of the original, all its bytes.
-    """
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    weights = np.where((codes >= ord(TITLE)) & (codes <= ord(ESCAPE)), 0, utf8_widths(text))
-    escaped = [match.end() - 1 for match in re.finditer(f"{ESCAPE}.", text)]
-    weights[escaped] = len(ESCAPE.encode())
+    """Original bytes (characters,) behind each character of a CaseOps text: 0 for its markers, an
+    escape among them; the marker behind an escape is a character of the original."""
+    weights = utf8_widths(text)
+    weights[[match.start() for match in re.finditer(f"{ESCAPE}.|[{MARKERS}]", text)]] = 0
     return weights
 
 
@@ -1926,87 +1850,67 @@ def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[
     return [text for _, text in sorted(heap, reverse=True)]
 
 
-class Progress:
-    """Says at most once a second how many documents and characters have passed, and how fast."""
+def batches(corpus: Iterable[tuple[bool, str]], title: str,
+            say: Callable[[str], None]) -> Iterator[list[tuple[bool, str]]]:
+    """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory.
 
-    def __init__(self, title: str, say: Callable[[str], None]):
-        """Starts the clock of the pass called `title`; `say` shows one line."""
-        self.title, self.say = title, say
-        self.documents, self.characters = 0, 0
-        self.start_s = self.said_s = time.monotonic()
-
-    def add(self, text: str) -> None:
-        """Counts one document."""
-        self.documents += 1
-        self.characters += len(text)
-        if time.monotonic() - self.said_s >= 1:
-            self.close()
-
-    def close(self) -> None:
-        """Says the state now."""
-        self.said_s = time.monotonic()
-        millions = self.characters / 1e6
-        self.say(f"data {self.title}: {self.documents} documents, {millions:.1f} M characters, "
-                 f"{millions / max(self.said_s - self.start_s, 1e-9):.2f} M/s")
-
-
-def batches(documents: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[1])
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
+    Says at the end, and at most once a second before, how many were taken and how fast; a run
+    counts once the next one is asked for. The last one may be empty.
+    """
+    start_s = said_s = time.monotonic()
+    documents, millions, batch, size = 0, 0.0, [], 0
+    for document in itertools.chain(corpus, [None]):
+        if document:
+            batch.append(document)
+            size += len(document[1])
+        if document and size < BATCH_CHARACTERS:
+            continue
         yield batch
+        documents += len(batch)
+        millions += size / 1e6
+        if not document or time.monotonic() - said_s >= 1:
+            said_s = time.monotonic()
+            say(f"data {title}: {documents} documents, {millions:.1f} M characters, "
+                f"{millions / max(said_s - start_s, 1e-9):.2f} M/s")
+        batch, size = [], 0
 
 
 def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
-                 caseops: bool, progress: Progress) -> dict[str, int]:
+                 caseops: bool, say: Callable[[str], None]) -> dict[str, int]:
     """Writes train, val and val_bytes shards of `corpus` into `folder`; returns what it counted.
 
     A document for which the normaliser leaves no token is left out, so that every byte of the
     documents that stay has a token to stand on. Raises Refusal when one side stays empty.
     """
-    # In batches: SentencePiece encodes a batch on all cores, and order is kept.
-    counts = dict.fromkeys([
-        "train_documents", "val_documents", "empty_documents", "val_bytes", "train_bytes",
-        "val_documents_decoded_exactly"
-    ], 0)
+    counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
+                            "train_bytes", "val_documents_decoded_exactly"], 0)
     widths = piece_widths(tokenizer)
-    with (ShardWriter(folder / "fineweb_train") as train, ShardWriter(folder / "fineweb_val") as
-          val, ShardWriter(folder / "fineweb_val_bytes") as sidecar):
-        for batch in batches(corpus()):
+    with (ShardWriter(folder / "fineweb_train") as train,
+          ShardWriter(folder / "fineweb_val") as val,
+          ShardWriter(folder / "fineweb_val_bytes") as sidecar):
+        for batch in batches(corpus(), "encoding", say):
             texts = [caseops_encode(text) if caseops else text for _, text in batch]
+            # SentencePiece encodes a batch on all cores, and keeps its order.
             encoded = tokenizer.encode(texts, num_threads=os.cpu_count() or 1)
-            streams = {train: [], val: [], sidecar: []}
             for (held, original), text, ids in zip(batch, texts, encoded):
-                progress.add(original)
                 if not ids:
                     counts["empty_documents"] += 1
                     continue
-                # BOS opens each document on both sides, and has a 0 in the sidecar below
-                tokens = np.array([BOS, *ids])
-                side = "val" if held else "train"
+                side, writer = ("val", val) if held else ("train", train)
                 counts[f"{side}_documents"] += 1
                 counts[f"{side}_bytes"] += len(original.encode())
-                streams[val if held else train].append(tokens)
+                # BOS opens each document on both sides, and has a 0 in the sidecar
+                writer.append([BOS, *ids])
                 if held:
                     weights = caseops_weights(text) if caseops else utf8_widths(text)
-                    exact = raw_bytes(tokenizer, widths, tokens[1:], text, weights)
-                    if exact.max() > 65535:
-                        raise Refusal(f"documents: one token stands for {exact.max()} bytes, a "
-                                      "sidecar holds at most 65535; shorten the run of spaces")
-                    streams[sidecar].append(np.concatenate([[0], exact]))
+                    exact = raw_bytes(tokenizer, widths, np.array(ids), text, weights)
+                    require(exact.max() < 65536, f"documents: one token stands for {exact.max()} "
+                            "bytes, a sidecar holds at most 65535; shorten the run of spaces")
+                    sidecar.append(np.append(0, exact))
                     counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
-            for writer, arrays in streams.items():
-                writer.append(np.concatenate(arrays) if arrays else [])
-        for side, writer in {"train": train, "val": val}.items():
-            if not writer.count:
-                raise Refusal(f"documents: none fell to {side}; give more documents, or name the "
-                              "validation files with --val")
+        for side, writer in (("train", train), ("val", val)):
+            require(writer.count, f"documents: none fell to {side}; give more documents, or name "
+                    "the validation files with --val")
     return counts | {"train_tokens": train.count, "val_tokens": val.count}
 
 
@@ -2018,11 +1922,10 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
     `tokenizer_path` brings one), then encode. The folder appears complete or not at all. Raises
     Refusal when `out` already holds something else or V does not fit.
     """
-    out = Path(out)
-    if not 260 <= V <= 65536:
-        raise Refusal(f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refusal(f"--out {out}: already there and not empty, expected a new folder")
+    require(260 <= V <= 65536,
+            f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
+    require(not out.exists() or out.is_dir() and not any(out.iterdir()),
+            f"--out {out}: already there and not empty, expected a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed at the end: who finds the folder finds all of it.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
@@ -2033,24 +1936,15 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
             load_tokenizer(tokenizer_path, V, caseops)
             shutil.copyfile(tokenizer_path, model)
         else:
-            progress = Progress("sampling for the tokenizer", say)
-            sample = sample_texts(counted(corpus(), progress))
-            progress.close()
+            sample = sample_texts(
+                text for batch in batches(corpus(), "sampling for the tokenizer", say)
+                for held, text in batch if not held)
             texts = map(caseops_encode, sample) if caseops else sample
             train_tokenizer(texts, V, model, MARKERS if caseops else ())
-        progress = Progress("encoding", say)
-        counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, progress)
-        progress.close()
+        counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, say)
         # The hashes come last, of files that are closed: `intact` later compares them.
-        manifest = {
-            "builder": BUILDER,
-            "vocab_size": V,
-            "caseops": caseops,
-            **counts, "files": {
-                path.name: file_sha256(path)
-                for path in sorted(folder.iterdir())
-            }
-        }
+        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        manifest = dict(builder=BUILDER, vocab_size=V, caseops=caseops, **counts, files=files)
         write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         try:
             os.rename(folder, out)
@@ -2060,29 +1954,20 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
     return manifest
 
 
-def counted(corpus: Iterable[tuple[bool, str]], progress: Progress) -> Iterator[str]:
-    """The train side of `corpus`, every document of it shown to `progress`."""
-    for held, text in corpus:
-        progress.add(text)
-        if not held:
-            yield text
-
-
 def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print,
                     caseops: bool = False) -> Path:
     """The folder of the embedded corpus in the cache `folder`, built there when it is not intact.
 
     Processes that build at the same time make the same bytes, and the first to finish wins.
     """
-    folder = Path(folder)
     path = corpus_path(folder, V, caseops)
     if intact(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         say(f"data: {path} is damaged and is built again")
-        with (tempfile.TemporaryDirectory(dir=folder) as
-              bin_folder, contextlib.suppress(FileNotFoundError)):
+        with (tempfile.TemporaryDirectory(dir=folder) as bin_folder,
+              contextlib.suppress(FileNotFoundError)):
             os.rename(path, Path(bin_folder) / "damaged")    # gone when another process was faster
     documents = [(held_out(name), text) for name, text in embedded_documents()]
     build_dataset(functools.partial(iter, documents), V, None, path, caseops, say)
@@ -2097,18 +1982,13 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
     parser.add_argument("--caseops", action="store_true", help="lossless case transform")
-    parser.add_argument("--val",
-                        nargs="+",
-                        type=Path,
-                        default=[],
-                        help="validation documents; "
+    parser.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
                         "else one document in twenty, by a hash of its content")
-    options = parser.parse_args(arguments)
-    corpus = functools.partial(split_documents, options.files, options.val)
-    manifest = build_dataset(corpus, options.vocab, options.tokenizer, options.out, options.caseops,
-                             say)
+    o = parser.parse_args(arguments)
+    corpus = functools.partial(split_documents, o.files, o.val)
+    manifest = build_dataset(corpus, o.vocab, o.tokenizer, o.out, o.caseops, say)
     say(f"data: {manifest['train_tokens']} train and {manifest['val_tokens']} val tokens "
-        f"({manifest['val_bytes']} bytes) in {options.out}")
+        f"({manifest['val_bytes']} bytes) in {o.out}")
     return manifest
 
 
