@@ -1147,10 +1147,8 @@ class Docs(NamedTuple):
     differed from batch to batch would compile a graph for each.
     """
 
-    # (B, T) int64: place in the row of the first token of this token's piece
-    start: Tensor
-    # (n,) int32 ends of the pieces of the flattened batch, for variable-length kernels
-    bounds: Tensor | None
+    start: Tensor    # (B, T) int64: place in the row of the first token of this token's piece
+    bounds: Tensor | None    # (n,) int32 ends of the pieces of the flattened batch
     longest: int    # tokens of the longest piece that can occur
 
 
@@ -1187,8 +1185,7 @@ def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
 
 
 def whole_rows(ids: Tensor) -> Docs:
-    """Each row of (B, T) ids as one piece: attention over all that precedes, whatever documents it
-    belongs to."""
+    """Each row of (B, T) ids as one piece: attention over all that precedes in it."""
     B, T = ids.shape
     ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=ids.device)
     return Docs(torch.zeros_like(ids), ends if ids.device.type == "cuda" else None, T)
@@ -1219,18 +1216,15 @@ class Loader:
         require(self.blocks >= world.size,
                 f"the training shards hold {count:,} tokens, too few for one of "
                 f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
-        # Drawn anew from (SEED, epoch), so they are no state: `position` tells all of it.
-        self.epoch, self.order, self.stream = -1, np.empty(0), []
+        self.epoch = -1    # `arrange` draws each from (SEED, epoch), so it is no state
         # One worker reads all blocks, in the order of asking: `arrange` never runs twice at once.
         self.worker, self.ahead = concurrent.futures.ThreadPoolExecutor(1), {}
-        cuda = world.device.type == "cuda"
-        self.side = torch.cuda.Stream(world.device) if cuda else None
+        self.side = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.packed = attention_kernel(h, world.device) not in ("blocks", "sdpa")
         self.context, self.since = h.contexts[0][1], -math.inf
 
     def cut(self, context: int) -> float:
-        """Cuts documents at `context` tokens from now on; returns micro-batches since it changed.
-        """
+        """Cuts documents at `context` tokens from now on; micro-batches since that changed."""
         if context != self.context:
             self.rewind(self.position, context, self.position)
         return self.position - self.since
@@ -1244,10 +1238,10 @@ class Loader:
         """Draws the order of shards and blocks of one epoch."""
         # Nothing is carried over from earlier epochs, so a resumed run can begin with any of them.
         rng = np.random.default_rng((self.h.seed, epoch))
-        order, number = rng.permutation(len(self.shards)), np.arange(self.blocks)
-        stream = self.h.loader == "stream"
-        self.epoch = epoch
-        self.stream = [self.shards[i] for i in (sorted(order) if stream else order)]
+        shards, order = rng.permutation(len(self.shards)), np.arange(self.blocks)
+        if self.h.loader == "stream":
+            shards.sort()
+        self.stream = [self.shards[i] for i in shards]
         self.starts = np.cumsum([0, *map(len, self.stream)])
         # Tokens that fill no block fall to the end of the first epoch; later ones begin at a phase
         # of their own, which cuts the blocks elsewhere. Less one: the last target lies behind them.
@@ -1259,12 +1253,12 @@ class Loader:
             stride = int(self.blocks * rng.uniform(0.3, 0.7)) + 1
             while math.gcd(stride, self.blocks) > 1:
                 stride += 1
-            number = (number * stride + int(rng.integers(self.blocks))) % self.blocks
+            order = (order * stride + int(rng.integers(self.blocks))) % self.blocks
         # 1024 blocks of 98,304 tokens are about one shard, so that what is read at random lies in
         # few files, which themselves come in random order.
         for lo in range(0, self.blocks * (self.h.loader == "shuffled"), 1024):
-            rng.shuffle(number[lo:lo + 1024])
-        self.order = number
+            rng.shuffle(order[lo:lo + 1024])
+        self.epoch, self.order = epoch, order
 
     def tokens(self, lo: int, count: int) -> np.ndarray:
         """(count,) tokens of this epoch's stream from place `lo` on."""
@@ -1287,8 +1281,8 @@ class Loader:
         rows = 1 if self.packed else size // self.context
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
         # without DOC_MASK no document start is shown, so that only rows and cuts bound a piece
-        start, bounds, longest = locate(ids if self.h.doc_mask else np.zeros_like(ids),
-                                        self.context, device)
+        shown = ids if self.h.doc_mask else np.zeros_like(ids)
+        start, bounds, longest = locate(shown, self.context, device)
         # The copies have a stream of their own: they pass beside the step under way.
         with torch.cuda.stream(self.side):
             ids, targets, start, bounds = (t if t is None else sent(t, device)
@@ -1296,8 +1290,7 @@ class Loader:
         return Batch(ids, targets, Docs(start, bounds, longest))
 
     def next(self) -> Batch:
-        """The next micro-batch of this rank, on its device; an error of the worker is raised here.
-        """
+        """The next micro-batch of this rank, on its device; raises what its reading raised."""
         number = self.position * self.world.size + self.world.rank
         # a block of another position is not the one asked for, and is dropped
         batch = (self.ahead.pop(number, None) or self.worker.submit(self.read, number)).result()
@@ -1328,14 +1321,12 @@ class Validation:
     def of(cls, tokens: np.ndarray, target_bytes_: np.ndarray) -> Validation:
         """From tokens (N + 1,) and bytes per target (N,)."""
         starts = np.flatnonzero(tokens[:-1] == BOS)
-        documents = np.unique(np.concatenate([[0], starts, [len(tokens) - 1]]))
         return cls(torch.from_numpy(tokens.astype(np.int64)), target_bytes_.astype(np.int64),
-                   documents)
+                   np.unique([0, *starts, len(tokens) - 1]))
 
 
 class Dataset(NamedTuple):
-    """What a run reads: training shards (memory-mapped), the validation set, and how its bytes were
-    counted."""
+    """What a run reads: mapped training shards, validation set, and how its bytes were counted."""
 
     train: list[np.ndarray]
     val: Validation
@@ -1527,7 +1518,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     write_atomically(path, shard_header(len(tokens)), np.asarray(tokens, "<u2").tobytes())
 
 
-class ShardWriter:
+class ShardWriter(contextlib.AbstractContextManager):
     """A context that cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so
     on: `paths`, of `limit` tokens each, the last one of the rest. `count` tokens came so far."""
 
@@ -1535,10 +1526,6 @@ class ShardWriter:
         """Writes nothing yet: a writer without tokens leaves no file behind."""
         self.stem, self.limit = stem, limit
         self.count, self.paths, self.rest = 0, [], bytearray()
-
-    def __enter__(self) -> ShardWriter:
-        """The writer itself."""
-        return self
 
     def __exit__(self, error_type, *_) -> None:
         """Writes the last shard, unless the block failed."""
@@ -1807,11 +1794,12 @@ def caseops_weights(text: str) -> np.ndarray:
     return weights
 
 
-Corpus = Callable[[], Iterator[tuple[bool, str]]]    # each call starts over: (held out, text)
+Document = tuple[bool, str]    # held out, text
+Corpus = Callable[[], Iterator[Document]]    # each call starts over
 SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
 
 
-def split_documents(paths: list[Path], val_paths: list[Path]) -> Iterator[tuple[bool, str]]:
+def split_documents(paths: Sequence[Path], val_paths: Sequence[Path]) -> Iterator[Document]:
     """(held out, text) of all documents: by file, or 95/5 by content where `val_paths` is empty.
 
     Copies of one document land on one side: equal content hashes equally, and a train document
@@ -1840,18 +1828,16 @@ def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[
     heap, size_bytes, lowest = [], 0, -(1 << 64)
     for text in texts:
         entry = -fingerprint(text), text[:SAMPLE_DOCUMENT]
-        if entry[0] <= lowest:
-            continue
-        size_bytes += len(entry[1].encode())
-        heapq.heappush(heap, entry)
+        if entry[0] > lowest:
+            size_bytes += len(entry[1].encode())
+            heapq.heappush(heap, entry)
         while size_bytes > limit_bytes and len(heap) > 1:
             lowest, dropped = heapq.heappop(heap)
             size_bytes -= len(dropped.encode())
     return [text for _, text in sorted(heap, reverse=True)]
 
 
-def batches(corpus: Iterable[tuple[bool, str]], title: str,
-            say: Callable[[str], None]) -> Iterator[list[tuple[bool, str]]]:
+def batches(corpus: Iterable[Document], title: str, say: Callable) -> Iterator[list[Document]]:
     """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory.
 
     Says at the end, and at most once a second before, how many were taken and how fast; a run
@@ -1859,12 +1845,12 @@ def batches(corpus: Iterable[tuple[bool, str]], title: str,
     """
     start_s = said_s = time.monotonic()
     documents, millions, batch, size = 0, 0.0, [], 0
-    for document in itertools.chain(corpus, [None]):
+    for document in itertools.chain(corpus, [None]):    # None: the end
         if document:
             batch.append(document)
             size += len(document[1])
-        if document and size < BATCH_CHARACTERS:
-            continue
+            if size < BATCH_CHARACTERS:
+                continue
         yield batch
         documents += len(batch)
         millions += size / 1e6
@@ -1966,9 +1952,7 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         say(f"data: {path} is damaged and is built again")
-        with (tempfile.TemporaryDirectory(dir=folder) as bin_folder,
-              contextlib.suppress(FileNotFoundError)):
-            os.rename(path, Path(bin_folder) / "damaged")    # gone when another process was faster
+        shutil.rmtree(path, ignore_errors=True)    # gone already when another process was faster
     documents = [(held_out(name), text) for name, text in embedded_documents()]
     build_dataset(functools.partial(iter, documents), V, None, path, caseops, say)
     return path
