@@ -1949,7 +1949,6 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
     path = corpus_path(folder, V, caseops)
     if intact(path):
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         say(f"data: {path} is damaged and is built again")
         shutil.rmtree(path, ignore_errors=True)    # gone already when another process was faster
