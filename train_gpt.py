@@ -40,6 +40,7 @@ import argparse
 import ast
 import base64
 import builtins
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -68,7 +69,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 import warnings
 import zlib
@@ -989,46 +989,32 @@ class Log:
 # place, before the clock starts where it can be. No token of the validation set is cut off, and no
 # function here hands one to the model: that is the business of section 12.
 # ==================================================================================================
-# fixed by the published export; 100 M tokens are what it puts in one file
-SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1    # fixed by the published export
 HEADER_BYTES = 256 * 4
 BOS = 1
 CASEOPS_VAL_TOKENS = 47_851_520    # of the published CaseOps validation set, its tail cut off
 
 
-def shard_header(count: int) -> bytes:
-    """256 little-endian int32: magic, version, token count, zeros."""
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, count
-    return header.tobytes()
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes `tokens` (T,) as one official shard of uint16."""
-    tokens = np.ascontiguousarray(tokens, "<u2")
-    write_atomically(Path(path), shard_header(len(tokens)), tokens.data)
+def require(holds: object, sentence: str) -> None:
+    """Raises `Refusal` with the sentence unless the condition holds."""
+    if not holds:
+        raise Refusal(sentence)
 
 
 def read_shard(path: Path) -> np.ndarray:
     """The memory-mapped uint16 tokens (T,) of an official shard; raises Refusal on any damage."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refusal(f"shard {path}: there is no such file")
-    size_bytes = path.stat().st_size
-    header = np.fromfile(path, "<i4", 256)
-    if len(header) < 256:
-        raise Refusal(f"shard {path}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte "
-                      "header")
+    place = f"shard {path}"
+    require(path.is_file(), f"{place}: there is no such file")
+    size_bytes, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
+    require(len(header) == 256,
+            f"{place}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte header")
     magic, version, count = map(int, header[:3])
-    if magic != SHARD_MAGIC:
-        raise Refusal(f"shard {path}: magic number {magic}, expected {SHARD_MAGIC}")
-    if version != SHARD_VERSION:
-        raise Refusal(f"shard {path}: version {version}, expected {SHARD_VERSION}")
-    if count < 1:
-        raise Refusal(f"shard {path}: the header promises {count} tokens, expected at least 1")
-    if size_bytes != HEADER_BYTES + 2 * count:
-        raise Refusal(f"shard {path}: {size_bytes} bytes, but a header of {count} tokens asks for "
-                      f"{HEADER_BYTES + 2 * count}")
+    whole_bytes = HEADER_BYTES + 2 * count
+    require(magic == SHARD_MAGIC, f"{place}: magic number {magic}, expected {SHARD_MAGIC}")
+    require(version == SHARD_VERSION, f"{place}: version {version}, expected {SHARD_VERSION}")
+    require(count > 0, f"{place}: the header promises {count} tokens, expected at least 1")
+    require(size_bytes == whole_bytes, f"{place}: {size_bytes} bytes, but a header of {count} "
+            f"tokens asks for {whole_bytes}")
     # Mapped, not read: 80 shards are 16 GB, of which a rank needs one block at a time.
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
 
@@ -1041,10 +1027,8 @@ class Docs(NamedTuple):
     differed from batch to batch would compile a graph for each.
     """
 
-    # (B, T) int64: place in the row of the first token of this token's piece
-    start: Tensor
-    # (n,) int32 ends of the pieces of the flattened batch, for variable-length kernels
-    bounds: Tensor | None
+    start: Tensor    # (B, T) int64: place in the row of the first token of this token's piece
+    bounds: Tensor | None    # (n,) int32 ends of the pieces of the flattened batch
     longest: int    # tokens of the longest piece that can occur
 
 
@@ -1076,14 +1060,12 @@ def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
         # the first copy ends the last piece, the others are pieces of no tokens.
         ends = np.flatnonzero(start == np.arange(ids.shape[1])).astype(np.int32)
         room = max(ids.size // 64, 1 << len(ends).bit_length())
-        bounds = torch.from_numpy(
-            np.concatenate([ends, np.full(room - len(ends), ids.size, np.int32)]))
+        bounds = torch.from_numpy(np.pad(ends, (0, room - len(ends)), constant_values=ids.size))
     return Docs(torch.from_numpy(np.ascontiguousarray(start)), bounds, min(longest, ids.shape[1]))
 
 
 def whole_rows(ids: Tensor) -> Docs:
-    """Each row of (B, T) ids as one piece: attention over all that precedes, whatever documents it
-    belongs to."""
+    """Each row of (B, T) ids as one piece: attention over all that precedes in it."""
     B, T = ids.shape
     ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=ids.device)
     return Docs(torch.zeros_like(ids), ends if ids.device.type == "cuda" else None, T)
@@ -1096,13 +1078,6 @@ def sent(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device."""
-    bounds = None if batch.docs.bounds is None else sent(batch.docs.bounds, device)
-    docs = batch.docs._replace(start=sent(batch.docs.start, device), bounds=bounds)
-    return Batch(sent(batch.ids, device), sent(batch.targets, device), docs)
-
-
 class Loader:
     """Endless micro-batches of the training shards; `position` is its whole state.
 
@@ -1110,47 +1085,43 @@ class Loader:
     MICRO_BATCH_TOKENS; blocks are shuffled within stretches of 1024, and no block comes twice
     before all have come. Block number position * size + rank belongs to this rank, so that any
     world size sees the same steps. A block is one long row where attention takes variable lengths,
-    else rows of TRAIN_SEQ_LEN. The next one is read on a thread.
+    else rows of TRAIN_SEQ_LEN. The next one is read ahead, by a worker.
     """
 
     def __init__(self, h: Hyperparameters, world: World, shards: Sequence[np.ndarray]):
         """Raises `Refusal` where the shards hold less than one micro-batch for each rank."""
         self.h, self.world, self.shards, self.position = h, world, shards, 0
-        self.blocks = (sum(map(len, shards)) - 1) // h.micro_batch_tokens
-        if self.blocks < world.size:
-            raise Refusal(
-                f"the training shards hold {sum(map(len, shards)):,} tokens, too few for one of "
+        count = sum(map(len, shards))
+        self.blocks = (count - 1) // h.micro_batch_tokens
+        require(self.blocks >= world.size,
+                f"the training shards hold {count:,} tokens, too few for one of "
                 f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
-        # Drawn anew from (SEED, epoch), so they are no state: `position` tells all of it.
-        self.epoch, self.order, self.stream = -1, np.empty(0), []
-        self.thread, self.ready = None, {}
-        cuda = world.device.type == "cuda"
-        self.side = torch.cuda.Stream(world.device) if cuda else None
+        self.epoch = -1    # `arrange` draws each from (SEED, epoch), so it is no state
+        # One worker reads all blocks, in the order of asking: `arrange` never runs twice at once.
+        self.worker, self.ahead = concurrent.futures.ThreadPoolExecutor(1), {}
+        self.side = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.packed = attention_kernel(h, world.device) not in ("blocks", "sdpa")
         self.context, self.since = h.contexts[0][1], -math.inf
 
     def cut(self, context: int) -> float:
-        """Cuts documents at `context` tokens from now on; returns micro-batches since it changed.
-        """
+        """Cuts documents at `context` tokens from now on; micro-batches since that changed."""
         if context != self.context:
             self.rewind(self.position, context, self.position)
         return self.position - self.since
 
     def rewind(self, position: int, context: int, since: float) -> None:
         """Back, or on, to a state; what was read ahead for another one is dropped."""
-        if self.thread:
-            self.thread.join()
-        self.ready.clear()
+        self.ahead = {}
         self.position, self.context, self.since = position, context, since
 
     def arrange(self, epoch: int) -> None:
         """Draws the order of shards and blocks of one epoch."""
         # Nothing is carried over from earlier epochs, so a resumed run can begin with any of them.
         rng = np.random.default_rng((self.h.seed, epoch))
-        order, number = rng.permutation(len(self.shards)), np.arange(self.blocks)
-        stream = self.h.loader == "stream"
-        self.epoch = epoch
-        self.stream = [self.shards[i] for i in (sorted(order) if stream else order)]
+        shards, order = rng.permutation(len(self.shards)), np.arange(self.blocks)
+        if self.h.loader == "stream":
+            shards.sort()
+        self.stream = [self.shards[i] for i in shards]
         self.starts = np.cumsum([0, *map(len, self.stream)])
         # Tokens that fill no block fall to the end of the first epoch; later ones begin at a phase
         # of their own, which cuts the blocks elsewhere. Less one: the last target lies behind them.
@@ -1159,69 +1130,51 @@ class Loader:
         # 1024 blocks of 98,304 tokens are about one shard, so that what is read at random lies in
         # few files, which themselves come in random order.
         for lo in range(0, self.blocks * (self.h.loader == "shuffled"), 1024):
-            rng.shuffle(number[lo:lo + 1024])
-        self.order = number
+            rng.shuffle(order[lo:lo + 1024])
+        self.epoch, self.order = epoch, order
 
     def tokens(self, lo: int, count: int) -> np.ndarray:
         """(count,) tokens of this epoch's stream from place `lo` on."""
-        first = int(np.searchsorted(self.starts, lo, "right")) - 1
-        parts = []
-        while count > 0:
-            part = self.stream[first][lo - self.starts[first]:][:count]
-            parts.append(part)
-            lo, count, first = lo + len(part), count - len(part), first + 1
+        first, last = np.searchsorted(self.starts, [lo, lo + count - 1], "right") + [-1, 0]
+        parts = [shard[max(0, lo - start):lo + count - start]
+                 for start, shard in zip(self.starts[first:last], self.stream[first:last])]
         return np.concatenate(parts).astype(np.int64)
 
     def read(self, number: int) -> Batch:
-        """Block `number` of the endless sequence, on the CPU."""
+        """Block `number` of the endless sequence, on this rank's device."""
         epoch, place = divmod(number, self.blocks)
         if epoch != self.epoch:
             self.arrange(epoch)
         # One token more than a block: targets are the inputs one place on, and the last target of a
         # block is the first input of the next. So a token is a target at most once in an epoch.
-        size = self.h.micro_batch_tokens
+        size, device = self.h.micro_batch_tokens, self.world.device
         tokens = self.tokens(self.phase + int(self.order[place]) * size, size + 1)
         # here and not on the device, where an id beyond V ends the process without naming a file
         check_tokens(tokens, self.h.vocab_size, "a training shard")
         rows = 1 if self.packed else size // self.context
         ids, targets = tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1)
         # without DOC_MASK no document start is shown, so that only rows and cuts bound a piece
-        return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
-                     locate(ids if self.h.doc_mask else np.zeros_like(ids), self.context,
-                            self.world.device))
-
-    def fetch(self, number: int) -> None:
-        """Block `number` on the device, for `next`; runs on the thread, so an error is kept and
-        raised there. The copy has a stream of its own: it passes beside the step under way."""
-        try:
-            with torch.cuda.stream(self.side):
-                self.ready[number] = to_device(self.read(number), self.world.device)
-        except Exception as error:
-            self.ready[number] = error
+        shown = ids if self.h.doc_mask else np.zeros_like(ids)
+        start, bounds, longest = locate(shown, self.context, device)
+        # The copies have a stream of their own: they pass beside the step under way.
+        with torch.cuda.stream(self.side):
+            ids, targets, start, bounds = (t if t is None else sent(t, device)
+                                           for t in (ids, targets, start, bounds))
+        return Batch(ids, targets, Docs(start, bounds, longest))
 
     def next(self) -> Batch:
-        """The next micro-batch of this rank, on its device."""
-        # The thread is joined before anything is touched: `arrange` runs on it too. A block that
-        # was read for another position or context is not the one asked for, and is dropped.
+        """The next micro-batch of this rank, on its device; raises what its reading raised."""
         number = self.position * self.world.size + self.world.rank
-        if self.thread:
-            self.thread.join()
-        if number not in self.ready:
-            self.fetch(number)
-        batch = self.ready[number]
-        self.ready.clear()
-        if isinstance(batch, Exception):
-            raise batch
+        # a block of another position is not the one asked for, and is dropped
+        batch = (self.ahead.pop(number, None) or self.worker.submit(self.read, number)).result()
         if self.side:
             step = torch.cuda.current_stream(self.world.device)
             step.wait_stream(self.side)
             for t in (batch.ids, batch.targets, batch.docs.start, batch.docs.bounds):
                 t.record_stream(step)    # its memory is not given away before the step has read it
         self.position += 1
-        self.thread = threading.Thread(target=self.fetch,
-                                       args=(number + self.world.size, ),
-                                       daemon=True)
-        self.thread.start()
+        number += self.world.size
+        self.ahead = {number: self.worker.submit(self.read, number)}
         return batch
 
 
@@ -1241,14 +1194,12 @@ class Validation:
     def of(cls, tokens: np.ndarray, target_bytes_: np.ndarray) -> Validation:
         """From tokens (N + 1,) and bytes per target (N,)."""
         starts = np.flatnonzero(tokens[:-1] == BOS)
-        documents = np.unique(np.concatenate([[0], starts, [len(tokens) - 1]]))
         return cls(torch.from_numpy(tokens.astype(np.int64)), target_bytes_.astype(np.int64),
-                   documents)
+                   np.unique([0, *starts, len(tokens) - 1]))
 
 
 class Dataset(NamedTuple):
-    """What a run reads: training shards (memory-mapped), the validation set, and how its bytes were
-    counted."""
+    """What a run reads: mapped training shards, validation set, and how its bytes were counted."""
 
     train: list[np.ndarray]
     val: Validation
@@ -1257,30 +1208,32 @@ class Dataset(NamedTuple):
 
 def check_tokens(tokens: np.ndarray, V: int, place: str) -> None:
     """Raises `Refusal` for a token that the vocabulary does not have."""
-    if tokens.size and (largest := int(tokens.max())) >= V:
-        raise Refusal(f"{place}: token {largest} is outside VOCAB_SIZE={V}; "
-                      "shards and vocabulary do not belong together")
+    largest = tokens.max(initial=0)
+    require(largest < V, f"{place}: token {largest} is outside VOCAB_SIZE={V}; "
+            "shards and vocabulary do not belong together")
 
 
-def check_caseops(h: Hyperparameters, folder: Path, sidecars: int, count: int) -> None:
-    """Raises `Refusal` where byte counts are missing or `count` validation tokens cannot be all of
-    the published CaseOps set; a manifest says that the set is one's own."""
-    whole = h.short_val_allowed or (folder / "manifest.json").is_file()
-    if not sidecars or not (whole or count >= CASEOPS_VAL_TOKENS):
-        raise Refusal(
+def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int) -> None:
+    """Raises `Refusal` where a manifest says that these shards were changed, or made for another
+    vocabulary or text form, or where `count` validation tokens without one cannot be all of the
+    published CaseOps set."""
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        # Validation decides every score, so its files are hashed; training shards are gigabytes.
+        require(intact(folder, "_train_"),
+                f"DATA_PATH={folder}: a validation file is not what manifest.json says")
+        made = json.loads(manifest.read_text())
+        for name, mine in (("vocab_size", h.vocab_size), ("caseops", h.caseops_enabled)):
+            theirs = made.get(name, mine)
+            require(theirs == mine, f"{manifest}: {name} is {theirs}, the model's is {mine}")
+    if h.caseops_enabled:
+        whole = manifest.exists() or h.short_val_allowed or count >= CASEOPS_VAL_TOKENS
+        require(
+            sidecars and whole,
             f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation tokens and {sidecars} files "
             f"fineweb_val_bytes_*.bin; the published set has {CASEOPS_VAL_TOKENS:,} and one for "
             "each shard. Of a set cut short the rest may be training text, so it is taken only "
             "with SHORT_VAL_ALLOWED=1")
-
-
-def check_manifest(h: Hyperparameters, path: Path) -> None:
-    """Raises `Refusal` where the verb data made these shards for another vocabulary or text form.
-    """
-    made = json.loads(path.read_text()) if path.is_file() else {}
-    for name, mine in (("vocab_size", h.vocab_size), ("caseops", h.caseops_enabled)):
-        if made.get(name, mine) != mine:
-            raise Refusal(f"{path}: {name} is {made[name]}, the model's is {mine}")
 
 
 def shards_folder(h: Hyperparameters) -> Path:
@@ -1297,60 +1250,48 @@ def must_build(h: Hyperparameters) -> bool:
 def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
     """Finds or builds the data and checks all of it before any training; raises `Refusal` for
     whatever is wrong."""
-    folder = shards_folder(h)
+    folder, V = shards_folder(h), h.vocab_size
     if must_build(h):
         if not h.corpus:
             log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)"
                 )
         if world.main:
             cache = Path(h.data_dir) / "cache"
-            folder = corpus_path(cache, h.vocab_size, h.caseops_enabled)
+            folder = corpus_path(cache, V, h.caseops_enabled)
             if build_corpus:
-                folder = build_corpus(cache, h.vocab_size, log, h.caseops_enabled)
-            elif not intact(folder):
-                raise Refusal(f"CORPUS=embedded: {folder} is not there and this packed script "
-                              "cannot build it; run the readable script once, or set DATA_PATH")
+                folder = build_corpus(cache, V, log, h.caseops_enabled)
+            else:
+                require(intact(folder), f"CORPUS=embedded: {folder} is not there and this packed "
+                        "script cannot build it; run the readable script once, or set DATA_PATH")
         folder = Path(world.share(str(folder)))
-    names = {
-        side: sorted(folder.glob(f"fineweb_{side}_*.bin"))
-        for side in ("train", "val", "val_bytes")
-    }
+    train, held, sidecars = (sorted(folder.glob(f"fineweb_{side}_*.bin"))
+                             for side in ("train", "val", "val_bytes"))
     # the pattern of the validation shards fits their sidecars as well
-    names["val"] = [p for p in names["val"] if not p.name.startswith("fineweb_val_bytes")]
-    for side in ("train", "val"):
-        if not names[side]:
-            raise Refusal(f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
-    # Validation decides every score, so its files are hashed; training shards are gigabytes.
-    if (folder / "manifest.json").exists() and not intact(folder, "_train_"):
-        raise Refusal(f"DATA_PATH={folder}: a validation file is not what manifest.json says")
-    train = [read_shard(path) for path in names["train"]]
-    tokens = np.concatenate([read_shard(path) for path in names["val"]])
-    for path, shard in [*zip(names["train"], train), (names["val"][0], tokens)]:
-        # Of huge training shards a sample here; the loader checks every block that it reads.
-        sample = tokens if shard is tokens else shard[::max(1, len(shard) >> 22)]
-        check_tokens(sample, h.vocab_size, str(path))
-    if len(tokens) < 2 or not (tokens == BOS).any():
-        raise Refusal(
-            f"{names['val'][0]}: no document start (token {BOS}) among {len(tokens)} tokens")
-    check_manifest(h, folder / "manifest.json")
-    if h.caseops_enabled:
-        check_caseops(h, folder, len(names["val_bytes"]), len(tokens))
+    held = [path for path in held if not path.name.startswith("fineweb_val_bytes")]
+    for side, paths in (("train", train), ("val", held)):
+        require(paths, f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
+    shards = [read_shard(path) for path in train]
+    tokens = np.concatenate([read_shard(path) for path in held])
+    check_origin(h, folder, len(sidecars), len(tokens))
+    for path, shard in zip(train, shards):
+        # Of huge shards a sample here; the loader checks every block that it reads.
+        check_tokens(shard[::max(1, len(shard) >> 22)], V, str(path))
+    check_tokens(tokens, V, str(held[0]))
+    require(len(tokens) > 1 and (tokens == BOS).any(),
+            f"{held[0]}: no document start (token {BOS}) among {len(tokens)} tokens")
     # Of transformed text only the sidecar knows the bytes of the original, by which BPB divides.
-    if names["val_bytes"]:
-        sidecar = np.concatenate([read_shard(path) for path in names["val_bytes"]])
-        if len(sidecar) != len(tokens):
-            raise Refusal(
-                f"{names['val_bytes'][0]}: {len(sidecar)} byte counts for {len(tokens)} tokens; "
+    if sidecars:
+        sizes = np.concatenate([read_shard(path) for path in sidecars])[1:]
+        require(len(sizes) + 1 == len(tokens),
+                f"{sidecars[0]}: {len(sizes) + 1} byte counts for {len(tokens)} tokens; "
                 "the sidecar must hold one for each token")
-        if not sidecar[1:].any():
-            raise Refusal(f"{names['val_bytes'][0]}: every byte count is zero")
-        return Dataset(train, Validation.of(tokens, sidecar[1:]),
-                       f"sidecar {names['val_bytes'][0].name}")
-    path = Path(h.tokenizer_path
-                or Path(h.data_dir) / "tokenizers" / f"fineweb_{h.vocab_size}_bpe.model")
-    tables = piece_bytes(load_tokenizer(path, h.vocab_size, False), h.vocab_size)
-    return Dataset(train, Validation.of(tokens, target_bytes(tokens, tables)),
-                   f"tokenizer {path.name}")
+        require(sizes.any(), f"{sidecars[0]}: every byte count is zero")
+        rule = f"sidecar {sidecars[0].name}"
+    else:
+        path = Path(h.tokenizer_path or Path(h.data_dir) / "tokenizers" / f"fineweb_{V}_bpe.model")
+        sizes = target_bytes(tokens, piece_bytes(load_tokenizer(path, V, False), V))
+        rule = f"tokenizer {path.name}"
+    return Dataset(shards, Validation.of(tokens, sizes), rule)
 
 
 SPACE_MARK = "\u2581"
@@ -1360,58 +1301,44 @@ BUILDER = 1    # raise it whenever the same documents would give other files
 
 def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer in `path`; raises Refusal unless it has V pieces and suits the text form."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refusal(f"tokenizer {path}: there is no such file")
-    if sentencepiece is None:
-        raise Refusal(f"tokenizer {path} needs the package sentencepiece (pip install "
-                      "sentencepiece)")
+    place = f"tokenizer {path}"
+    require(path.is_file(), f"{place}: there is no such file")
+    require(sentencepiece, f"{place} needs the package sentencepiece (pip install sentencepiece)")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
-        raise Refusal(f"tokenizer {path}: not a SentencePiece model") from error
-    if len(tokenizer) != V:
-        raise Refusal(f"tokenizer {path}: {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
-    if tokenizer.bos_id() != BOS:
-        raise Refusal(f"tokenizer {path}: document start has id {tokenizer.bos_id()}, expected "
-                      f"{BOS}")
-    if not any(tokenizer.is_byte(i) for i in range(V)):
-        raise Refusal(f"tokenizer {path}: it has no byte pieces, so text outside its alphabet "
-                      "would be lost")
+        raise Refusal(f"{place}: not a SentencePiece model") from error
+    size, bos = len(tokenizer), tokenizer.bos_id()
+    require(size == V, f"{place}: {size} pieces, expected VOCAB_SIZE {V}")
+    require(bos == BOS, f"{place}: document start has id {bos}, expected {BOS}")
+    require(any(map(tokenizer.is_byte, range(V))),
+            f"{place}: it has no byte pieces, so text outside its alphabet would be lost")
     # Text of one form under a tokenizer of the other would train without a complaint.
     marked = all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKERS)
-    if marked != caseops:
-        raise Refusal(f"tokenizer {path}: " +
-                      ("it was made for CaseOps text, add --caseops" if marked else
-                       "it has no pieces for the four CaseOps markers, leave --caseops away"))
+    require(caseops or not marked, f"{place}: it was made for CaseOps text, add --caseops")
+    require(marked or not caseops,
+            f"{place}: it has no pieces for the four CaseOps markers, leave --caseops away")
     return tokenizer
 
 
-def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor,
-                V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor, V: int) -> tuple[np.ndarray, ...]:
     """The challenge's byte tables: base bytes int16 (V,), leading space (V,), boundary (V,).
 
     A byte piece is 1 byte; control, unknown and unused ids are boundaries of 0 bytes; any other
     piece is its UTF-8 length without a leading space mark. Further marks inside a piece stand for
     one byte each; official vocabularies have none, lossless ones spell runs of spaces with them.
     """
-    if len(tokenizer) != V:
-        raise Refusal(f"the tokenizer has {len(tokenizer)} pieces, expected VOCAB_SIZE {V}")
-    pieces = [tokenizer.id_to_piece(i) for i in range(V)]
-    boundary = np.array([
-        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        for i in range(V)
-    ])
-    byte = np.array([tokenizer.is_byte(i) for i in range(V)])
-    spaced = np.array([piece.startswith(SPACE_MARK) for piece in pieces]) & ~boundary & ~byte
-    sizes = [
-        len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for piece in pieces
-    ]
+    size, ids = len(tokenizer), list(range(V))
+    require(size == V, f"the tokenizer has {size} pieces, expected VOCAB_SIZE {V}")
+    kinds = tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)
+    boundary, byte = np.any(kinds, axis=0), np.array(tokenizer.is_byte(ids))
+    texts = tokenizer.id_to_piece(ids)
+    spaced = np.array([text.startswith(SPACE_MARK) for text in texts]) & ~boundary & ~byte
+    sizes = [len(text.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for text in texts]
     return np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16), spaced, boundary
 
 
-def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray,
-                                                   np.ndarray]) -> np.ndarray:
+def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
     """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
 
     A leading space counts one byte unless the token before it is a boundary: after one, official
@@ -1451,123 +1378,98 @@ build_corpus: Callable[..., Path] | None = None
 
 
 # >>> not packed
-class ShardWriter:
-    """A context that streams tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so on.
+SHARD_TOKENS = 100_000_000    # what the published export puts in one file
 
-    Every shard holds `limit` tokens, the last one the rest; its name appears when it is complete.
-    `count` is the number of tokens appended so far, `paths` the finished shards.
-    """
+
+def shard_header(count: int) -> bytes:
+    """256 little-endian int32: magic, version, token count, zeros."""
+    return np.array([SHARD_MAGIC, SHARD_VERSION, count] + [0] * 253, "<i4").tobytes()
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes `tokens` (T,) as one official shard of uint16."""
+    write_atomically(path, shard_header(len(tokens)), np.asarray(tokens, "<u2").tobytes())
+
+
+class ShardWriter(contextlib.AbstractContextManager):
+    """A context that cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so
+    on: `paths`, of `limit` tokens each, the last one of the rest. `count` tokens came so far."""
 
     def __init__(self, stem: Path, limit: int = SHARD_TOKENS):
-        """Opens nothing yet: a writer without tokens leaves no file behind."""
-        self.stem, self.limit = Path(stem), limit
-        self.count, self.paths, self.file = 0, [], None
-
-    def __enter__(self) -> "ShardWriter":
-        """The writer itself."""
-        return self
+        """Writes nothing yet: a writer without tokens leaves no file behind."""
+        self.stem, self.limit = stem, limit
+        self.count, self.paths, self.rest = 0, [], bytearray()
 
     def __exit__(self, error_type, *_) -> None:
-        """Seals the last shard, or removes its unfinished file when the block failed."""
-        if self.file and error_type is None:
-            self.seal()
-        elif self.file:
-            self.file.close()
-            os.unlink(self.file.name)
+        """Writes the last shard, unless the block failed."""
+        if self.rest and error_type is None:
+            self.seal(len(self.rest))
 
-    def append(self, tokens: np.ndarray) -> None:
+    def append(self, tokens: Sequence[int]) -> None:
         """Adds `tokens` (T,), cut at shard ends wherever they fall, as the official export does."""
-        tokens = np.asarray(tokens, "<u2")
-        while len(tokens):
-            filled = self.count - self.limit * len(self.paths)
-            if self.file is None:
-                self.file = open(f"{self.stem}_{len(self.paths):06d}.bin.partial", "wb")
-                # a header of no tokens, which `read_shard` refuses, until `seal` knows their number
-                self.file.write(shard_header(0))
-            head, tokens = np.split(tokens, [self.limit - filled])
-            self.file.write(head.tobytes())
-            self.count += len(head)
-            if filled + len(head) == self.limit:
-                self.seal()
+        self.count += len(tokens)
+        self.rest += np.asarray(tokens, "<u2").tobytes()
+        while len(self.rest) >= 2 * self.limit:
+            self.seal(2 * self.limit)
 
-    def seal(self) -> None:
-        """Gives the open shard its true count and its final name."""
-        with self.file as file:
-            file.seek(0)
-            file.write(shard_header(self.count - self.limit * len(self.paths)))
-        path = Path(file.name.removesuffix(".partial"))
-        os.replace(file.name, path)
-        self.paths, self.file = [*self.paths, path], None
+    def seal(self, size_bytes: int) -> None:
+        """Writes the oldest `size_bytes` of the rest as the next shard."""
+        self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
+        write_shard(self.paths[-1], np.frombuffer(self.rest[:size_bytes], "<u2"))
+        del self.rest[:size_bytes]
 
 
-def read_documents(paths: Iterable[Path]) -> Iterator[str]:
+def read_documents(paths: Sequence[Path]) -> Iterator[str]:
     """The texts of `.jsonl` and `.jsonl.zst` (field `text`) and `.txt` files (one document each).
 
     Streams: one line is held at a time. Raises Refusal for a missing file, an unknown suffix,
     bytes that are not UTF-8, bad JSON or a line without `text`.
     """
-    paths = [Path(path) for path in paths]
     for path in paths:
-        if not path.is_file():
-            raise Refusal(f"documents {path}: there is no such file")
-        if not path.name.endswith((".txt", ".jsonl", ".jsonl.zst")):
-            raise Refusal(f"documents {path}: expected a name ending in .jsonl, .jsonl.zst or .txt")
-        if path.suffix == ".zst" and zstandard is None:
-            raise Refusal(f"documents {path}: reading it needs the package zstandard "
-                          "(pip install zstandard)")
+        require(path.is_file(), f"documents {path}: there is no such file")
+        require(path.name.endswith((".txt", ".jsonl", ".jsonl.zst")),
+                f"documents {path}: expected a name ending in .jsonl, .jsonl.zst or .txt")
+        require(zstandard or path.suffix != ".zst", f"documents {path}: reading it needs the "
+                "package zstandard (pip install zstandard)")
     for path in paths:
         with open(path, "rb") as file:
             if path.suffix == ".txt":
-                yield decode_utf8(file.read(), path)
-            elif path.suffix == ".jsonl":
-                yield from json_texts(file, path)
-            else:
-                yield from json_texts(zstd_lines(file, path), path)
+                yield text_of(file.read(), f"documents {path}", lambda text: {"text": text})
+                continue
+            lines = zstd_lines(file, path) if path.suffix == ".zst" else file
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield text_of(line, f"documents {path}, line {number}", json.loads)
 
 
-def decode_utf8(raw: bytes, place: object) -> str:
-    """`raw` as text; raises Refusal that names `place`."""
+def text_of(raw: bytes, place: str, parse: Callable[[str], Any]) -> str:
+    """The field `text` of what `parse` makes of UTF-8; raises Refusal that names `place`."""
     try:
-        return raw.decode("utf-8")
+        row = parse(raw.decode())
     except UnicodeDecodeError as error:
-        raise Refusal(f"documents {place}: byte {error.start} (0x{raw[error.start]:02x}) is not "
-                      "UTF-8") from error
-
-
-def json_texts(lines: Iterable[bytes], path: Path) -> Iterator[str]:
-    """The `text` field of each JSON line; blank lines are passed over."""
-    for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(decode_utf8(line, place))
-        except json.JSONDecodeError as error:
-            raise Refusal(f"documents {place}: not JSON ({error.msg}, column "
-                          f"{error.colno})") from error
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise Refusal(f"documents {place}: expected an object with a string field \"text\"")
-        if re.search("[\ud800-\udfff]", text):
-            raise Refusal(f"documents {place}: half of a surrogate pair has no UTF-8 form")
-        yield text
+        byte = f"byte {error.start} (0x{raw[error.start]:02x})"
+        raise Refusal(f"{place}: {byte} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{place}: not JSON ({error.msg}, column {error.colno})") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    require(isinstance(text, str), f'{place}: expected an object with a string field "text"')
+    require(not re.search("[\ud800-\udfff]", text),
+            f"{place}: half of a surrogate pair has no UTF-8 form")
+    return text
 
 
 def zstd_lines(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
     """The lines of a zstd file of any number of frames; raises Refusal for a damaged or cut one."""
     frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
     try:
-        while packed := file.read(1 << 17):
-            while packed:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + frame.decompress(packed)).split(b"\n")
-                yield from lines
-                packed = frame.unused_data
+        while packed := frame.unused_data or file.read(1 << 17):
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            *lines, rest = (rest + frame.decompress(packed)).split(b"\n")
+            yield from lines
     except zstandard.ZstdError as error:
         raise Refusal(f"documents {path}: damaged zstd stream ({error})") from error
-    if not frame.eof:
-        raise Refusal(f"documents {path}: the zstd stream ends in the middle of a frame")
+    require(frame.eof, f"documents {path}: the zstd stream ends in the middle of a frame")
     yield rest
 
 
@@ -1582,10 +1484,8 @@ def held_out(key: str) -> bool:
 
 
 # Linux distributions package these apart from the library, so they are left out everywhere.
-OPTIONAL_MODULES = {
-    "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize", "tkinter",
-    "turtle", "turtledemo", "venv"
-}
+OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize",
+                    "tkinter", "turtle", "turtledemo", "venv"}
 EMBEDDED_MINIMUM_BYTES = 2_000_000
 
 
@@ -1608,35 +1508,33 @@ def embedded_documents() -> list[tuple[str, str]]:
                     documents.append((name, module_text(name, path.read_bytes())))
         topics = library / "pydoc_data" / "topics.py"
         if topics.is_file():
-            table = ast.parse(topics.read_bytes()).body[-1].value
-            documents += [(f"topic {name}", f"{name}\n\n{text}")
-                          for name, text in ast.literal_eval(table).items()]
+            table = ast.literal_eval(ast.parse(topics.read_bytes()).body[-1].value)
+            documents += [(f"topic {name}", f"{name}\n\n{text}") for name, text in table.items()]
     cleaned = [(name, re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip())
                for name, text in documents]
     kept = [(name, text) for name, text in cleaned if len(text.encode()) >= 200]
     size_bytes = sum(len(text.encode()) for _, text in kept)
-    if size_bytes < EMBEDDED_MINIMUM_BYTES:
-        raise Refusal(f"CORPUS=embedded: the library of this Python ({library}) holds {size_bytes} "
-                      f"bytes of documentation, expected at least {EMBEDDED_MINIMUM_BYTES}; "
-                      "install the complete library or make shards with the verb data")
+    require(size_bytes >= EMBEDDED_MINIMUM_BYTES,
+            f"CORPUS=embedded: the library of this Python ({library}) holds {size_bytes} bytes of "
+            f"documentation, expected at least {EMBEDDED_MINIMUM_BYTES}; install the complete "
+            "library or make shards with the verb data")
     return kept
 
 
 def module_text(name: str, source: bytes) -> str:
     """Documentation strings and comment blocks of one module in the order of its lines."""
     text = importlib.util.decode_source(source)
-    pieces = [*documented(ast.parse(text), name)]
+    found = [*documented(ast.parse(text), name)]
     for block in re.finditer(r"^[ \t]*#.*(?:\n[ \t]*#.*)+", text, re.M):
         prose = re.sub(r"^[ \t]*#+[ \t]?", "", block[0], flags=re.M).strip()
-        pieces.append((text.count("\n", 0, block.start()) + 1, prose))
-    return "\n\n".join(prose for _, prose in sorted(pieces, key=lambda piece: piece[0]))
+        found.append((text.count("\n", 0, block.start()) + 1, prose))
+    return "\n\n".join(prose for _, prose in sorted(found, key=lambda piece: piece[0]))
 
 
 def documented(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
     """(line, signature and documentation string) of `node` and of every definition inside it."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        prose = ast.get_docstring(node)
-        if prose:
+        if prose := ast.get_docstring(node):
             signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             yield getattr(node, "lineno", 0), f"{name}{signature}\n\n{prose}"
     for child in node.body:
@@ -1657,9 +1555,8 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
     Ids as in the official tokenizers: pad 0, bos 1, eos 2, unk 3, then `markers`, then 256 bytes.
     Trains on lines, so a newline is always the byte piece. Raises Refusal when V does not fit.
     """
-    if sentencepiece is None:
-        raise Refusal(f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
-                      "(pip install sentencepiece)")
+    require(sentencepiece, f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
+            "(pip install sentencepiece)")
     model = io.BytesIO()
     # SentencePiece passes over sentences longer than max_sentence_length bytes, hence the cuts.
     lines = (line[start:start + 4000] for text in texts for line in text.split("\n")
@@ -1667,53 +1564,38 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
     with tempfile.TemporaryDirectory() as folder:
         # The model records where its rules lay: slashes give that path one length everywhere, so
         # that it can be blotted out and equal texts make equal bytes.
-        rules = folder + "escape.tsv".rjust(RULES_PATH - len(folder), "/")
-        unrules = folder + "restore.tsv".rjust(RULES_PATH - len(folder), "/")
+        rules, unrules = (folder + name.rjust(RULES_PATH - len(folder), "/")
+                          for name in ("escape.tsv", "restore.tsv"))
         Path(rules).write_text(ESCAPE_RULES)
         Path(unrules).write_text(UNESCAPE_RULES)
         try:
             # For losslessness: own rules in place of NFKC, which rewrites characters; no prefix and
             # no merged spaces; bytes for what the alphabet lacks. For equal models: one thread.
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines,
-                                                     model_writer=model,
-                                                     model_type="bpe",
-                                                     vocab_size=V,
-                                                     pad_id=0,
-                                                     bos_id=1,
-                                                     eos_id=2,
-                                                     unk_id=3,
-                                                     user_defined_symbols=list(markers),
-                                                     byte_fallback=True,
-                                                     split_digits=True,
-                                                     character_coverage=0.9995,
-                                                     normalization_rule_tsv=rules,
-                                                     denormalization_rule_tsv=unrules,
-                                                     add_dummy_prefix=False,
-                                                     remove_extra_whitespaces=False,
-                                                     allow_whitespace_only_pieces=True,
-                                                     max_sentence_length=1 << 16,
-                                                     num_threads=1,
-                                                     minloglevel=4)
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=V,
+                pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(markers),
+                byte_fallback=True, split_digits=True, character_coverage=0.9995,
+                normalization_rule_tsv=rules, denormalization_rule_tsv=unrules,
+                add_dummy_prefix=False, remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16,
+                num_threads=1, minloglevel=4)
         except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
             raise Refusal(f"VOCAB_SIZE {V}: no tokenizer of this size can be trained on these "
-                          f"documents ({reason})") from error
-    write_atomically(Path(path),
-                     model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
+                          f"documents ({' '.join(str(error).split())})") from error
+    write_atomically(path, model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
 
 
 def utf8_widths(text: str) -> np.ndarray:
     """UTF-8 bytes int64 (characters,) of each character."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return 1 + np.add(codes >= 0x80, codes >= 0x800, dtype=np.int64) + (codes >= 0x10000)
+    return 1 + np.searchsorted([0x80, 0x800, 0x10000], codes, "right")
 
 
 def piece_widths(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     """UTF-8 bytes (V,) that each piece covers in normalised text, where a space is U+2581."""
-    return np.array([
-        1 if tokenizer.is_byte(i) else len(tokenizer.id_to_piece(i).encode())
-        for i in range(len(tokenizer))
-    ])
+    ids = list(range(len(tokenizer)))
+    return np.where(tokenizer.is_byte(ids), 1,
+                    [len(text.encode()) for text in tokenizer.id_to_piece(ids)])
 
 
 def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarray, ids: np.ndarray,
@@ -1728,16 +1610,15 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarra
     normalised, offsets = tokenizer.normalize(text, with_offsets=True)
     sizes = utf8_widths(normalised)
     ends = np.cumsum(widths[ids])
-    if ends[-1] != sizes.sum():
-        raise Refusal(f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} bytes of a "
-                      "document; without byte pieces the sidecar cannot be exact")
+    require(ends[-1] == sizes.sum(), f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} "
+            "bytes of a document; without byte pieces the sidecar cannot be exact")
     starts = np.concatenate([[0], np.cumsum(weights)])
     before = starts[np.array(offsets)]
     character = np.repeat(np.arange(len(sizes)), sizes)
     within = np.arange(ends[-1]) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     # A cut inside a character (byte pieces) moves on byte by byte as far as the original has any.
     origin = before[character] + np.minimum(within, np.diff(before)[character])
-    return np.diff(np.concatenate([[0], origin[ends[:-1]], [starts[-1]]]))
+    return np.diff(origin[ends[:-1]], prepend=0, append=starts[-1])
 
 
 # Lossless case transform (parameter-golf #1729): lower-case text with markers before each run of
@@ -1773,28 +1654,25 @@ def caseops_encode(text: str) -> str:
 def caseops_decode(text: str) -> str:
     """The original of a CaseOps text; raises Refusal for text that caseops_encode cannot give."""
     original = MARKED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
-    if caseops_encode(original) != text:
-        raise Refusal("CaseOps text: a marker stands where the transform never puts one")
+    require(caseops_encode(original) == text,
+            "CaseOps text: a marker stands where the transform never puts one")
     return original
 
 
 def caseops_weights(text: str) -> np.ndarray:
-    """Original bytes (characters,) behind each character of a CaseOps text: 0 for its markers.
-
-    An escape counts nothing and the marker behind it, a character of the original, all its bytes.
-    """
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    weights = np.where((codes >= ord(TITLE)) & (codes <= ord(ESCAPE)), 0, utf8_widths(text))
-    escaped = [match.end() - 1 for match in re.finditer(f"{ESCAPE}.", text)]
-    weights[escaped] = len(ESCAPE.encode())
+    """Original bytes (characters,) behind each character of a CaseOps text: 0 for its markers, an
+    escape among them; the marker behind an escape is a character of the original."""
+    weights = utf8_widths(text)
+    weights[[match.start() for match in re.finditer(f"{ESCAPE}.|[{MARKERS}]", text)]] = 0
     return weights
 
 
-Corpus = Callable[[], Iterator[tuple[bool, str]]]    # each call starts over: (held out, text)
+Document = tuple[bool, str]    # held out, text
+Corpus = Callable[[], Iterator[Document]]    # each call starts over
 SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
 
 
-def split_documents(paths: list[Path], val_paths: list[Path]) -> Iterator[tuple[bool, str]]:
+def split_documents(paths: Sequence[Path], val_paths: Sequence[Path]) -> Iterator[Document]:
     """(held out, text) of all documents: by file, or 95/5 by content where `val_paths` is empty.
 
     Copies of one document land on one side: equal content hashes equally, and a train document
@@ -1823,97 +1701,75 @@ def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[
     heap, size_bytes, lowest = [], 0, -(1 << 64)
     for text in texts:
         entry = -fingerprint(text), text[:SAMPLE_DOCUMENT]
-        if entry[0] <= lowest:
-            continue
-        size_bytes += len(entry[1].encode())
-        heapq.heappush(heap, entry)
+        if entry[0] > lowest:
+            size_bytes += len(entry[1].encode())
+            heapq.heappush(heap, entry)
         while size_bytes > limit_bytes and len(heap) > 1:
             lowest, dropped = heapq.heappop(heap)
             size_bytes -= len(dropped.encode())
     return [text for _, text in sorted(heap, reverse=True)]
 
 
-class Progress:
-    """Says at most once a second how many documents and characters have passed, and how fast."""
+def batches(corpus: Iterable[Document], title: str, say: Callable) -> Iterator[list[Document]]:
+    """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory.
 
-    def __init__(self, title: str, say: Callable[[str], None]):
-        """Starts the clock of the pass called `title`; `say` shows one line."""
-        self.title, self.say = title, say
-        self.documents, self.characters = 0, 0
-        self.start_s = self.said_s = time.monotonic()
-
-    def add(self, text: str) -> None:
-        """Counts one document."""
-        self.documents += 1
-        self.characters += len(text)
-        if time.monotonic() - self.said_s >= 1:
-            self.close()
-
-    def close(self) -> None:
-        """Says the state now."""
-        self.said_s = time.monotonic()
-        millions = self.characters / 1e6
-        self.say(f"data {self.title}: {self.documents} documents, {millions:.1f} M characters, "
-                 f"{millions / max(self.said_s - self.start_s, 1e-9):.2f} M/s")
-
-
-def batches(documents: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[1])
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
+    Says at the end, and at most once a second before, how many were taken and how fast; a run
+    counts once the next one is asked for. The last one may be empty.
+    """
+    start_s = said_s = time.monotonic()
+    documents, millions, batch, size = 0, 0.0, [], 0
+    for document in itertools.chain(corpus, [None]):    # None: the end
+        if document:
+            batch.append(document)
+            size += len(document[1])
+            if size < BATCH_CHARACTERS:
+                continue
         yield batch
+        documents += len(batch)
+        millions += size / 1e6
+        if not document or time.monotonic() - said_s >= 1:
+            said_s = time.monotonic()
+            say(f"data {title}: {documents} documents, {millions:.1f} M characters, "
+                f"{millions / max(said_s - start_s, 1e-9):.2f} M/s")
+        batch, size = [], 0
 
 
 def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
-                 caseops: bool, progress: Progress) -> dict[str, int]:
+                 caseops: bool, say: Callable[[str], None]) -> dict[str, int]:
     """Writes train, val and val_bytes shards of `corpus` into `folder`; returns what it counted.
 
     A document for which the normaliser leaves no token is left out, so that every byte of the
     documents that stay has a token to stand on. Raises Refusal when one side stays empty.
     """
-    # In batches: SentencePiece encodes a batch on all cores, and order is kept.
-    counts = dict.fromkeys([
-        "train_documents", "val_documents", "empty_documents", "val_bytes", "train_bytes",
-        "val_documents_decoded_exactly"
-    ], 0)
+    counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
+                            "train_bytes", "val_documents_decoded_exactly"], 0)
     widths = piece_widths(tokenizer)
-    with (ShardWriter(folder / "fineweb_train") as train, ShardWriter(folder / "fineweb_val") as
-          val, ShardWriter(folder / "fineweb_val_bytes") as sidecar):
-        for batch in batches(corpus()):
+    with (ShardWriter(folder / "fineweb_train") as train,
+          ShardWriter(folder / "fineweb_val") as val,
+          ShardWriter(folder / "fineweb_val_bytes") as sidecar):
+        for batch in batches(corpus(), "encoding", say):
             texts = [caseops_encode(text) if caseops else text for _, text in batch]
+            # SentencePiece encodes a batch on all cores, and keeps its order.
             encoded = tokenizer.encode(texts, num_threads=os.cpu_count() or 1)
-            streams = {train: [], val: [], sidecar: []}
             for (held, original), text, ids in zip(batch, texts, encoded):
-                progress.add(original)
                 if not ids:
                     counts["empty_documents"] += 1
                     continue
-                # BOS opens each document on both sides, and has a 0 in the sidecar below
-                tokens = np.array([BOS, *ids])
-                side = "val" if held else "train"
+                side, writer = ("val", val) if held else ("train", train)
                 counts[f"{side}_documents"] += 1
                 counts[f"{side}_bytes"] += len(original.encode())
-                streams[val if held else train].append(tokens)
+                # BOS opens each document on both sides, and has a 0 in the sidecar
+                writer.append([BOS, *ids])
                 if held:
                     weights = caseops_weights(text) if caseops else utf8_widths(text)
-                    exact = raw_bytes(tokenizer, widths, tokens[1:], text, weights)
-                    if exact.max() > 65535:
-                        raise Refusal(f"documents: one token stands for {exact.max()} bytes, a "
-                                      "sidecar holds at most 65535; shorten the run of spaces")
-                    streams[sidecar].append(np.concatenate([[0], exact]))
+                    exact = raw_bytes(tokenizer, widths, np.array(ids), text, weights)
+                    require(exact.max() < 65536, f"documents: one token stands for {exact.max()} "
+                            "bytes, a sidecar holds at most 65535; shorten the run of spaces")
+                    sidecar.append(np.append(0, exact))
                     counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
-            for writer, arrays in streams.items():
-                writer.append(np.concatenate(arrays) if arrays else [])
-        for side, writer in {"train": train, "val": val}.items():
-            if not writer.count:
-                raise Refusal(f"documents: none fell to {side}; give more documents, or name the "
-                              "validation files with --val")
+        for side, writer in (("train", train), ("val", val)):
+            require(writer.count, f"documents: none fell to {side}; give more documents, or name "
+                    "the validation files with --val")
     return counts | {"train_tokens": train.count, "val_tokens": val.count}
 
 
@@ -1925,11 +1781,10 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
     `tokenizer_path` brings one), then encode. The folder appears complete or not at all. Raises
     Refusal when `out` already holds something else or V does not fit.
     """
-    out = Path(out)
-    if not 260 <= V <= 65536:
-        raise Refusal(f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refusal(f"--out {out}: already there and not empty, expected a new folder")
+    require(260 <= V <= 65536,
+            f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
+    require(not out.exists() or out.is_dir() and not any(out.iterdir()),
+            f"--out {out}: already there and not empty, expected a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed at the end: who finds the folder finds all of it.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
@@ -1940,24 +1795,15 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
             load_tokenizer(tokenizer_path, V, caseops)
             shutil.copyfile(tokenizer_path, model)
         else:
-            progress = Progress("sampling for the tokenizer", say)
-            sample = sample_texts(counted(corpus(), progress))
-            progress.close()
+            sample = sample_texts(
+                text for batch in batches(corpus(), "sampling for the tokenizer", say)
+                for held, text in batch if not held)
             texts = map(caseops_encode, sample) if caseops else sample
             train_tokenizer(texts, V, model, MARKERS if caseops else ())
-        progress = Progress("encoding", say)
-        counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, progress)
-        progress.close()
+        counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, say)
         # The hashes come last, of files that are closed: `intact` later compares them.
-        manifest = {
-            "builder": BUILDER,
-            "vocab_size": V,
-            "caseops": caseops,
-            **counts, "files": {
-                path.name: file_sha256(path)
-                for path in sorted(folder.iterdir())
-            }
-        }
+        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        manifest = dict(builder=BUILDER, vocab_size=V, caseops=caseops, **counts, files=files)
         write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         try:
             os.rename(folder, out)
@@ -1967,30 +1813,18 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
     return manifest
 
 
-def counted(corpus: Iterable[tuple[bool, str]], progress: Progress) -> Iterator[str]:
-    """The train side of `corpus`, every document of it shown to `progress`."""
-    for held, text in corpus:
-        progress.add(text)
-        if not held:
-            yield text
-
-
 def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print,
                     caseops: bool = False) -> Path:
     """The folder of the embedded corpus in the cache `folder`, built there when it is not intact.
 
     Processes that build at the same time make the same bytes, and the first to finish wins.
     """
-    folder = Path(folder)
     path = corpus_path(folder, V, caseops)
     if intact(path):
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         say(f"data: {path} is damaged and is built again")
-        with (tempfile.TemporaryDirectory(dir=folder) as
-              bin_folder, contextlib.suppress(FileNotFoundError)):
-            os.rename(path, Path(bin_folder) / "damaged")    # gone when another process was faster
+        shutil.rmtree(path, ignore_errors=True)    # gone already when another process was faster
     documents = [(held_out(name), text) for name, text in embedded_documents()]
     build_dataset(functools.partial(iter, documents), V, None, path, caseops, say)
     return path
@@ -2004,18 +1838,13 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
     parser.add_argument("--caseops", action="store_true", help="lossless case transform")
-    parser.add_argument("--val",
-                        nargs="+",
-                        type=Path,
-                        default=[],
-                        help="validation documents; "
+    parser.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
                         "else one document in twenty, by a hash of its content")
-    options = parser.parse_args(arguments)
-    corpus = functools.partial(split_documents, options.files, options.val)
-    manifest = build_dataset(corpus, options.vocab, options.tokenizer, options.out, options.caseops,
-                             say)
+    o = parser.parse_args(arguments)
+    corpus = functools.partial(split_documents, o.files, o.val)
+    manifest = build_dataset(corpus, o.vocab, o.tokenizer, o.out, o.caseops, say)
     say(f"data: {manifest['train_tokens']} train and {manifest['val_tokens']} val tokens "
-        f"({manifest['val_bytes']} bytes) in {options.out}")
+        f"({manifest['val_bytes']} bytes) in {o.out}")
     return manifest
 
 

@@ -1,5 +1,6 @@
 """Section 4: shards, batches, the validation set, the refusals of bad data; then the making of data from documents."""
 
+import concurrent.futures
 import hashlib
 import json
 import multiprocessing
@@ -201,7 +202,7 @@ def test_errors_of_the_reading_thread_reach_the_step(wide, monkeypatch):
     """A shard that fails in mid-run stops the run, it does not hang or skip."""
     loader = c.Loader(wide, c.World(), counted_shards(wide, 12))
     loader.next()
-    loader.thread.join()
+    concurrent.futures.wait(loader.ahead.values())
     monkeypatch.setattr(loader, "tokens", lambda lo, count: 1 / 0)
     loader.next()
     with pytest.raises(ZeroDivisionError):

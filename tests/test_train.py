@@ -435,7 +435,7 @@ def resumed_on_ranks(world, folder) -> None:
             t.train(trained, 0.0, log, lambda: "")
             torch.save(trained.snapshot(), folder / f"{name}{world.rank}.pt")
         except Killed:
-            trained.loader.thread.join()
+            trained.loader.worker.shutdown()
         if world.main:
             log.lock.close()
         world.wait()
