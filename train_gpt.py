@@ -7013,15 +7013,15 @@ def welch(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[flo
     """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`.
 
     `a`, `b` are mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of
-    Student's t is cos(angle)^(dof - 1), whose tail is summed here."""
+    Student's t is cos(angle)^(dof - 1), summed here by the midpoint rule from -90 degrees on."""
     shares = [std**2 / n for _, std, n in (a, b)]
     if not sum(shares):
         return math.copysign(math.inf, a[0] - b[0]), math.inf, float(a[0] >= b[0])
     t = (a[0] - b[0]) / math.sqrt(sum(shares))
     dof = sum(shares)**2 / sum(v**2 / (n - 1) for v, (_, _, n) in zip(shares, (a, b)) if v)
-    middles = (np.arange(200_000) + 0.5) / 200_000    # of equal shares of the way to an angle
-    tail = lambda width: width * np.mean(np.sin(width * middles)**(dof - 1))    # from -90 degrees
-    return t, dof, float(tail(math.pi / 2 + math.atan(t / math.sqrt(dof))) / tail(math.pi))
+    middles = (np.arange(200_000) + 0.5) / 200_000
+    area = lambda width: width * np.mean(np.sin(width * middles)**(dof - 1))
+    return t, dof, float(area(math.pi / 2 + math.atan(t / math.sqrt(dof))) / area(math.pi))
 
 
 def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
@@ -7441,7 +7441,7 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
         entry = read_json(target / "submission.json")
         findings += check_record(target, entry, runs)
     if not bad(findings):
-        findings += check_written(runs, None if is_run else entry.get("track", ""))
+        findings += check_written(runs, None if is_run else entry.get("track") or "")
     if not bad(findings):
         findings += in_new_process(arguments, env)
     for f in findings:
