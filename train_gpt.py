@@ -903,6 +903,24 @@ def write_atomically(path: Path, *parts: bytes) -> None:
             "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
 
 
+# >>> not packed
+@contextlib.contextmanager
+def appearing(out: Path, option: str = "--to") -> Iterator[Path]:
+    """A new folder to fill, which takes the name `out` when the block ends without an error: who
+    finds it finds all of it. Raises `Refusal` where something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refusal(f"{option} {out}: already there and not empty, expected a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
+        folder = Path(workshop) / out.name
+        folder.mkdir()
+        yield folder
+        if out.exists():    # empty, and some systems rename nothing onto a folder
+            out.rmdir()
+        os.rename(folder, out)
+# <<< not packed
+
+
 def refuse_used(folder: Path) -> None:
     """Raises `Refusal` where a run was finished, or left an artifact and no checkpoint."""
     # A run that was killed may begin again, from its checkpoint if it has one. An artifact without
@@ -5933,27 +5951,41 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 # 16. Tools
 # Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs,
 # `verify` reviews a folder or a run as a stranger would, `report` compares runs, `sweep` makes a
-# grid of them. All of them read what a run left and never change it. A review is a list of
-# `Finding`s: checks of what a run wrote come first and run none of its code; only where all of them
-# pass is the script loaded, in a process that is listened to. `submit` asks for the former before
-# it makes a folder, so what it makes passes them.
+# grid of them. All of them read what a run left, as `Evidence`, and never change it. A review is a
+# list of `Finding`s: checks of what a run wrote come first and run none of its code; only where all
+# of them pass is the script loaded, in a process that is listened to. `submit` asks for the former
+# before it makes a folder, so what it makes passes them.
 # ==================================================================================================
 CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
 RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
+ABOUT = ("track", "name", "author", "github_id", "date", "blurb")    # what people say of it
 PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
 BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
 # Names that a script for the leaderboard has no business with.
 FORBIDDEN = {"eval", "exec", "compile", "globals", "pickle", "torch.load", "np.load", "os.system",
              "socket", "urllib", "requests", "http", "marshal", "dill"}
+# What the tools read of a RESULT line: the type of every field, or its own fields.
+RESULT_FORM = dict(
+    seed=int, recipe=str, knobs=dict, changed_knobs=dict, device=str, world_size=int, torch=str,
+    steps=int, train_seconds=float, tokens_per_second=float, scores=dict, compliant=bool,
+    violations=list, seconds=dict.fromkeys(("train", "calibration", "total"), float),
+    bytes=dict.fromkeys(("model", "code", "total", "limit"), int))
+SCORE_FORM = dict(val_loss=float, val_bpb=float, tokens=int, bytes=int, seconds=float)
 
 
 class Finding(NamedTuple):
-    """One line of a review: what it belongs to, whether it is as it must be, and what was seen."""
+    """One line of a review: what it belongs to, whether it is as it must be, what was seen."""
 
     group: str
     good: bool
     text: str
+    run: str = ""    # the name of the run that it is about, with a colon
+
+
+def bad(findings: Iterable[Finding]) -> list[str]:
+    """What is wrong, as text."""
+    return [f"{f.run}{f.group}: {f.text}" for f in findings if not f.good]
 
 
 @dataclass(frozen=True)
@@ -5961,69 +5993,98 @@ class Evidence:
     """What is known of one finished run, in its own folder or in a records folder."""
 
     name: str    # as messages call it
-    result: dict[str, Any]
     log: str
+    result: dict[str, Any]
     artifact: Path
-    documents: dict[str, Path]    # score -> table of the nats of every document
     code: Path    # the packed script that was counted
     readable: Path    # its source
+    documents: dict[str, Path]    # score -> file of its table
+    tables: dict[str, np.ndarray]    # (documents, 3) targets, bytes, nats, of files that are there
 
     @property
     def final(self) -> str:
         """The score that counts: the last one of the pipeline."""
-        return final_score(self.result)
+        return [name for name in SCORES if name in self.result["scores"]][-1]
 
     @property
     def score(self) -> dict[str, float]:
         """The entry of the final score."""
         return self.result["scores"][self.final]
 
+    @property
+    def clock_s(self) -> float:
+        """Seconds on the training clock, calibration included."""
+        return self.result["seconds"]["train"] + self.result["seconds"]["calibration"]
 
-def final_score(result: Mapping[str, Any]) -> str:
-    """The last of SCORES that a result holds."""
-    return [name for name in SCORES if name in result["scores"]][-1]
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of every part of the artifact and of the code."""
+        parts = {name: int(size) for name, size in self.said(r"^bytes:(\w+) (\d+)")}
+        return parts | {"packed code": self.result["bytes"]["code"]}
+
+    def said(self, pattern: str) -> list[Any]:
+        """All places of the log that match, or their groups."""
+        return re.findall(pattern, self.log, re.M)
+
+    def knobs(self, **others: Any) -> Hyperparameters:
+        """The run's hyperparameters with `others` in their place; raises `Refusal` where this
+        script has other knobs."""
+        try:
+            return Hyperparameters(**self.result["knobs"] | others)
+        except TypeError as error:
+            raise Refusal(f"{self.name}: made by another version of this script ({brief(error)})"
+                          ) from None
 
 
-def read_text(path: Path) -> str:
-    """The text of a file; raises `Refusal` where it cannot be read."""
+def read_json(place: Path | str, text: str | None = None) -> Any:
+    """What a file, or some text of it, says as JSON; raises `Refusal` that names the file."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path}: cannot be read ({brief(error)})") from None
-
-
-def read_json(text: str, place: object) -> Any:
-    """What JSON text says; raises `Refusal` that names `place`."""
-    try:
-        return json.loads(text)
+        return json.loads(place.read_bytes() if text is None else text)
     except ValueError as error:
         raise Refusal(f"{place}: not JSON ({brief(error)})") from None
 
 
-RESULT_FIELDS = dict(seed=int, knobs=dict, changed_knobs=dict, device=str, world_size=int,
-                     torch=str, steps=int, train_seconds=float, tokens_per_second=float,
-                     bytes=dict, scores=dict, seconds=dict, compliant=bool, violations=list)
-SCORE_FIELDS = ("val_loss", "val_bpb", "tokens", "bytes", "seconds")
+def fits(value: Any, form: Any) -> bool:
+    """True for a value of the type `form`, or with all fields of it; numbers must be finite."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(value.get(n), f) for n, f in form.items())
+    return isinstance(value, form) and (form is not float or math.isfinite(value))
 
 
-def logged_result(text: str, place: object) -> dict[str, Any]:
+def logged_result(text: str, place: Path) -> dict[str, Any]:
     """The object of the last RESULT line of a log; raises `Refusal` where a field is missing."""
     lines = re.findall(r"^RESULT (.*)$", text, re.M)
     if not lines:
         raise Refusal(f"{place}: no RESULT line, the run is not finished")
-    result = read_json(lines[-1], place)
-    for name, kind in RESULT_FIELDS.items():
-        if not isinstance(result, dict) or not isinstance(result.get(name), kind):
-            raise Refusal(f"{place}: the RESULT line has no {name} of type {kind.__name__}")
-    scores, sizes = result["scores"], result["bytes"]
-    whole = all(isinstance(s, dict) and all(isinstance(s.get(n), (int, float)) and
-                                            math.isfinite(s[n]) for n in SCORE_FIELDS)
-                for s in scores.values())
-    if not set(scores) & set(SCORES) or not whole:
-        raise Refusal(f"{place}: the RESULT line has no complete score")
-    if not all(isinstance(sizes.get(n), int) for n in ("model", "code", "total", "limit")):
-        raise Refusal(f"{place}: the RESULT line has no complete bytes")
+    result = read_json(place, lines[-1])
+    broken = [n for n, form in RESULT_FORM.items() if not fits(result, {n: form})]
+    if not broken:
+        broken = [f"score {n}" for n, s in result["scores"].items() if not fits(s, SCORE_FORM)]
+        broken += [] if set(result["scores"]) & set(SCORES) else ["score"]
+    if broken:
+        raise Refusal(f"{place}: the RESULT line has no complete {', '.join(broken)}")
     return result
+
+
+def read_documents_nats(path: Path) -> np.ndarray:
+    """(documents, 3) targets, bytes and nats of each document; raises `Refusal` if damaged."""
+    head, *lines = path.read_text(errors="replace").splitlines() or [""]
+    try:
+        if head != "targets bytes nats" or not lines:
+            raise ValueError(head)
+        return np.array([line.split() for line in lines], float).reshape(len(lines), 3)
+    except ValueError:
+        raise Refusal(f"{path}: not a table of targets, bytes and nats") from None
+
+
+def read_evidence(log: Path, name: str, mark: str, readable: Path) -> Evidence:
+    """The run of a log and the files beside it, whose names bear `mark`; raises `Refusal`."""
+    text, folder = log.read_text(encoding="utf-8", errors="replace"), log.parent
+    result = logged_result(text, log)
+    documents = {n: folder / f"documents{mark}_{n}.txt" for n in result["scores"]}
+    tables = {n: read_documents_nats(path) for n, path in documents.items() if path.exists()}
+    return Evidence(name, text, result, folder / f"model{mark}.bin", folder / "train_gpt.py",
+                    readable, documents, tables)
 
 
 def read_run(folder: Path) -> Evidence:
@@ -6032,213 +6093,169 @@ def read_run(folder: Path) -> Evidence:
         raise Refusal(f"{folder}: there is no such folder")
     if not (folder / "result.json").exists():
         raise Refusal(f"{folder}: no result.json, the run is not finished")
-    log = read_text(folder / "log.txt")
-    result = logged_result(log, folder / "log.txt")
-    if result != read_json(read_text(folder / "result.json"), folder / "result.json"):
+    e = read_evidence(folder / "log.txt", str(folder), "", Path(__file__))
+    if e.result != read_json(folder / "result.json"):
         raise Refusal(f"{folder}: result.json is not what the log's last line says")
-    tables = {name: folder / f"documents_{name}.txt" for name in result["scores"]}
-    return Evidence(str(folder), result, log, folder / "model.bin", tables,
-                    folder / "train_gpt.py", Path(__file__))
+    return e
+
+
+def read_runs(folders: Iterable[Path]) -> tuple[list[Evidence], list[str]]:
+    """The finished runs among the folders, and what is wrong with the others."""
+    runs, broken = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except (Refusal, OSError) as error:
+            broken.append(str(error))
+    return runs, broken
 
 
 def read_record(folder: Path) -> list[Evidence]:
     """The runs of a records folder, by its logs in the order of their seeds."""
-    logs = {int(m[1]): path for path in folder.glob("train_seed*.log")
-            if (m := re.fullmatch(r"train_seed(\d+)\.log", path.name))}
-    if not logs:
+    seeds = sorted(int(m[1]) for path in folder.glob("train_seed*.log")
+                   if (m := re.fullmatch(r"train_seed(\d+)\.log", path.name)))
+    if not seeds:
         raise Refusal(f"{folder}: neither a run (result.json) nor a records folder "
                       "(train_seed*.log)")
-    found = []
-    for seed, path in sorted(logs.items()):
-        log = read_text(path)
-        result = logged_result(log, path)
-        if result["seed"] != seed:
-            raise Refusal(f"{path}: the log of SEED={result['seed']}")
-        tables = {n: folder / f"documents_seed{seed}_{n}.txt" for n in result["scores"]}
-        found.append(Evidence(path.name, result, log, folder / f"model_seed{seed}.bin", tables,
-                              folder / "train_gpt.py", folder / "train_gpt_readable.py"))
-    return found
+    runs = [read_evidence(folder / f"train_seed{seed}.log", f"train_seed{seed}.log",
+                          f"_seed{seed}", folder / "train_gpt_readable.py") for seed in seeds]
+    for seed, e in zip(seeds, runs):
+        if e.result["seed"] != seed:
+            raise Refusal(f"{folder / e.name}: the log of SEED={e.result['seed']}")
+    return runs
 
 
-def knobs_of(e: Evidence) -> Hyperparameters:
-    """The hyperparameters of a run; raises `Refusal` where this script has other knobs."""
-    try:
-        return Hyperparameters(**e.result["knobs"])
-    except TypeError as error:
-        raise Refusal(f"{e.name}: made by another version of this script ({brief(error)})"
-                      ) from None
-
-
-def run_data(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `data`."""
-    make_dataset(arguments)
-    return 0
+def differing(runs: Sequence[Evidence]) -> list[str]:
+    """The knobs in which the runs differ, places left out."""
+    known = [e.result["knobs"] for e in runs]
+    return [n for n in known[0]
+            if n not in PLACES and any(k.get(n) != known[0][n] for k in known)]
 
 
 # -- what a log must say ---------------------------------------------------------------------------
-def check_log(e: Evidence) -> Iterator[Finding]:
-    """The lines of a log agree with its RESULT, and the RESULT with itself.
+def check_run(e: Evidence, track: str | None) -> list[Finding]:
+    """What a log says agrees with itself, with the files beside it, and with the limits.
 
-    Catches a number corrected by hand, a score left out, a BPB over other bytes than stated, and a
-    run that itself says which rule it breaks."""
-    r, log, h = e.result, e.log, knobs_of(e)
-    wanted = wanted_scores(h)
-    yield Finding("log", list(r["scores"]) == wanted, f"scores complete: {', '.join(wanted)}")
-    said = dict(re.findall(r"^final_(\w+)_exact (val_loss:\S+ val_bpb:\S+)", log, re.M))
-    mine = {n: f"val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}"
-            for n, s in r["scores"].items()}
-    yield Finding("log", said == mine, "the lines final_*_exact and the RESULT line agree")
-    for name, s in r["scores"].items():
-        bpb = s["val_loss"] * s["tokens"] / max(s["bytes"], 1) / math.log(2)
-        yield Finding("log", math.isclose(bpb, s["val_bpb"], rel_tol=1e-9),
-                      f"{name}: val_bpb {s['val_bpb']:.8f} = val_loss x tokens / bytes / ln 2")
-    lines = re.findall(r"^knobs:(.*)$", log, re.M)
-    yield Finding("log", bool(lines) and read_json(lines[-1], e.name) == r["knobs"]
-                  and r["changed_knobs"] == h.changed(), "the knobs in it are those of the RESULT")
-    steps = re.findall(r"^step:(\d+)/\d+ train_loss", log, re.M)
-    yield Finding("log", not r["steps"] or bool(steps) and int(steps[-1]) == r["steps"],
-                  f"{r['steps']} steps")
-    yield Finding("rules", r["compliant"] and not r["violations"],
-                  "compliant" if r["compliant"] else f"not compliant: {r['violations']}")
-
-
-def check_bytes(e: Evidence) -> Iterator[Finding]:
-    """Sizes as logged, as they lie on the disk, and under the decimal cap.
-
-    Catches files exchanged after the run, code left out of the total, and a cap read as MiB."""
-    sizes = e.result["bytes"]
-    for name, path in (("model", e.artifact), ("code", e.code)):
+    Catches a number corrected by hand, a score left out or not given by its own documents, a BPB
+    over other bytes than stated, and a run that itself says which rule it breaks; files exchanged
+    after the run, code left out of the total, a cap read as MiB, and the artifact of another run;
+    calibration that no longer fitted into the clock, and a score too slow for the record track.
+    Whether its documents are all there are is for `check_scores` and `check_data` to see."""
+    r, h, scores, wanted = e.result, e.knobs(), e.result["scores"], wanted_scores(e.knobs())
+    lines = dict(e.said(r"^final_(\w+)_exact (val_loss:\S+ val_bpb:\S+)"))
+    mine = {n: "val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}".format(**scores[n]) for n in scores}
+    knobs = [read_json(e.name, line) for line in e.said(r"^knobs:(.*)$")[-1:]]
+    steps = e.said(r"^step:(\d+)/\d+ train_loss")[-1:]
+    model, code, total, _ = (r["bytes"][n] for n in RESULT_FORM["bytes"])
+    totals = e.said(r"^Total submission size \w+: (\d+) bytes")[-1:]
+    limit_s, last_s = h.max_wallclock_seconds, e.score["seconds"]
+    found = [
+        ("log", list(scores) == wanted, f"scores complete: {', '.join(wanted)}"),
+        ("log", lines == mine, "the lines final_*_exact and the RESULT line agree"),
+        ("log", knobs == [r["knobs"]] and r["changed_knobs"] == h.changed(),
+         "the knobs in it are those of the RESULT"),
+        ("log", not r["steps"] or steps == [str(r["steps"])], f"{r['steps']} steps"),
+        ("rules", r["compliant"] and not r["violations"],
+         "compliant" if r["compliant"] else f"not compliant: {r['violations']}"),
+        ("bytes", totals == [str(total)] and total == model + code,
+         f"total {total} = {model} + {code}"),
+        ("bytes", total <= CAP_BYTES, f"total {total:,} of {CAP_BYTES:,} bytes")]
+    for path, said in ((e.artifact, model), (e.code, code)):
         size = path.stat().st_size if path.is_file() else None
-        yield Finding("bytes", size == sizes[name], f"{path.name}: {size} bytes, {sizes[name]} in "
-                      "the log")
-    said = re.findall(r"^Total submission size \w+: (\d+) bytes", e.log, re.M)
-    yield Finding("bytes", said[-1:] == [str(sizes["model"] + sizes["code"])] == [
-        str(sizes["total"])], f"total {sizes['total']} = {sizes['model']} + {sizes['code']}")
-    yield Finding("bytes", sizes["total"] <= CAP_BYTES,
-                  f"total {sizes['total']:,} of {CAP_BYTES:,} bytes")
-
-
-def check_time(e: Evidence, track: str) -> Iterator[Finding]:
-    """The training clock, calibration included, and the final score's seconds.
-
-    Catches calibration that no longer fitted into the clock, and a score too slow for the record
-    track."""
-    r, limit_s = e.result, e.result["knobs"].get("max_wallclock_seconds", 0)
-    clock_s = r["seconds"].get("train", math.inf) + r["seconds"].get("calibration", math.inf)
-    if limit_s:
-        yield Finding("time", clock_s <= limit_s,
-                      f"{clock_s:.2f} s on the training clock of {limit_s:g} s")
-    if track == RECORD:
-        yield Finding("time", 0 < limit_s <= TRACK_SECONDS,
-                      f"MAX_WALLCLOCK_SECONDS={limit_s:g} of {TRACK_SECONDS:g} s")
-        yield Finding("time", e.score["seconds"] <= TRACK_SECONDS,
-                      f"{e.final} took {e.score['seconds']:.1f} of {TRACK_SECONDS:g} s")
-
-
-def read_documents_nats(path: Path) -> np.ndarray:
-    """(documents, 3) targets, bytes and nats of each document; raises `Refusal` if damaged."""
-    head, *lines = read_text(path).splitlines() or [""]
+        found.append(("bytes", size == said, f"{path.name}: {size} bytes, {said} in the log"))
     try:
-        table = np.array([line.split() for line in lines], float)
-    except ValueError:
-        table = np.empty(0)
-    if head != "targets bytes nats" or table.ndim != 2 or table.shape[1] != 3:
-        raise Refusal(f"{path}: not a table of targets, bytes and nats")
-    return table
-
-
-def check_documents(e: Evidence) -> Iterator[Finding]:
-    """The nats of the documents add up to each score.
-
-    Catches a score that its own documents do not give. Whether they are all documents there are is
-    for `check_scores` and `check_data` to see."""
-    for name, path in e.documents.items():
-        table, s = read_documents_nats(path), e.result["scores"][name]
+        made, ran = unpack(e.artifact.read_bytes(), e.artifact.name)[0].changed(), h.changed()
+        by = "the knobs of the log" if made == ran else f"other knobs: {made}, not {ran}"
+        found.append(("bytes", made == ran, f"{e.artifact.name}: checksum right, made by {by}"))
+    except (OSError, Refusal) as error:
+        found.append(("bytes", False, brief(error)))
+    for name, s in scores.items():
+        bpb = s["val_loss"] * s["tokens"] / max(s["bytes"], 1) / math.log(2)
+        found.append(("log", math.isclose(bpb, s["val_bpb"], rel_tol=1e-9),
+                      f"{name}: val_bpb {s['val_bpb']:.8f} = val_loss x tokens / bytes / ln 2"))
+        table = e.tables.get(name, np.zeros((0, 3)))
         targets, size, nats = table.sum(0)
-        yield Finding("log", (targets, size) == (s["tokens"], s["bytes"]) and math.isclose(
-            nats, s["val_loss"] * s["tokens"], rel_tol=1e-6),
-            f"{len(table)} documents of {path.name} add up to {name}")
-
-
-def check_alike(runs: Sequence[Evidence]) -> Iterator[Finding]:
-    """At least three seeds of one configuration, one code and one machine.
-
-    Catches a mean over runs that are not the same experiment, such as a third seed from another
-    configuration (#2124)."""
-    seeds = [e.result["seed"] for e in runs]
-    yield Finding("runs", len(runs) >= 3, f"{len(runs)} runs, at least 3 are needed")
-    yield Finding("runs", len(set(seeds)) == len(seeds), f"seeds {seeds}")
-    first = runs[0].result
-    for e in runs[1:]:
-        mixed = [f"{n.upper()}={e.result['knobs'].get(n)} not {value}"
-                 for n, value in first["knobs"].items()
-                 if n not in (*PLACES, "seed") and e.result["knobs"].get(n) != value]
-        mixed += [f"{n} {e.result[n]} not {first[n]}" for n in ("device", "world_size", "torch")
-                  if e.result[n] != first[n]]
-        yield Finding("runs", not mixed, f"{e.name} is configured as {runs[0].name}" +
-                      (": " + ", ".join(mixed) if mixed else ""))
-        yield Finding("runs", e.code.read_bytes() == runs[0].code.read_bytes(),
-                      f"{e.name} ran the code of {runs[0].name}")
+        same = (targets, size) == (s["tokens"], s["bytes"])
+        found.append(("log", same and math.isclose(nats, s["val_loss"] * s["tokens"], rel_tol=1e-6),
+                      f"{len(table)} documents of {e.documents[name].name} add up to {name}"))
+    if limit_s:
+        found.append(("time", e.clock_s <= limit_s,
+                      f"{e.clock_s:.2f} s on the training clock of {limit_s:g} s"))
+    if track == RECORD:
+        found += [("time", 0 < limit_s <= TRACK_SECONDS,
+                   f"MAX_WALLCLOCK_SECONDS={limit_s:g} of {TRACK_SECONDS:g} s"),
+                  ("time", last_s <= TRACK_SECONDS,
+                   f"{e.final} took {last_s:.1f} of {TRACK_SECONDS:g} s")]
+    return [Finding(*row, f"{e.name}: ") for row in found]
 
 
 def unpacked(raw: bytes, place: object) -> str:
     """The text inside a packed script, which is read and not run; `Refusal` for another file."""
     try:
-        calls = [n for n in ast.walk(ast.parse(raw)) if isinstance(n, ast.Constant)
-                 and isinstance(n.value, str) and len(n.value) > 1000]
-        body = calls[0].value.encode("latin-1")
-        coder = brotli if b"brotli.decompress" in raw else lzma
-        return coder.decompress(body).decode()
-    except (SyntaxError, ValueError, IndexError, lzma.LZMAError, getattr(
+        body = max((n.value for n in ast.walk(ast.parse(raw)) if isinstance(n, ast.Constant)
+                    and isinstance(n.value, str)), key=len, default="").encode("latin-1")
+        return (brotli if b"brotli.decompress" in raw else lzma).decompress(body).decode()
+    except (SyntaxError, ValueError, lzma.LZMAError, getattr(
             brotli, "error", lzma.LZMAError)) as error:
         raise Refusal(f"{place}: not a packed script ({brief(error)})") from None
 
 
 def check_code(e: Evidence) -> Iterator[Finding]:
-    """The counted bytes are what the readable source packs to, and use nothing forbidden.
-
-    Catches a readable text that is not the program which ran. The list of names finds mistakes, not
-    malice, which can spell a name otherwise; `Ears` hears what such code does."""
-    raw = e.code.read_bytes()
+    """The counted bytes use nothing forbidden, and are what the readable source packs to: catches a
+    readable text that is not the program which ran. The list of names finds mistakes, not malice,
+    which can spell a name otherwise; `listen` hears what such code does."""
+    raw, names = e.code.read_bytes(), set()
     text = unpacked(raw, e.code)
-    names = {ast.unparse(n.func) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)}
-    names |= {a.name.split(".")[0] for n in ast.walk(ast.parse(text))
-              if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    used = sorted(names & FORBIDDEN)
-    yield Finding("code", not used, f"{len(text):,} characters unpacked" +
-                  (f", which use {', '.join(used)}" if used else ", nothing forbidden in them"))
-    h = Hyperparameters(**e.result["knobs"] | dict(recipe=e.result["recipe"]))
-    same = running_source(e.readable, h)[1] == raw
+    for n in ast.walk(ast.parse(text)):
+        if isinstance(n, ast.Call):
+            names.add(ast.unparse(n.func))
+        elif isinstance(n, (ast.Import, ast.ImportFrom)):
+            names |= {a.name.split(".")[0] for a in n.names}
+    used = ", ".join(sorted(names & FORBIDDEN))
+    yield Finding("code", not used,
+                  f"{len(text):,} characters unpacked, which use {used or 'nothing forbidden'}")
+    same = running_source(e.readable, e.knobs(recipe=e.result["recipe"]))[1] == raw
     yield Finding("code", same, f"{e.readable.name} " + (
         f"packs to the {len(raw):,} bytes that were counted" if same else
         "does not pack to the counted bytes (another source, Python or python-minifier)"))
 
 
-def bad(findings: Iterable[Finding]) -> list[str]:
-    """What is wrong, as text."""
-    return [f"{f.group}: {f.text}" for f in findings if not f.good]
+def check_written(runs: Sequence[Evidence], track: str | None) -> Iterator[Finding]:
+    """All that can be seen without running any code. Runs with a track are at least three seeds of
+    one configuration, one code and one machine: catches a mean over runs that are not the same
+    experiment, such as a third seed from another configuration (#2124)."""
+    seeds, first = [e.result["seed"] for e in runs], runs[0]
+    if track is not None:
+        yield Finding("runs", len(runs) >= 3, f"{len(runs)} runs, at least 3 are needed")
+        yield Finding("runs", len(set(seeds)) == len(seeds), f"seeds {seeds}")
+    for e in runs[1:]:
+        pairs = [(n.upper(), e.result["knobs"].get(n), first.result["knobs"][n])
+                 for n in differing([first, e]) if n != "seed"]
+        pairs += [(n, e.result[n], first.result[n]) for n in ("device", "world_size", "torch")]
+        mixed = [f"{n}={mine} not {other}" for n, mine, other in pairs if mine != other]
+        yield Finding("runs", not mixed,
+                      ": ".join([f"{e.name} is configured as {first.name}", *mixed]))
+        yield Finding("runs", e.code.read_bytes() == first.code.read_bytes(),
+                      f"{e.name} ran the code of {first.name}")
+    yield from check_code(first)
+    for e in runs:
+        yield from check_run(e, track)
 
 
 # -- submit ----------------------------------------------------------------------------------------
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation."""
-    return float(np.mean(values)), float(np.std(values, ddof=1))
-
-
 def welch(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[float, float, float]:
     """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`.
 
     `a`, `b` are mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of
-    Student's t is cos(angle)^(dof - 1), whose tail is summed here."""
+    Student's t is cos(angle)^(dof - 1), summed here by the midpoint rule from -90 degrees on."""
     shares = [std**2 / n for _, std, n in (a, b)]
     if not sum(shares):
         return math.copysign(math.inf, a[0] - b[0]), math.inf, float(a[0] >= b[0])
     t = (a[0] - b[0]) / math.sqrt(sum(shares))
     dof = sum(shares)**2 / sum(v**2 / (n - 1) for v, (_, _, n) in zip(shares, (a, b)) if v)
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
-    middle = (angle[1:] + angle[:-1]) / 2
-    mass = np.diff(np.sin(angle)) * np.cos(middle)**(dof - 2)    # cos^(dof-1) d angle
-    return t, dof, float(mass[middle < math.atan(t / math.sqrt(dof))].sum() / mass.sum())
+    middles = (np.arange(200_000) + 0.5) / 200_000
+    area = lambda width: width * np.mean(np.sin(width * middles)**(dof - 1))
+    return t, dof, float(area(math.pi / 2 + math.atan(t / math.sqrt(dof))) / area(math.pi))
 
 
 def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
@@ -6249,112 +6266,90 @@ def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
             and knobs.get(f.name)]
 
 
-def seed_result(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of one seed in submission.json."""
-    scores, final = result["scores"], final_score(result)
-    before = scores.get("sliding", scores.get("quantized")) if final == "ttt" else None
-    entry = dict(val_loss=scores[final]["val_loss"], val_bpb=scores[final]["val_bpb"],
-                 artifact_bytes=result["bytes"]["total"], steps=result["steps"],
-                 step_avg_ms=round(result["train_seconds"] * 1e3 / max(result["steps"], 1), 3),
-                 train_time_s=result["train_seconds"], eval_time_s=scores[final]["seconds"])
-    if before:
-        entry |= dict(pre_ttt_val_bpb=before["val_bpb"],
-                      ttt_gain_bpb=before["val_bpb"] - scores[final]["val_bpb"])
-    return entry
-
-
-def submission(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """submission.json: the fields of merged records, every number from the results.
-
-    `about` gives track, name, author, github_id, date and blurb. Without results each is null."""
-    results = sorted(results, key=lambda r: r["seed"])
-    seeds = {str(r["seed"]): seed_result(r) for r in results}
-    column = lambda name: [entry[name] for entry in seeds.values()]
-    over = lambda work, name: work(column(name)) if results else None
-    loss, bpb = (spread(column(n)) if results else (None, None) for n in ("val_loss", "val_bpb"))
-    clocks = [r["seconds"]["train"] + r["seconds"]["calibration"] for r in results]
-    first = results[0] if results else None
+def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, Any]:
+    """submission.json: the fields of merged records, every number from the runs. `about` gives what
+    ABOUT names. Without runs each number is null."""
+    runs, seeds = sorted(runs, key=lambda e: e.result["seed"]), {}
+    for e in runs:
+        r, s, scores = e.result, e.score, e.result["scores"]
+        seeds[str(r["seed"])] = entry = dict(
+            val_loss=s["val_loss"], val_bpb=s["val_bpb"], artifact_bytes=r["bytes"]["total"],
+            steps=r["steps"], step_avg_ms=round(r["train_seconds"] * 1e3 / max(r["steps"], 1), 3),
+            train_time_s=r["train_seconds"], eval_time_s=s["seconds"])
+        before = scores.get("sliding", scores.get("quantized"))
+        if before and e.final == "ttt":
+            entry |= dict(pre_ttt_val_bpb=before["val_bpb"],
+                          ttt_gain_bpb=before["val_bpb"] - s["val_bpb"])
+    first = runs[0].result if runs else None
+    over = lambda work, name: work([entry[name] for entry in seeds.values()]) if runs else None
+    mean, deviation = lambda x: float(np.mean(x)), lambda x: float(np.std(x, ddof=1))
     return dict(
         **about,
-        val_loss=loss[0], val_loss_std=loss[1], val_bpb=bpb[0], val_bpb_std=bpb[1],
-        seeds=[r["seed"] for r in results], seed_results=seeds,
-        bytes_total=over(max, "artifact_bytes"),
-        bytes_code=first and first["bytes"]["code"],
-        artifact_bytes_mean=over(lambda sizes: sum(sizes) / len(sizes), "artifact_bytes"),
+        val_loss=over(mean, "val_loss"), val_loss_std=over(deviation, "val_loss"),
+        val_bpb=over(mean, "val_bpb"), val_bpb_std=over(deviation, "val_bpb"),
+        seeds=[e.result["seed"] for e in runs], seed_results=seeds,
+        bytes_total=over(max, "artifact_bytes"), bytes_code=first and first["bytes"]["code"],
+        artifact_bytes_mean=over(mean, "artifact_bytes"),
         artifact_bytes_max=over(max, "artifact_bytes"),
-        hardware=f"{first['world_size']}x {first['device']}" if first else
-        "8xH100 80GB SXM (not measured)",
+        hardware=(f"{first['world_size']}x {first['device']}" if runs else
+                  "8xH100 80GB SXM (not measured)"),
         pytorch_version=first and first["torch"],
         technique_summary=first and "; ".join(
             f"{name}={value} ({source})" for name, value, _, source in sourced(first["knobs"])),
         compliance=dict(
-            training_under_600s=all(s <= TRACK_SECONDS for s in clocks) if results else None,
+            training_under_600s=all(e.clock_s <= TRACK_SECONDS for e in runs) if runs else None,
             artifact_under_16000000_bytes=over(lambda sizes: max(sizes) <= CAP_BYTES,
                                                "artifact_bytes"),
             eval_under_600s=over(lambda times: max(times) <= TRACK_SECONDS, "eval_time_s"),
             score_before_update=BEFORE_UPDATE))
 
 
-def environment(knobs: Mapping[str, Any]) -> str:
-    """The variables that make these knobs, for a shell."""
-    text = {True: "1", False: "0"}
-    return " ".join(f"{n.upper()}={text.get(v, v) if isinstance(v, bool) else v}"
-                    for n, v in knobs.items() if n != "seed")
-
-
-def rows(head: str, lines: Iterable[Sequence[Any]]) -> list[str]:
-    """A table in Markdown: the titles joined by bars, then a row per line."""
-    return [f"| {head} |", "|" + "---|" * (head.count("|") + 1),
-            *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
+def markdown(table: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown; its first row holds the titles."""
+    head, *lines = ("| " + " | ".join(map(str, row)) + " |" for row in table)
+    return "\n".join([head, "|" + "---|" * len(table[0]), *lines])
 
 
 def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
     """The draft of a records folder's README: scores, ledgers, components, conditions, command."""
-    first = runs[0].result
-    sized = re.findall(r"^bytes:(\w+) (\d+)", runs[0].log, re.M)
-    scores = [n for n in SCORES if n in first["scores"]]
-    command = f"RECIPE=record {environment(first['changed_knobs'])} "
-    command += (f"torchrun --standalone --nproc_per_node={first['world_size']} train_gpt.py"
-                if first["world_size"] > 1 else "python train_gpt.py")
-    table = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
+    r, seed, seconds = runs[0].result, runs[0].result["seed"], runs[0].result["seconds"]
+    changed = " ".join(f"{n.upper()}={int(v) if isinstance(v, bool) else v}"
+                       for n, v in r["changed_knobs"].items() if n != "seed")
+    scores = [n for n in SCORES if n in r["scores"]]
+    start = (f"torchrun --standalone --nproc_per_node={r['world_size']}" if r["world_size"] > 1
+             else "python")
+    seeds = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
               f"{e.score['val_loss']:.8f}", e.result["bytes"]["total"], e.result["steps"],
               f"{e.score['seconds']:.1f}") for e in runs]
-    return "\n".join([
-        f"# {entry['name']}", "",
+    stages = seconds | {f"score {n}": r["scores"][n]["seconds"] for n in scores}
+    sections = {
+        "Scores (BPB by stage)": markdown(
+            [("seed", *scores, "val_loss", "bytes", "steps", "eval s"), *seeds]),
+        f"Bytes (seed {seed})": markdown(
+            [("part", "bytes"), *runs[0].parts.items(), ("total", r["bytes"]["total"])]),
+        f"Seconds (seed {seed})": markdown([("stage", "s"), *stages.items()]),
+        "Components": markdown([("knob", "value", "meaning", "source"), *sourced(r["knobs"])]),
+        "Changed from the defaults": f"`{changed}`",
+        "Compliance":
+        "- C1 causal: one forward with causal attention; checked by `verify` on this artifact.\n"
+        "- C2 normalised: log-softmax over the whole vocabulary; summed to 1 by `verify`.\n"
+        f"- C3 score before update: {BEFORE_UPDATE}.\n"
+        "- C4 one pass: `Ledger` refuses a target scored twice and a missing one.\n"
+        f"- Training clock, calibration included: {seconds['train']:.1f} + "
+        f"{seconds['calibration']:.1f} s.",
+        "Reproduce":
+        f"```\nSEED={seed} RECIPE=record {changed} {start} train_gpt.py\n```\n"
+        "`train_gpt.py` is the packed script whose bytes are counted, `train_gpt_readable.py` its "
+        "source, `model_seed*.bin` the artifacts."}
+    return "\n\n".join([
+        f"# {entry['name']}",
         f"**val_bpb {entry['val_bpb']:.5f}** (mean of {len(runs)} seeds, sample standard "
         f"deviation {entry['val_bpb_std']:.5f}), {entry['bytes_total']:,} bytes at most, "
-        f"{entry['hardware']}.", "", *([against, ""] if against else []),
-        "## Scores (BPB by stage)",
-        *rows("seed | " + " | ".join(scores) + " | val_loss | bytes | steps | eval s", table),
-        "## Bytes (seed " + f"{first['seed']})",
-        *rows("part | bytes", [*sized, ("packed code", first["bytes"]["code"]),
-                               ("total", first["bytes"]["total"])]),
-        "## Seconds (seed " + f"{first['seed']})",
-        *rows("stage | s", [*first["seconds"].items(),
-                            *((f"score {n}", first["scores"][n]["seconds"]) for n in scores)]),
-        "## Components", *rows("knob | value | meaning | source", sourced(first["knobs"])),
-        "## Changed from the defaults", "`" + environment(first["changed_knobs"]) + "`", "",
-        "## Compliance",
-        "- C1 causal: one forward with causal attention; checked by `verify` on this artifact.",
-        "- C2 normalised: log-softmax over the whole vocabulary; summed to 1 by `verify`.",
-        f"- C3 score before update: {BEFORE_UPDATE}.",
-        "- C4 one pass: `Ledger` refuses a target scored twice and a missing one.",
-        f"- Training clock, calibration included: {first['seconds']['train']:.1f} + "
-        f"{first['seconds']['calibration']:.1f} s.", "",
-        "## Reproduce", "```", f"SEED={first['seed']} {command}", "```",
-        "`train_gpt.py` is the packed script whose bytes are counted, `train_gpt_readable.py` its "
-        "source, `model_seed*.bin` the artifacts.", ""])
+        f"{entry['hardware']}.", *filter(None, [against]),
+        *(f"## {title}\n{text}" for title, text in sections.items())]) + "\n"
 
 
-def requirements(torch_version: str) -> str:
-    """requirements.txt with the versions of this installation and the runs' torch."""
-    names = ("numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    return "".join(f"{n}=={v}\n" for n, v in [("torch", torch_version.split("+")[0])] + [
-        (n, found[n]) for n in names if n in found])
-
-
-def compare(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
+def compare(entry: Mapping[str, Any], score: Mapping[str, float], against: str) -> str:
     """The difference to `mean,std,n` of another record, in BPB and nats, with Welch's test."""
     try:
         mean, std, count = (float(part) for part in against.split(","))
@@ -6363,19 +6358,17 @@ def compare(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) ->
     except ValueError:
         raise Refusal(f"--against {against}: expected mean,std,n of another record, such as "
                       "1.05651,0.00036,3") from None
-    t, dof, p = welch((entry["val_bpb"], entry["val_bpb_std"], len(runs)),
+    t, dof, p = welch((entry["val_bpb"], entry["val_bpb_std"], len(entry["seeds"])),
                       (mean, std, int(count)))
-    s = runs[0].score
     gap = entry["val_bpb"] - mean
     return (f"Against {mean:.5f} (std {std:.5f}, n {int(count)}): {gap:+.5f} BPB, "
-            f"{gap * s['bytes'] / s['tokens'] * math.log(2):+.5f} nats per token; Welch's test, "
-            f"one side: t {t:.2f}, {dof:.1f} degrees of freedom, p {p:.4g}.")
+            f"{gap * score['bytes'] / score['tokens'] * math.log(2):+.5f} nats per token; Welch's "
+            f"test, one side: t {t:.2f}, {dof:.1f} degrees of freedom, p {p:.4g}.")
 
 
 def submit(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `submit`: a records folder of three or more runs that differ in their seed only.
-
-    Raises one `Refusal` that says of every run what is wrong with it."""
+    """The verb `submit`: a records folder of three or more runs that differ in their seed only;
+    raises one `Refusal` that says of every run what is wrong with it."""
     parser = argparse.ArgumentParser("train_gpt.py submit", description="runs to a records folder")
     parser.add_argument("runs", nargs="+", type=Path, help="folders logs/<RUN_ID> of three seeds")
     parser.add_argument("--to", required=True, type=Path, help="new folder")
@@ -6388,97 +6381,64 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--against", default="", help="mean,std,n of the record to beat")
     options = parser.parse_args(arguments)
-    if options.to.exists() and (not options.to.is_dir() or any(options.to.iterdir())):
-        raise Refusal(f"--to {options.to}: already there and not empty, expected a new folder")
-    runs, wrong = [], []
-    for folder in options.runs:
-        try:
-            runs.append(read_run(folder))
-        except Refusal as error:
-            wrong.append(str(error))
-    if wrong:
-        raise Refusal("; ".join(wrong))
-    runs.sort(key=lambda e: e.result["seed"])
-    first = runs[0].result
-    track = options.track or (RECORD if first["world_size"] == 8 and "H100" in first["device"]
-                              else NON_RECORD)
-    wrong = bad(check_alike(runs)) + bad(check_code(runs[0]))
-    for e in runs:
-        checks = (check_log(e), check_bytes(e), check_time(e, track), check_documents(e),
-                  check_artifact(e))
-        wrong += [f"{e.name}: {text}" for text in bad(itertools.chain(*checks))]
-    if wrong:
-        raise Refusal("; ".join(wrong))
-    entry = submission([e.result for e in runs], dict(
-        track=track, name=options.name, author=options.author, github_id=options.github_id,
-        date=options.date, blurb=options.blurb))
-    against = compare(entry, runs, options.against) if options.against else ""
-    write_record(options.to, entry, runs, against)
+    with appearing(options.to) as folder:
+        runs, wrong = read_runs(options.runs)
+        if not wrong:
+            runs.sort(key=lambda e: e.result["seed"])
+            first = runs[0].result
+            large = first["world_size"] == 8 and "H100" in first["device"]
+            options.track = options.track or (RECORD if large else NON_RECORD)
+            wrong = bad(check_written(runs, options.track))
+        if wrong:
+            raise Refusal("; ".join(wrong))
+        entry = submission(runs, {name: getattr(options, name) for name in ABOUT})
+        against = compare(entry, runs[0].score, options.against) if options.against else ""
+        write_record(folder, entry, runs, against)
     print(f"{options.to}: val_bpb {entry['val_bpb']:.8f} std {entry['val_bpb_std']:.8f} of seeds "
-          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {track}")
+          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {options.track}")
     if against:
         print(against)
     return 0
 
 
-def write_record(out: Path, entry: Mapping[str, Any], runs: Sequence[Evidence],
+def write_record(folder: Path, entry: Mapping[str, Any], runs: Sequence[Evidence],
                  against: str) -> None:
-    """Makes the records folder, which appears complete or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
-        folder = Path(workshop) / "record"
-        folder.mkdir()
-        for e in runs:
-            seed = e.result["seed"]
-            shutil.copyfile(e.artifact, folder / f"model_seed{seed}.bin")
-            for name, path in e.documents.items():
-                shutil.copyfile(path, folder / f"documents_seed{seed}_{name}.txt")
-            (folder / f"train_seed{seed}.log").write_text(e.log, encoding="utf-8")
-        shutil.copyfile(runs[0].code, folder / "train_gpt.py")
-        shutil.copyfile(runs[0].readable, folder / "train_gpt_readable.py")
-        for name, text in (("submission.json", json.dumps(entry, indent=2) + "\n"),
-                           ("README.md", record_readme(entry, runs, against)),
-                           ("requirements.txt", requirements(entry["pytorch_version"]))):
-            (folder / name).write_text(text, encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        os.rename(folder, out)
+    """Fills a records folder."""
+    for e in runs:
+        seed = e.result["seed"]
+        shutil.copyfile(e.artifact, folder / f"model_seed{seed}.bin")
+        for name, path in e.documents.items():
+            shutil.copyfile(path, folder / f"documents_seed{seed}_{name}.txt")
+        (folder / f"train_seed{seed}.log").write_text(e.log, encoding="utf-8")
+    shutil.copyfile(runs[0].code, folder / "train_gpt.py")
+    shutil.copyfile(runs[0].readable, folder / "train_gpt_readable.py")
+    # The versions of this installation, and the torch of the runs.
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    found["torch"] = entry["pytorch_version"].split("+")[0]
+    names = ("torch", "numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
+    needed = "".join(f"{n}=={found[n]}\n" for n in names if n in found)
+    for name, text in (("submission.json", json.dumps(entry, indent=2) + "\n"),
+                       ("README.md", record_readme(entry, runs, against)),
+                       ("requirements.txt", needed)):
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 # -- verify ----------------------------------------------------------------------------------------
-def check_artifact(e: Evidence) -> Iterator[Finding]:
-    """The artifact's checksum, sizes and knobs, by this script's own reader.
-
-    Catches a damaged file and the artifact of another run."""
-    try:
-        h, _ = unpack(e.artifact.read_bytes(), e.artifact.name)
-    except (OSError, Refusal) as error:
-        yield Finding("bytes", False, brief(error))
-        return
-    made, ran = h.changed(), knobs_of(e).changed()
-    yield Finding("bytes", made == ran, f"{e.artifact.name}: checksum right, made by " +
-                  ("the knobs of the log" if made == ran else f"other knobs: {made}, not {ran}"))
-
-
-def check_record(folder: Path, runs: Sequence[Evidence]) -> Iterator[Finding]:
-    """The files of a records folder, and submission.json made again from its logs.
-
-    Catches a folder that lacks a part, and any figure of submission.json that no log supports."""
-    missing = [n for n in ("README.md", "submission.json", "requirements.txt", "train_gpt.py",
-                           "train_gpt_readable.py") if not (folder / n).is_file()]
-    missing += [p.name for e in runs for p in (e.artifact, *e.documents.values())
-                if not p.is_file()]
-    yield Finding("files", not missing, "complete" if not missing else
-                  f"missing: {', '.join(missing)}")
+def check_record(folder: Path, entry: Mapping[str, Any],
+                 runs: Sequence[Evidence]) -> Iterator[Finding]:
+    """Catches a records folder that lacks a part, and any figure of submission.json that does not
+    follow from the logs: it is made again from them."""
+    wanted = [folder / n for n in ("README.md", "requirements.txt", "train_gpt.py",
+                                   "train_gpt_readable.py")]
+    wanted += [path for e in runs for path in (e.artifact, *e.documents.values())]
+    missing = ", ".join(path.name for path in wanted if not path.is_file())
+    yield Finding("files", not missing, f"missing: {missing}" if missing else "complete")
     if missing:
         return
-    entry = read_json(read_text(folder / "submission.json"), "submission.json")
-    about = ("track", "name", "author", "github_id", "date", "blurb")
-    again = submission([e.result for e in runs], {n: entry.get(n) for n in about})
-    differ = [n for n in {**entry, **again} if entry.get(n) != again.get(n)]
-    yield Finding("files", not differ, "submission.json: every number follows from the logs"
-                  if not differ else f"submission.json: {', '.join(differ)} not as in the logs")
-    yield from check_alike(runs)
+    again = submission(runs, {name: entry.get(name) for name in ABOUT})
+    differ = ", ".join(n for n in {**entry, **again} if entry.get(n) != again.get(n))
+    yield Finding("files", not differ, "submission.json: " + (
+        f"{differ} not as in the logs" if differ else "every number follows from the logs"))
 
 
 def load_script(path: Path, name: str) -> Any:
@@ -6489,50 +6449,21 @@ def load_script(path: Path, name: str) -> Any:
     return module
 
 
-class Ears:
-    """Hears which files, sockets and processes the code opens while it listens.
+def listen() -> list[str]:
+    """A list that gets the name of every file, socket and process which this process opens from now
+    on. What goes through Python is heard, not what a C library does by itself."""
+    heard = []
 
-    C1 allows nothing but the artifact and the tokens before a target, so scoring may open only what
-    belongs to Python. What goes through Python is heard, not what a C library does by itself."""
-
-    def __init__(self):
-        """Installs an audit hook, which stays for the life of the process."""
-        self.listening, self.files, self.others = False, [], []
-        sys.addaudithook(self.hear)
-
-    def hear(self, event: str, arguments: tuple) -> None:
+    def hear(event: str, arguments: tuple) -> None:
         """Keeps what belongs to a file, a socket or a process."""
-        if not self.listening:
-            return
         if event == "open" and isinstance(arguments[0], (str, bytes)):
-            self.files.append(os.fsdecode(arguments[0]))
+            heard.append(os.path.abspath(os.fsdecode(arguments[0])))
         elif event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.fork",
                                "os.posix_spawn", "ctypes.dlopen")):
-            self.others.append(f"{event} {str(arguments)[:60]}")
+            heard.append(f"{event} {str(arguments)[:60]}")
 
-    def findings(self) -> Iterator[Finding]:
-        """No socket, no process, no file but those of Python and its packages."""
-        ours = tuple({*sysconfig.get_paths().values(), sys.prefix, "/proc/", "/sys/", "/dev/"})
-        foreign = sorted({f for f in self.files if not os.path.abspath(f).startswith(ours)})
-        yield Finding("C1", not foreign, f"files opened while scoring: {len(self.files)} of "
-                      f"Python's own, others: {', '.join(foreign) or 'none'}")
-        yield Finding("C1", not self.others, "sockets and processes opened while scoring: " +
-                      (", ".join(sorted(set(self.others))) or "none"))
-
-
-def check_build(packed: Any, e: Evidence) -> Iterator[Finding]:
-    """The packed script imports, builds its model on a CPU, and guesses before it is trained.
-
-    Catches a script that does not start from the packed bytes, and a model that knows something
-    before it has any weights from the artifact: its loss would not be ln V."""
-    h = packed.Hyperparameters(**e.result["changed_knobs"])
-    torch.manual_seed(0)
-    ids = torch.randint(2, h.vocab_size, (2, min(h.train_seq_len, 64)))
-    with torch.no_grad():
-        loss = float(packed.GPT(h)(ids, ids.roll(-1, 1)))
-    guess = math.log(h.vocab_size)
-    yield Finding("code", abs(loss / guess - 1) < 0.1,
-                  f"the packed script builds; untrained loss {loss:.3f}, ln V is {guess:.3f}")
+    sys.addaudithook(hear)    # which stays for the life of the process
+    return heard
 
 
 def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
@@ -6540,33 +6471,28 @@ def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
     """Nats (N,) of every target of the stream tokens (N + 1,) under one score of `module`: the same
     `score_by_name` that the run used, on a stream of the reviewer's making."""
     world = module.World(0, 1, next(model.parameters()).device)
-    val = module.Validation.of(tokens, sizes)
-    return module.score_by_name(name, model, val, world, module.Log(world, quiet=True))[1
-                                                                                 ].targets_nats()
+    val, log = module.Validation.of(tokens, sizes), module.Log(world, quiet=True)
+    return module.score_by_name(name, model, val, world, log)[1].targets_nats()
 
 
-def small_steps(h: Any) -> dict[str, Any]:
-    """Knobs that make the same scorers run on streams of a few hundred tokens, which then cross
-    borders of windows and chunks many times."""
+def small_steps(h: Any) -> Any:
+    """The knobs `h` with which the same scorers run on streams of a few hundred tokens, which then
+    cross borders of windows and chunks many times."""
     T = min(h.eval_seq_len, 32)
-    wanted = dict(eval_seq_len=T, eval_stride=max(1, min(h.eval_stride, T // 2)),
-                  eval_batch_tokens=4 * T, train_seq_len=T, micro_batch_tokens=T,
-                  train_batch_tokens=T, ttt_chunk_tokens=T, ttt_stream_chunk=max(1, T // 2),
-                  compile="off")
-    return {name: value for name, value in wanted.items() if hasattr(h, name)}
+    each = dict.fromkeys(("eval_seq_len", "train_seq_len", "micro_batch_tokens",
+                          "train_batch_tokens", "ttt_chunk_tokens"), T)
+    return replace(h, **each, eval_stride=max(1, min(h.eval_stride, T // 2)),
+                   eval_batch_tokens=4 * T, ttt_stream_chunk=max(1, T // 2), compile="off")
 
 
 def apart(name: str, h: Any) -> bool:
     """True for a score that gives a document the same nats whatever stands beside it."""
-    return name in ("documents", "stream") or (
-        name == "ttt" and getattr(h, "ttt", "chunk") in ("stream", "recompute"))
+    return name in ("documents", "stream") or name == "ttt" and h.ttt in ("stream", "recompute")
 
 
 def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
-    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay.
-
-    Catches attention or a cache that looks ahead, and learning from a chunk before it is booked:
-    either way later text would move an earlier score."""
+    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay. Catches
+    attention or a cache that looks ahead, and learning from a chunk before it is booked."""
     count = min(6 * model.h.eval_seq_len, len(val.bytes))
     tokens, sizes = val.tokens[:count + 1].numpy(), val.bytes[:count]
     rng, before = np.random.default_rng(0), stream_nats(module, model, name, tokens, sizes)
@@ -6575,7 +6501,7 @@ def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Fi
     for cut in (int(count * share) for share in (0.33, 0.52, 0.81)):
         later = rng.integers(2, model.h.vocab_size, count - cut)
         later[tokens[cut + 1:] == BOS] = BOS    # documents stay where they are
-        changed = np.concatenate([tokens[:cut + 1], later])
+        changed = np.append(tokens[:cut + 1], later)
         after = stream_nats(module, model, name, changed, sizes)
         worst = max(worst, float(np.abs(after[:cut] - before[:cut]).max()))
     for group in ("C1", "C3") if name == "ttt" else ("C1", ):
@@ -6596,48 +6522,34 @@ def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[F
     h, V = model.h, model.h.vocab_size
     # The last one ends a window, and learners have made a step before it.
     count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
-    tokens, sizes = val.tokens[:count + 1].numpy().copy(), val.bytes[:count]
-    begin_s = time.perf_counter()
-    stream_nats(module, model, name, tokens, sizes)
+    before, sizes, begin_s = val.tokens[:count].numpy(), val.bytes[:count], time.perf_counter()
+    last = lambda token: stream_nats(module, model, name, np.append(before, token), sizes)[-1]
+    last(0)
     if V * (time.perf_counter() - begin_s) < PROBE_SECONDS:
-        nats, what = np.empty(V), f"{name}: probabilities of all {V} tokens after {count} others"
-        for token in range(V):
-            tokens[-1] = token
-            nats[token] = stream_nats(module, model, name, tokens, sizes)[-1]
+        nats = np.array([last(token) for token in range(V)])
+        what = f"{name}: probabilities of all {V} tokens after {count} others"
     elif apart(name, h):
-        tokens[1:][tokens[1:] == BOS] = BOS + 1    # one document, opened once
-        tokens[0] = BOS
-        stream = np.append(np.tile(tokens, V), BOS)
-        stream[count:-1:count + 1] = np.arange(V)
-        nats = stream_nats(module, model, name, stream, np.ones(len(stream) - 1))
+        before = np.where(before == BOS, BOS + 1, before)
+        before[0] = BOS    # one document, opened once
+        stream = np.column_stack([np.tile(before, (V, 1)), np.arange(V)]).ravel()
+        nats = stream_nats(module, model, name, np.append(stream, BOS), np.ones(len(stream)))
         nats = nats[count - 1::count + 1]
         what = f"{name}: probabilities of all {V} tokens, each after the same {count} others"
     else:
-        nats = model_nats(module, model, val.tokens[:8])
+        rows = torch.cat([val.tokens[:8].expand(V, -1), torch.arange(V)[:, None]], 1)
+        rows, plan = rows.to(next(model.parameters()).device), module.depth_plan(h, looped=True)
+        with torch.no_grad():
+            nats = torch.cat([model.nats(some[:, :-1], some[:, 1:], plan)[:, -1]
+                              for some in rows.split(256)]).cpu().numpy()
         what = f"model: probabilities of all {V} tokens (all of {name} would take too long)"
     total = float(np.exp(-nats.astype(float)).sum())
     yield Finding("C2", abs(total - 1) < 1e-3, f"{what} sum to {total:.6f}")
 
 
-@torch.no_grad()
-def model_nats(module: Any, model: Any, ids: Tensor) -> np.ndarray:
-    """Nats (V,) of every token behind the ids (T,), by the model without a scorer."""
-    ids = ids.to(next(model.parameters()).device)[None]
-    plan, losses = module.depth_plan(model.h, looped=True), []
-    for some in torch.arange(model.h.vocab_size, device=ids.device).split(256):
-        targets = ids.repeat(len(some), 1)
-        targets[:, -1] = some
-        losses.append(model.nats(ids.expand(len(some), -1), targets, plan)[:, -1])
-    return torch.cat(losses).cpu().numpy()
-
-
 def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | None:
     """Targets of a beginning of the stream whose first `count` documents get the scores they get in
-    the whole stream; None where only the whole stream gives them.
-
-    Windows are cut at a whole number of strides, so that the last ones are those of the run."""
-    N = int(documents[-1])
-    end = int(documents[min(count, len(documents) - 1)])
+    the whole stream, at a whole number of strides; None where only the whole stream gives them."""
+    N, end = int(documents[-1]), int(documents[min(count, len(documents) - 1)])
     if apart(name, h):
         return end
     if name == "ttt":
@@ -6648,11 +6560,9 @@ def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | No
 
 def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any,
                  count: int) -> Iterator[Finding]:
-    """The first `count` documents scored again and compared with the run's table; a score that
-    needs the whole stream is compared where the sample is all of it.
-
-    Catches a table that this artifact does not give. Other machines and kernels round otherwise,
-    so 0.002 nats per token of all and 0.1 in a document are let pass."""
+    """The first `count` documents scored again and compared with the run's table: catches one that
+    this artifact does not give. A score that needs the whole stream is compared where the sample is
+    all of it. Other machines and kernels round otherwise, so some difference is let pass."""
     starts = val.documents
     like = np.array_equal(table[:, 0], np.diff(starts)) and np.array_equal(
         table[:, 1], np.add.reduceat(val.bytes, starts[:-1]))
@@ -6675,25 +6585,22 @@ def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any
 
 def check_data(ours: Dataset, theirs: Any, e: Evidence,
                texts: Sequence[str] | None) -> Iterator[Finding]:
-    """The validation set as this script reads it: tokens, order, bytes; raw text where given.
-
-    Catches a set cut short or put in another order, bytes counted twice or after a transformation
-    of the text, and validation documents that stand in the training shards (#2127)."""
-    val, s = ours.val, e.score
-    same = torch.equal(val.tokens, theirs.val.tokens)
-    yield Finding("data", same, f"{len(val.bytes)} targets, read in the order of the shards"
-                  if same else "the script reads other validation tokens than the shards hold")
-    same = np.array_equal(val.bytes, theirs.val.bytes)
-    total, other = int(val.bytes.sum()), int(theirs.val.bytes.sum())
-    yield Finding("data", same, f"{total} bytes of text by {ours.byte_rule}" +
-                  ("" if same else f", the script counts {other}"))
+    """The validation set as this script reads it, beside raw text where given: catches a set cut
+    short or put in another order, bytes counted twice or after a transformation of the text, and
+    validation documents that stand in the training shards (#2127)."""
+    val, s, total = ours.val, e.score, int(ours.val.bytes.sum())
+    yield Finding("data", torch.equal(val.tokens, theirs.val.tokens),
+                  f"{len(val.bytes)} targets, which the script reads in the order of the shards")
+    yield Finding("data", np.array_equal(val.bytes, theirs.val.bytes),
+                  f"{total} bytes of text by {ours.byte_rule}, the script counts "
+                  f"{int(theirs.val.bytes.sum())}")
     yield Finding("data", (len(val.bytes), total) == (s["tokens"], s["bytes"]),
                   f"the log scored {s['tokens']} targets of {s['bytes']} bytes")
     if texts is not None:
         raw = [len(text.encode()) for text in texts]
-        counted_ = np.add.reduceat(val.bytes, val.documents[:-1]).tolist()
-        yield Finding("data", raw == counted_, f"{sum(raw)} bytes in {len(raw)} raw documents, "
-                      f"{sum(counted_)} counted in {len(counted_)}")
+        sizes = np.add.reduceat(val.bytes, val.documents[:-1]).tolist()
+        yield Finding("data", raw == sizes, f"{sum(raw)} bytes in {len(raw)} raw documents, "
+                      f"{sum(sizes)} counted in {len(sizes)}")
     hashes = lambda tokens: {d.tobytes() for d in np.split(
         tokens, np.flatnonzero(tokens == BOS)) if len(d) > 16}
     held = hashes(val.tokens.numpy().astype(np.uint16))
@@ -6702,51 +6609,50 @@ def check_data(ours: Dataset, theirs: Any, e: Evidence,
                   "validation documents stand in the beginning of the training shards")
 
 
-def raw_texts(paths: Sequence[Path], h: Hyperparameters) -> list[str] | None:
-    """The validation documents as text: the given files, or the embedded corpus itself."""
-    if paths:
-        return list(read_documents(paths))
-    if must_build(h):
-        return [text for name, text in embedded_documents() if held_out(name)]
-    return None
-
-
 def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
-            heard: Ears) -> Iterator[Finding]:
+            heard: list[str]) -> Iterator[Finding]:
     """Everything of a review that runs the submitted code.
 
-    The packed script must build; scores come from the readable one, which `check_code` has shown
-    to pack to the same bytes. Data are found and the model built before `heard` listens, since
-    those may open files; scoring may not."""
-    place = {n: env.get(n.upper(), e.result["knobs"][n]) for n in PLACES[2:5]}
-    values = e.result["knobs"] | place | dict(compile="off")
-    heard.files, heard.others = [], []
-    yield from check_build(load_script(e.code, "packed_script"), e)
-    theirs = load_script(e.readable, "readable_script")
-    h, world = theirs.Hyperparameters(**values), theirs.World(0, 1, World.claim_device(0))
+    The packed script must build a model that knows nothing before it has weights from the artifact,
+    so that its loss is ln V; scores come from the readable one, which `check_code` has shown to
+    pack to the same bytes. Data are found and models built before the scoring: those may open
+    files, which scoring may not. `heard` is of `listen`."""
+    packed = load_script(e.code, "packed_script")
+    h = packed.Hyperparameters(**e.result["changed_knobs"])
+    torch.manual_seed(0)
+    ids = torch.randint(2, h.vocab_size, (2, min(h.train_seq_len, 64)))
+    with torch.no_grad():
+        loss, guess = float(packed.GPT(h)(ids, ids.roll(-1, 1))), math.log(h.vocab_size)
+    yield Finding("code", abs(loss / guess - 1) < 0.1,
+                  f"the packed script builds; untrained loss {loss:.3f}, ln V is {guess:.3f}")
+    place = {n: env[n.upper()] for n in PLACES[2:5] if n.upper() in env}
+    mine, theirs = e.knobs(**place, compile="off"), load_script(e.readable, "readable_script")
+    h, world = theirs.Hyperparameters(**asdict(mine)), theirs.World(0, 1, World.claim_device(0))
     quiet = Log(World(), quiet=True)
-    mine = Hyperparameters(**values)
-    data = find_dataset(mine, World(), quiet)
-    other = theirs.find_dataset(h, world, quiet)
-    yield from check_data(data, other, e, raw_texts(texts, mine))
-    stored = theirs.unpack(e.artifact.read_bytes())[1]
-    models = [theirs.build_model(k, world) for k in (h, replace(h, **small_steps(h)))]
-    for model in models:
-        theirs.load_stored(model, stored)
-    tables = {n: read_documents_nats(path) for n, path in e.documents.items() if n != "prequant"}
-    heard.listening = True
-    for name, table in tables.items():
-        yield from check_scores(theirs, models[0], name, table, other.val, count)
-        yield from check_causality(theirs, models[1], name, data.val)
-    yield from check_normalised(theirs, models[1], e.final, data.val)
-    heard.listening = False
-    yield from heard.findings()
+    data, other = find_dataset(mine, World(), quiet), theirs.find_dataset(h, world, quiet)
+    raw = list(read_documents(texts)) if texts else None
+    if not texts and must_build(mine):    # the embedded corpus is its own raw text
+        raw = [text for name, text in embedded_documents() if held_out(name)]
+    yield from check_data(data, other, e, raw)
+    whole, small = (theirs.build_model(k, world) for k in (h, small_steps(h)))
+    for model in (whole, small):
+        theirs.load_stored(model, theirs.unpack(e.artifact.read_bytes())[1])
+    begin = len(heard)
+    for name, table in e.tables.items():
+        if name != "prequant":    # whose weights no artifact has
+            yield from check_scores(theirs, whole, name, table, other.val, count)
+            yield from check_causality(theirs, small, name, data.val)
+    yield from check_normalised(theirs, small, e.final, data.val)
+    # C1 allows nothing but the artifact and the tokens before a target.
+    ours = (*sysconfig.get_paths().values(), sys.prefix, "/proc/", "/sys/", "/dev/")
+    foreign = sorted({what for what in heard[begin:] if not what.startswith(ours)})
+    yield Finding("C1", not foreign, "files besides Python's own, sockets and processes opened "
+                  f"while scoring: {', '.join(foreign) or 'none'}")
 
 
 def verify(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `verify`: the checklist of a review; 0 if everything passes, 1 if not.
-
-    What can be read is read first; only if all of it is right is the code run, in a new process."""
+    """The verb `verify`: the checklist of a review; 0 if everything passes, 1 if not. Code is run
+    only if all that can be read is right, and in a new process."""
     parser = argparse.ArgumentParser("train_gpt.py verify", description="review a submission")
     parser.add_argument("target", type=Path, help="records folder, or logs/<RUN_ID>")
     parser.add_argument("--documents", type=int, default=50, help="documents to score again")
@@ -6756,28 +6662,24 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
     options = parser.parse_args(arguments)
     if options.documents < 1:
         raise Refusal(f"--documents {options.documents}: expected 1 or more")
-    target = options.target
+    target, findings, entry = options.target, [], {}
     is_run = (target / "result.json").exists()
     runs = [read_run(target)] if is_run else read_record(target)
     if options.alone:
-        heard = Ears()
+        heard = listen()
         for e in runs:
             for f in examine(e, env, options.documents, options.text, heard):
-                print("FINDING " + json.dumps((f.group, bool(f.good), f"{e.name}: {f.text}")))
+                print("FINDING " + json.dumps((f.group, bool(f.good), f.text, f"{e.name}: ")))
         return 0
     if not is_run:
-        track = read_json(read_text(target / "submission.json"), "submission.json").get("track")
-    findings = [] if is_run else [*check_record(target, runs)]
+        entry = read_json(target / "submission.json")
+        findings += check_record(target, entry, runs)
     if not bad(findings):
-        findings += check_code(runs[0])
-        for e in runs:
-            checks = (check_log(e), check_bytes(e), check_artifact(e), check_documents(e),
-                      check_time(e, "" if is_run else track))
-            findings += [f._replace(text=f"{e.name}: {f.text}") for f in itertools.chain(*checks)]
+        findings += check_written(runs, None if is_run else entry.get("track") or "")
     if not bad(findings):
         findings += in_new_process(arguments, env)
     for f in findings:
-        print(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.text}")
+        print(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.run}{f.text}")
     wrong = len(bad(findings))
     print(f"{target}: " + (f"FAILS, {wrong} of {len(findings)} checks" if wrong else
                            f"passes all {len(findings)} checks"))
@@ -6785,9 +6687,8 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
 
 
 def in_new_process(arguments: list[str], env: Mapping[str, str]) -> list[Finding]:
-    """What `examine` finds in a process of its own, which writes no byte code beside the code.
-
-    If it dies, or finds nothing at all, that is a finding too: silence is no pass."""
+    """What `examine` finds in a process of its own, which writes no byte code beside the code. If
+    it dies, or finds nothing at all, that is a finding too: silence is no pass."""
     done = subprocess.run(
         [sys.executable, "-B", __file__, "verify", *arguments, "--alone"],
         env={n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")},
@@ -6800,195 +6701,148 @@ def in_new_process(arguments: list[str], env: Mapping[str, str]) -> list[Finding
 
 
 # -- report ----------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Story:
-    """What a report tells of one run: its result, its curves, its bytes, its documents."""
-
-    name: str
-    result: dict[str, Any]
-    curve: np.ndarray    # (lines, 4) step, seconds, training nats, validation BPB; NaN where absent
-    sizes: dict[str, int]    # bytes of every part
-    documents: dict[str, np.ndarray]    # score -> (documents, 3) targets, bytes, nats
-
-
-def read_story(folder: Path) -> Story:
-    """A finished run; raises `Refusal` for an unfinished or broken one."""
-    e = read_run(folder)
-    number = r"([\d.]+|nan|inf)"
-    lines = re.findall(rf"^step:(\d+)/\d+ (?:train_loss:{number}|val_loss:\S+ val_bpb:{number}) "
-                       rf"train_time:(\d+)ms", e.log, re.M)
-    curve = np.array([(int(step), int(ms) / 1e3, float(loss or "nan"), float(bpb or "nan"))
-                      for step, loss, bpb, ms in lines]).reshape(-1, 4)
-    tables = {n: read_documents_nats(path) for n in SCORES
-              if (path := folder / f"documents_{n}.txt").exists()}
-    return Story(folder.name, e.result, curve,
-                 {n: int(v) for n, v in re.findall(r"^bytes:(\w+) (\d+)", e.log, re.M)}, tables)
-
-
-def read_stories(paths: Sequence[Path]) -> tuple[list[Story], list[str]]:
-    """The finished runs among the folders, or inside them, and what is wrong with the others."""
-    folders, stories, broken = [], [], []
-    for path in paths:
-        inside = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
-        folders += [path] if (path / "log.txt").exists() or not inside else inside
-    for folder in folders:
-        try:
-            stories.append(read_story(folder))
-        except Refusal as error:
-            broken.append(str(error))
-    stories.sort(key=lambda s: s.result["scores"][final_score(s.result)]["val_bpb"])
-    return stories, broken
-
-
-def differing(stories: Sequence[Story]) -> list[str]:
-    """The knobs in which the runs differ, places left out."""
-    known = [s.result["knobs"] for s in stories]
-    return [n for n in known[0] if n not in PLACES and
-            any(k.get(n) != known[0][n] for k in known)] if known else []
-
-
-def report_table(stories: Sequence[Story]) -> list[list[str]]:
+def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
     """Titles, then one row per run: the knobs that differ, BPB by stage, bytes, speed, seconds."""
-    knobs = differing(stories)
-    stages = [n for n in SCORES if any(n in s.result["scores"] for s in stories)]
-    table = [["run", *(n.upper() for n in knobs), *(f"{n} bpb" for n in stages), "bytes", "steps",
-              "tok/s", "train s", "total s"]]
-    for s in stories:
-        r = s.result
-        table.append([s.name, *(str(r["knobs"].get(n, "-")) for n in knobs),
-                      *(f"{r['scores'][n]['val_bpb']:.5f}" if n in r["scores"] else "-"
-                        for n in stages), str(r["bytes"]["total"]), str(r["steps"]),
-                      f"{r['tokens_per_second']:.0f}", f"{r['train_seconds']:.1f}",
-                      f"{r['seconds'].get('total', math.nan):.1f}"])
-    return table
+    knobs, rows = differing(runs), []
+    stages = [n for n in SCORES if any(n in e.result["scores"] for e in runs)]
+    for e in runs:
+        r = e.result
+        bpb = {n: f"{s['val_bpb']:.5f}" for n, s in r["scores"].items()}
+        rows.append({"run": e.artifact.parent.name} |
+                    {n.upper(): r["knobs"].get(n, "-") for n in knobs} |
+                    {f"{n} bpb": bpb.get(n, "-") for n in stages} |
+                    {"bytes": r["bytes"]["total"], "steps": r["steps"],
+                     "tok/s": f"{r['tokens_per_second']:.0f}",
+                     "train s": f"{r['train_seconds']:.1f}",
+                     "total s": f"{r['seconds']['total']:.1f}"})
+    return [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
 
 
 def text_table(table: Sequence[Sequence[str]]) -> str:
     """Columns wide enough for their widest cell; the first one flush left."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w)
-                               for i, (cell, w) in enumerate(zip(row, widths))) for row in table)
+    first, *widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)])
+                     for row in table)
 
 
 MOST_NAMED = 10    # runs that a legend can hold; more are coloured by their final score
 
 
-def draw_curves(axes: Sequence[Any], stories: Sequence[Story], colour: Callable) -> None:
-    """Training loss and validation BPB, each against steps and against seconds."""
-    grid = ((0, 2, "steps", "training loss (nats per token)"), (1, 2, "seconds of training", ""),
-            (0, 3, "steps", "validation BPB"), (1, 3, "seconds of training", ""))
-    for ax, (x, y, across, up) in zip(axes, grid):
-        for i, s in reversed([*enumerate(stories)]):    # the best one on top
-            seen = s.curve[~np.isnan(s.curve[:, y])]
-            ax.plot(seen[:, x], seen[:, y], color=colour(i), lw=1, marker="." if len(seen) < 3
-                    else "", label=s.name)
-        ax.set(xlabel=across, ylabel=up or ax.get_ylabel())
+def draw_curves(axes: Any, runs: Sequence[Evidence], colour: Callable) -> None:
+    """Training loss and validation BPB, each against steps and against seconds, on (2, 2) axes."""
+    number = r"([\d.]+|nan|inf)"
+    pattern = (rf"^step:(\d+)/\d+ (?:train_loss:{number}|val_loss:\S+ val_bpb:{number}) "
+               rf"train_time:(\d+)ms")
+    for i, e in reversed([*enumerate(runs)]):    # the best one on top
+        # (lines, 4) step, training nats, validation BPB, milliseconds
+        curve = np.array([[float(x or "nan") for x in line] for line in e.said(pattern)])
+        curve = curve.reshape(-1, 4)
+        for y, row in enumerate(axes, 1):
+            seen = curve[~np.isnan(curve[:, y])]
+            for ax, x, last in zip(row, (seen[:, 0], seen[:, 3] / 1e3),
+                                   (e.result["steps"], e.result["train_seconds"])):
+                ax.plot(x, seen[:, y], color=colour(i), lw=1, label=e.artifact.parent.name,
+                        marker="." if len(seen) < 3 else "")
+                if y == 2:    # the final scores end the curves
+                    ax.plot(last, e.score["val_bpb"], "*", color=colour(i), zorder=3,
+                            ms=9 if len(runs) <= MOST_NAMED else 4)
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
-        if y == 3:    # the final scores end the curves
-            for i, s in enumerate(stories):
-                last = s.result["steps"] if x == 0 else s.result["train_seconds"]
-                ax.plot(last, s.result["scores"][final_score(s.result)]["val_bpb"], "*",
-                        color=colour(i), ms=9 if len(stories) <= MOST_NAMED else 4)
-            ax.set_title("stars: final score", fontsize="small")
+    for row, label in zip(axes, ("training loss (nats per token)", "validation BPB")):
+        row[0].set(xlabel="steps", ylabel=label)
+        row[1].set(xlabel="seconds of training")
+    for ax in axes[1]:
+        ax.set_title("stars: final score", fontsize="small")
 
 
-def draw_waterfall(ax: Any, s: Story) -> None:
+def draw_waterfall(ax: Any, e: Evidence, name: str) -> None:
     """BPB from stage to stage of one run: what quantisation costs, what scoring wins."""
-    stages = [(n, v["val_bpb"]) for n, v in s.result["scores"].items()]
-    names = dict(prequant="averaged\nweights", ttt="TTT")
-    values = [bpb for _, bpb in stages]
-    low = min(values) - 0.15 * (max(values) - min(values) + 1e-3)
-    for i, (name, bpb) in enumerate(stages):
-        last = values[i - 1] if i else low
-        shade = "tab:gray" if not i else "tab:red" if bpb > last else "tab:green"
-        ax.bar(i, abs(bpb - last), bottom=min(bpb, last), color=shade, width=0.6)
-        ax.annotate(f"{bpb:.4f}" + (f"\n({bpb - last:+.4f})" if i else ""), (i, max(bpb, last)),
-                    ha="center", va="bottom", fontsize="small")
-        if i:
-            ax.plot((i - 1.3, i + 0.3), (last, last), color="black", lw=0.6)
-    ax.set_xticks(range(len(stages)), [names.get(n, n) for n, _ in stages])
+    names, scores = dict(prequant="averaged\nweights", ttt="TTT"), e.result["scores"]
+    bpb = np.array([s["val_bpb"] for s in scores.values()])
+    low = bpb.min() - 0.15 * (np.ptp(bpb) + 1e-3)
+    last = np.append(low, bpb[:-1])
+    steps = bpb - last
+    bars = ax.bar([names.get(n, n) for n in scores], abs(steps), 0.6, np.minimum(bpb, last), color=[
+        "tab:gray", *("tab:red" if step > 0 else "tab:green" for step in steps[1:])])
+    texts = [f"{after:.4f}\n({step:+.4f})" for after, step in zip(bpb, steps)]
+    ax.bar_label(bars, [f"{bpb[0]:.4f}", *texts[1:]], fontsize="small")
+    for i in range(1, len(bpb)):
+        ax.plot((i - 1.3, i + 0.3), (last[i], last[i]), color="black", lw=0.6)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.set(ylabel="BPB (the axis does not start at 0)",
-           title=f"BPB by stage: {s.name} (green better, red worse)",
-           ylim=(low, max(values) + 0.25 * (max(values) - low)))
+           title=f"BPB by stage: {name} (green better, red worse)",
+           ylim=(low, bpb.max() + 0.25 * (bpb.max() - low)))
 
 
-def draw_bytes(ax: Any, s: Story) -> None:
-    """Bytes of every part of the artifact and of the code, largest on top."""
-    parts = sorted({**s.sizes, "packed code": s.result["bytes"]["code"]}.items(),
-                   key=lambda item: item[1])
-    sizes = [size / 1e3 for _, size in parts]
-    ax.barh([n for n, _ in parts], sizes, color="tab:blue")
-    for i, size in enumerate(sizes):
-        ax.annotate(f" {size:,.1f}", (max(size, 0), i), va="center", fontsize="small")
-    ax.set(xlabel="thousand bytes", xlim=(0, 1.18 * max(sizes)),
-           title=f"{s.result['bytes']['total']:,} bytes: {s.name}")
-
-
-def draw_gain(axes: Sequence[Any], s: Story) -> None:
+def draw_gain(stream: Any, lengths: Any, e: Evidence, name: str) -> None:
     """What the final score wins over the one before: along the stream, and by document length."""
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    stages = [n for n in s.result["scores"] if n in s.documents]
-    if len(stages) < 2 or len(s.documents[stages[-1]]) != len(s.documents[stages[-2]]):
-        for ax in axes:
+    stream.grid(alpha=0.3)
+    lengths.grid(alpha=0.3)
+    stages = [n for n in e.result["scores"] if n in e.tables][-2:]
+    if len({len(e.tables[n]) for n in stages}) != 1 or len(stages) < 2:
+        for ax in (stream, lengths):
             ax.set_title("gain: this run has no two scores by document", fontsize="small")
         return
-    (targets, size, before), after = s.documents[stages[-2]].T, s.documents[stages[-1]][:, 2]
+    (targets, size, before), (_, _, after) = (e.tables[n].T for n in stages)
     gain = (before - after) / math.log(2)
-    axes[0].plot(targets.cumsum(), gain.cumsum() / size.cumsum().clip(1), color="tab:green")
-    axes[0].set(xlabel="validation tokens scored", ylabel="mean gain so far (BPB)",
-                title=f"{stages[-1]} over {stages[-2]}: {s.name}")
-    axes[0].locator_params(axis="x", nbins=5)
-    axes[0].xaxis.set_major_formatter("{x:,.0f}")
+    stream.plot(targets.cumsum(), gain.cumsum() / size.cumsum().clip(1), color="tab:green")
+    stream.set(xlabel="validation tokens scored", ylabel="mean gain so far (BPB)",
+               title=f"{stages[1]} over {stages[0]}: {name}")
+    stream.locator_params(axis="x", nbins=5)
+    stream.xaxis.set_major_formatter("{x:,.0f}")
     each = gain / size.clip(1)
-    axes[1].scatter(targets, each, s=5, alpha=0.3, color="tab:gray", label="one document")
+    lengths.scatter(targets, each, s=5, alpha=0.3, color="tab:gray", label="one document")
     edges = np.unique(np.quantile(targets, np.arange(1, 20) / 20))    # equal lengths stay together
     which = np.digitize(targets, edges)
     groups = [which == number for number in np.unique(which)]
-    axes[1].plot([np.median(targets[g]) for g in groups],
+    lengths.plot([np.median(targets[g]) for g in groups],
                  [gain[g].sum() / max(size[g].sum(), 1) for g in groups], color="tab:red",
                  marker="o", ms=3, label="mean of a twentieth")
+    lengths.axhline(0, color="black", lw=0.6)
     low, high = np.quantile(each, (0.005, 0.995))
-    axes[1].axhline(0, color="black", lw=0.6)
-    axes[1].set(xscale="log", xlabel="tokens of the document", ylabel="gain (BPB)",
+    lengths.set(xscale="log", xlabel="tokens of the document", ylabel="gain (BPB)",
                 ylim=(low - 1e-6, high + 1e-6), title="gain by length")
-    axes[1].legend(fontsize="small")
+    lengths.legend(fontsize="small")
 
 
-def draw(stories: Sequence[Story], figure: Any, shades: Any) -> None:
-    """The whole picture on an empty figure: curves of all runs, then the best one in detail."""
-    axes = figure.subplots(4, 2)
-    many = len(stories) > MOST_NAMED
-    finals = [s.result["scores"][final_score(s.result)]["val_bpb"] for s in stories]
-    low, high = finals[0], max(finals[-1], finals[0] + 1e-9)
-    tint = shades.colormaps["viridis"]
-    colour = (lambda i: tint((finals[i] - low) / (high - low))) if many else (lambda i: f"C{i}")
-    draw_curves([*axes[0], *axes[1]], stories, colour)
-    if many:
-        scale = shades.cm.ScalarMappable(shades.colors.Normalize(low, high), "viridis")
-        figure.colorbar(scale, ax=axes[:2], label=f"final BPB of {len(stories)} runs")
+def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
+    """The whole picture as PNG: curves of all runs, then the best one, the first, in detail."""
+    figure = matplotlib.figure.Figure(figsize=(13, 17), layout="constrained")
+    axes, name = figure.subplots(4, 2), runs[0].artifact.parent.name
+    if len(runs) > MOST_NAMED:
+        finals = [e.score["val_bpb"] for e in runs]
+        norm = matplotlib.colors.Normalize(finals[0], max(finals[-1], finals[0] + 1e-9))
+        scale = matplotlib.cm.ScalarMappable(norm, "viridis")
+        draw_curves(axes[:2], runs, lambda i: scale.to_rgba(finals[i]))
+        figure.colorbar(scale, ax=axes[:2], label=f"final BPB of {len(runs)} runs")
     else:
+        draw_curves(axes[:2], runs, "C{}".format)
         handles, names = axes[0, 1].get_legend_handles_labels()
         axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
-    draw_waterfall(axes[2, 0], stories[0])
-    draw_bytes(axes[2, 1], stories[0])
-    draw_gain(axes[3], stories[0])
+    draw_waterfall(axes[2, 0], runs[0], name)
+    parts = sorted(runs[0].parts.items(), key=lambda item: item[1])    # the largest on top
+    bars = axes[2, 1].barh([n for n, _ in parts], [size / 1e3 for _, size in parts])
+    axes[2, 1].bar_label(bars, fmt=" {:,.1f}", fontsize="small")
+    axes[2, 1].set(xlabel="thousand bytes", xlim=(0, 1.18 * parts[-1][1] / 1e3),
+                   title=f"{runs[0].result['bytes']['total']:,} bytes: {name}")
+    draw_gain(*axes[3], runs[0], name)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
 
 
 def page(table: Sequence[Sequence[str]], broken: Sequence[str], picture: bytes) -> str:
     """report.html: the table, what is missing, and the picture inside it."""
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
+    tagged = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
     image = base64.b64encode(picture).decode()
     return "\n".join([
         "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
         "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
         "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
         "</style>", f"<h1>{len(table) - 1} runs, best first</h1>",
-        f"<table><tr>{cells(table[0], 'th')}</tr>",
-        *(f"<tr>{cells(row, 'td')}</tr>" for row in table[1:]), "</table>",
-        *(["<h2>Not shown</h2><ul>", *(f"<li>{html.escape(b)}</li>" for b in broken), "</ul>"]
-          if broken else []),
+        f"<table><tr>{tagged('th', table[0])}</tr>",
+        *(f"<tr>{tagged('td', row)}</tr>" for row in table[1:]), "</table>",
+        *([f"<h2>Not shown</h2><ul>{tagged('li', broken)}</ul>"] if broken else []),
         f"<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,{image}\">"
         if picture else "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"])
 
@@ -6999,39 +6853,40 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of those")
     parser.add_argument("--to", type=Path, help="folder of the report; else beside the first run")
     options = parser.parse_args(arguments)
-    stories, broken = read_stories(options.runs)
-    if stories:
-        print(text_table(report_table(stories)))
+    folders, first = [], options.runs[0]
+    for path in options.runs:
+        inside = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+        folders += [path] if (path / "log.txt").exists() or not inside else inside
+    runs, broken = read_runs(folders)
+    runs.sort(key=lambda e: e.score["val_bpb"])
+    if runs:
+        print(text_table(report_table(runs)))
     for line in broken:
         print(f"not shown: {line}")
-    if not stories:
+    if not runs:
         raise Refusal(f"report: no finished run in {', '.join(map(str, options.runs))}")
-    first = options.runs[0]
     out = options.to or (first.parent if (first / "log.txt").exists() else first)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refusal(f"--to {out}: no folder can be made there ({error.strerror})") from None
-    picture, shades = io.BytesIO(), optional("matplotlib")
-    if shades and optional("matplotlib.figure"):
-        figure = shades.figure.Figure(figsize=(13, 17), layout="constrained")
-        draw(stories, figure, shades)
-        figure.savefig(picture, format="png", dpi=100)
-        write_atomically(out / "report.png", picture.getvalue())
-    write_atomically(out / "report.html", page(report_table(stories), broken,
-                                               picture.getvalue()).encode())
-    print(f"report: {out / 'report.html'}" + ("" if picture.getvalue() else
-                                              " (install matplotlib for pictures)"))
+    matplotlib = optional("matplotlib.figure") and optional("matplotlib")
+    picture = draw(runs, matplotlib) if matplotlib else b""
+    if picture:
+        write_atomically(out / "report.png", picture)
+    write_atomically(out / "report.html", page(report_table(runs), broken, picture).encode())
+    print(f"report: {out / 'report.html'}" +
+          ("" if picture else " (install matplotlib for pictures)"))
     return 0
 
 
 # -- sweep -----------------------------------------------------------------------------------------
-def grid(text: str) -> list[dict[str, str]]:
-    """The points of SWEEP="A=1,2;B=x,y" as variables; raises `Refusal` for a name that is no knob.
-    """
-    axes = {}
+def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y", all of them checked; raises
+    `Refusal` for a name that is no knob."""
+    text, axes, runs = env["SWEEP"], {}, {}
     known = [f.name.upper() for f in fields(Hyperparameters)]
-    for part in filter(None, (p.strip() for p in text.split(";"))):
+    for part in filter(None, map(str.strip, text.split(";"))):
         name, _, values = part.partition("=")
         if name not in known or name == "RUN_ID":
             raise Refusal(f"SWEEP: {name} is no knob to sweep" + nearest(name, known))
@@ -7040,41 +6895,22 @@ def grid(text: str) -> list[dict[str, str]]:
         axes[name] = values.split(",")
     if not axes:
         raise Refusal(f"SWEEP={text!r}: expected NAME=value,value;NAME=value,value")
-    return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
-
-
-def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """RUN_ID -> environment of every run of SWEEP, all of them checked."""
-    prefix, recipe = env.get("RUN_ID") or "sweep", env.get("RECIPE")
-    recipe = recipe or ("record" if torch.cuda.is_available() else "demo")
-    runs = {}
-    for point in grid(env["SWEEP"]):
-        name = "-".join([prefix, *(re.sub(r"[^\w.+-]", "+", f"{n.lower()}{v}")
-                                   for n, v in point.items())])
+    recipe = env.get("RECIPE") or ("record" if torch.cuda.is_available() else "demo")
+    common = {n: v for n, v in env.items() if n != "SWEEP"} | dict(RECIPE=recipe)
+    for point in itertools.product(*axes.values()):
+        words = (re.sub(r"[^\w.+-]", "+", f"{n.lower()}{v}") for n, v in zip(axes, point))
+        name = "-".join([env.get("RUN_ID") or "sweep", *words])
         if name in runs:
-            raise Refusal(f"SWEEP={env['SWEEP']}: {name} comes twice")
-        runs[name] = {**env, "RECIPE": recipe, **point, "RUN_ID": name}
-        del runs[name]["SWEEP"]
+            raise Refusal(f"SWEEP={text}: {name} comes twice")
+        runs[name] = common | dict(zip(axes, point), RUN_ID=name)
         Hyperparameters.from_env(runs[name])
     return runs
 
 
-def set_aside(folder: Path) -> None:
-    """Renames the folder of a run that died after its artifact and cannot be resumed: nothing of
-    it is lost, and its name is free."""
-    if (folder / "model.bin").exists() and not checkpoints(folder):
-        number = next(n for n in itertools.count(1)
-                      if not folder.with_name(f"{folder.name}.unfinished{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.unfinished{number}"))
-
-
 def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
     """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
-    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM.
-
-    A run is finished when its result.json is there, the last file that it writes, so the same
-    command goes on where a sweep was stopped. Each run is a process: one that fails takes nothing
-    with it."""
+    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM. The last file that
+    a run writes is result.json, so the same command goes on where a sweep was stopped."""
     parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
     parser.add_argument("--print", action="store_true", help="only print the commands")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
@@ -7085,37 +6921,45 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
         raise Refusal("sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
     if "RANK" in env:
         raise Refusal("SWEEP under torchrun: start it with python and sweep --nproc N instead")
-    runs, logs = sweep_runs(env), Path(env.get("LOGS_DIR", "logs"))
+    runs, logs, failed = sweep_runs(env), Path(env.get("LOGS_DIR", "logs")), []
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
     command = [sys.executable, *(torchrun if options.nproc > 1 else []), __file__]
-    failed = []
+    if options.print:
+        for variables in runs.values():
+            mine = [f"{n}={shlex.quote(v)}" for n, v in variables.items() if env.get(n) != v]
+            print(*mine, shlex.join(command))
+        return 0
     for number, (name, variables) in enumerate(runs.items(), 1):
-        if options.print:
-            mine = {n: v for n, v in variables.items() if env.get(n) != v}
-            print(" ".join([*(f"{n}={shlex.quote(v)}" for n, v in mine.items()),
-                            shlex.join(command)]))
-            continue
         done = (logs / name / "result.json").exists()
         print(f"sweep: run {number} of {len(runs)}: {name}" + (" is finished" if done else ""),
               flush=True)
-        if not done:
-            set_aside(logs / name)
-            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-            process = subprocess.Popen(command, env=variables)
-            try:
-                failed += [name] if process.wait() else []
-            except KeyboardInterrupt:    # Ctrl-C reaches the run too, SIGTERM only this process
-                process.terminate()
-                process.wait()    # it may be saving
-                print("sweep: stopped; the same command goes on from here")
-                return 130
-            finally:
-                signal.signal(signal.SIGTERM, before)
-    if options.print:
-        return 0
+        if done:
+            continue
+        folder = logs / name
+        if (folder / "model.bin").exists() and not checkpoints(folder):
+            # It died after its artifact and cannot be resumed: nothing is lost, its name is free.
+            aside = (logs / f"{name}.unfinished{n}" for n in itertools.count(1))
+            folder.rename(next(path for path in aside if not path.exists()))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        process = subprocess.Popen(command, env=variables)
+        try:
+            failed += [name] if process.wait() else []
+        except KeyboardInterrupt:    # Ctrl-C reaches the run too, SIGTERM only this process
+            process.terminate()
+            process.wait()    # it may be saving
+            print("sweep: stopped; the same command goes on from here")
+            return 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if failed:
         print(f"sweep: failed: {', '.join(failed)}")
     return report([*(str(logs / n) for n in runs), "--to", str(logs)], env) or int(bool(failed))
+
+
+def run_data(arguments: list[str], env: Mapping[str, str]) -> int:
+    """The verb `data`."""
+    make_dataset(arguments)
+    return 0
 
 
 TOOLS = dict(data=run_data, submit=submit, verify=verify, report=report, sweep=sweep)
