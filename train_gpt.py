@@ -130,36 +130,20 @@ def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value
     return field(default=default, metadata=dict(meaning=meaning, check=check))
 
 
-def positive(value: float) -> bool:
-    """True above zero."""
-    return value > 0
+def one_of(names: str, meaning: str) -> Any:
+    """A setting that is one of these names, the first by default."""
+    known = names.split()
+    return knob(known[0], f"{meaning}: {', '.join(known)}", lambda value: value in known)
 
 
-def natural(value: float) -> bool:
-    """True from zero on."""
-    return value >= 0
+def lists(default: str, names: str, meaning: str) -> Any:
+    """A setting that is a list of these names, joined by commas, or empty."""
+    known = {"", *names.split()}
+    return knob(default, f"{meaning}, of {names}", lambda value: set(value.split(",")) <= known)
 
 
-def fraction(value: float) -> bool:
-    """True in [0, 1]."""
-    return 0 <= value <= 1
-
-
-def below_one(value: float) -> bool:
-    """True in [0, 1), where the decay of an average must lie."""
-    return 0 <= value < 1
-
-
-def among(*names: str) -> Callable[[str], bool]:
-    """A check that admits only these names."""
-    return lambda value: value in names
-
-
-def listed(*names: str) -> Callable[[str], bool]:
-    """A check that admits lists of these names, joined by commas, and empty text."""
-    return lambda value: set(value.split(",")) <= {"", *names}
-
-
+positive, natural = lambda v: v > 0, lambda v: v >= 0    # checks of a value
+fraction, below_one = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1
 # in the order of the pipeline
 SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
 # group: (its first knob, what it is about), in the order of the table below
@@ -180,20 +164,15 @@ class Hyperparameters:
     """
 
     # -- run
-    # it becomes a folder's name: no slash and no blank
-    run_id: str = knob("", "name of the run's folder; empty: the date and time",
+    run_id: str = knob("", "name of the run's folder, no slash or blank; empty: date and time",
                        lambda v: not re.search(r"[^\w.+-]|^\.+$", v))
-    recipe: str = knob(
-        "", "recipes joined by commas, applied left to right; single knobs override them")
+    recipe: str = knob("", "recipes joined by commas, left to right; single knobs are stronger")
     seed: int = knob(1337, "seed of every random generator", natural)
     logs_dir: str = knob("logs", "folder in which each run gets a folder of its own")
-    corpus: str = knob(
-        "", "embedded: text of the running Python's library; shards: files; empty: shards if any",
-        among("", "embedded", "shards"))
-    data_dir: str = knob("./data",
-                         "where data sets and tokenizers are looked for and caches are kept")
-    data_path: str = knob(
-        "", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>")
+    corpus: str = knob("", "embedded: text of this Python's library; shards: files; empty: either",
+                       ("", "embedded", "shards").__contains__)
+    data_dir: str = knob("./data", "where data sets, tokenizers and caches lie")
+    data_path: str = knob("", "shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob(
         "", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = knob(8192, "rows of the token embedding, V", lambda v: 4 <= v <= 65536)
@@ -204,8 +183,7 @@ class Hyperparameters:
     num_heads: int = knob(8, "query heads, H", positive)
     num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
     mlp_mult: float = knob(4.0, "MLP width F as a multiple of MODEL_DIM", lambda v: 0 < v <= 256)
-    leaky_slope: float = knob(0.5, "slope of the squared leaky ReLU below zero; 0 is ReLU squared",
-                              fraction)
+    leaky_slope: float = knob(0.5, "slope of the squared ReLU below zero; 0: none", fraction)
     rope_dims: int = knob(16, "leading dimensions of each head that rotate", positive)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
     qk_gain_init: float = knob(5.25, "initial gain of each query head after the QK norm", positive)
@@ -213,37 +191,28 @@ class Hyperparameters:
     xsa_last_n: int = knob(
         11, "last layers whose heads drop the part along their own value (arXiv 2603.09078)",
         natural)
-    head_gate_scale: float = knob(
-        0.5, "slope of the sparse attention head gate (#1787); 0: no gate", natural)
-    smear_gate: str = knob(
-        "token", "what mixes in the embedding of the token before: a gate for each token, within "
-        "documents; channel: one for each channel, after the norm (#162); none",
-        among("token", "channel", "none"))
+    head_gate_scale: float = knob(0.5, "slope of the sparse head gate (#1787); 0: none", natural)
+    smear_gate: str = one_of("token channel none", "what mixes in the token before, within a "
+                             "document: a gate per token, or per channel (#162)")
     num_loops: int = knob(2, "extra passes over layers LOOP_START to LOOP_END", natural)
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
-    enable_looping_at: float = knob(0.35, "share of training after which the recurrence runs",
-                                    fraction)
+    enable_looping_at: float = knob(0.35, "share of training before the recurrence", fraction)
     parallel_start_layer: int = knob(
         8, "first layer with separate attention and MLP lanes (#1204); NUM_LAYERS: none", natural)
     logit_softcap: float = knob(30.0, "logits are squashed into (-softcap, softcap)", positive)
-    attention: str = knob("auto", "attention kernel: auto, fa3, fa2, varlen, sdpa, blocks",
-                          among("auto", "fa3", "fa2", "varlen", "sdpa", "blocks"))
+    attention: str = one_of("auto fa3 fa2 varlen sdpa blocks", "attention kernel")
 
     # -- training
     iterations: int = knob(20000, "most steps", natural)
     max_wallclock_seconds: float = knob(
         600.0, "training clock, s; counts all that reads training data; 0: no clock", natural)
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step over all ranks", positive)
-    micro_batch_tokens: int = knob(98304, "tokens of one forward and backward pass on one rank",
-                                   positive)
-    train_seq_len: int = knob(2048, "training context and longest document piece, tokens",
-                              lambda v: v > 1)
-    rehearsal_steps: int = knob(
-        3, "steps of each depth plan in the rehearsal, later rewound; 0: no rehearsal", natural)
+    micro_batch_tokens: int = knob(98304, "tokens of one forward pass on one rank", positive)
+    train_seq_len: int = knob(2048, "context and longest document piece, tokens", lambda v: v > 1)
+    rehearsal_steps: int = knob(3, "rehearsed steps of each depth plan; 0: no rehearsal", natural)
     lr_warmup_steps: int = knob(0, "steps over which the rates rise linearly", natural)
-    warmdown_frac: float = knob(0.85, "last share of training over which the rates fall linearly",
-                                fraction)
+    warmdown_frac: float = knob(0.85, "last share of training, of linearly falling rates", fraction)
     min_lr: float = knob(0.1, "share of the peak rate at which the warmdown ends", fraction)
     matrix_lr: float = knob(0.026, "Muon rate of the matrices", natural)
     tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding", natural)
@@ -256,124 +225,95 @@ class Hyperparameters:
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", natural)
     adam_wd: float = knob(0.02, "decoupled weight decay of gains, scales and gates", natural)
     grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", natural)
-    ema_decay: float = knob(0.9965, "decay of the averaged weights, which are the ones exported",
-                            below_one)
+    ema_decay: float = knob(0.9965, "decay of the averaged weights, which are exported", below_one)
     train_log_every: int = knob(500, "steps between two training lines of the log", positive)
-    val_loss_every: int = knob(
-        0, "steps between two validation scores during training; 0: none", natural)
+    val_loss_every: int = knob(0, "steps between two validation scores; 0: none", natural)
     fused_kernels: bool = knob(True, "Triton kernels where they work (Hopper GPUs or later)")
-    compile: str = knob(
-        "auto",
-        "torch.compile: full graph, one block at a time, off; auto: full on GPUs, block on CPUs",
-        among("auto", "full", "block", "off"))
-    precision: str = knob("auto",
-                          "number format of the matrix products; auto: bf16 where the chip has it",
-                          among("auto", "bf16", "fp32"))
+    compile: str = one_of("auto full block off", "torch.compile of the whole step, or one block at "
+                          "a time; auto: full on GPUs, block on CPUs")
+    precision: str = one_of("auto bf16 fp32", "number format of products; auto: bf16 if native")
     checkpoint_every_s: float = knob(
-        600.0, "seconds between checkpoints; none where the training clock is no longer; 0: never",
-        natural)
+        600.0, "seconds between checkpoints; none where the clock is no longer; 0: never", natural)
 
     # -- bytes
-    gptq_calibration_batches: int = knob(
-        16, "micro-batches of training data for the second moments", positive)
+    gptq_calibration_batches: int = knob(16, "micro-batches for the second moments", positive)
     gptq_reserve_seconds: float = knob(
         0.0, "part of the clock kept for calibration, s; 0: measured in the rehearsal", natural)
-    gptq_damping: float = knob(
-        0.01, "added to the second moment's diagonal, as a share of its mean", positive)
+    gptq_damping: float = knob(0.01, "added to their diagonals, as a share of its mean", positive)
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
     matrix_clip_sigmas: float = knob(
         12.85, "largest code of a matrix row, in standard deviations; 0: its largest", natural)
     embed_clip_sigmas: float = knob(
         14.0, "largest code of an embedding row, in standard deviations; 0: its largest", natural)
-    trellis_states: int = knob(
-        8, "states of the trellis down each column of codes; 0: each code to its nearest",
-        lambda v: v in (0, 4, 8, 16, 32, 64))
-    step_search: str = knob(
-        "layer", "least costly steps that fill BUDGET_BYTES, one per role or role and layer; "
-        "uniform: by the CLIP_SIGMAS alone", among("uniform", "role", "layer"))
+    trellis_states: int = knob(8, "states of the trellis down each column of codes; 0: none",
+                               (0, 4, 8, 16, 32, 64).__contains__)
+    step_search: str = one_of("layer role uniform", "steps that fill BUDGET_BYTES, one for each "
+                              "role and layer, or role; uniform: by the CLIP_SIGMAS alone")
     bias_correction_steps: int = knob(
-        0, "Adam steps by which gains, scales and gates make up for the rounding of matrices; the "
-        "search then runs inside the clock", natural)
-    compressor: str = knob("rans", "coder of the codes; auto: whichever is shortest",
-                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib", "lrzip"))
+        0, "Adam steps of gains, scales and gates that make up for rounding, on the clock", natural)
+    compressor: str = one_of("rans auto brotli zstd lzma zlib", "coder of codes; auto: shortest")
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
-    scores: str = knob("quantized,sliding,ttt",
-                       "which scores the artifact gets, joined by commas", listed(*SCORES))
+    scores: str = lists("quantized,sliding,ttt", " ".join(SCORES), "scores of the artifact")
     eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
-    eval_batch_tokens: int = knob(262144, "tokens of one scoring forward pass on one rank",
-                                  positive)
+    eval_batch_tokens: int = knob(262144, "tokens of a scoring pass on one rank", positive)
     eval_budget_s: float = knob(
         480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
         natural)
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
-    ttt: str = knob("stream", "form of test-time training: stream, phased, recompute or chunk",
-                    among("stream", "phased", "recompute", "chunk"))
-    ttt_stream_chunk: int = knob(16, "tokens of a document scored before its adapters learn",
-                                 positive)
+    ttt: str = one_of("stream phased recompute chunk", "form of test-time training")
+    ttt_stream_chunk: int = knob(16, "tokens scored before a document's adapters learn", positive)
     ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
     ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
-    ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over the chunks n",
-                               natural)
-    ttt_learners: int = knob(3, "predictors per document, mixed by past losses; the last of "
-                             "several never learns", positive)
-    ttt_targets: str = knob("q,v,o,mlp,head", "adapted maps, of q k v o mlp head",
-                            listed(*"q k v o mlp head".split()))
+    ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over chunks n", natural)
+    ttt_learners: int = knob(
+        3, "predictors per document, mixed by past losses; the last of several never learns",
+        positive)
+    ttt_targets: str = lists("q,v,o,mlp,head", "q k v o mlp head", "adapted maps")
     ttt_lora_rank: int = knob(32, "rank R of the per-row adapters", positive)
-    ttt_lora_alpha: float = knob(
-        16.0, "adapters are scaled by TTT_LORA_ALPHA / TTT_LORA_RANK", natural)
-    ttt_chunk_tokens: int = knob(32768, "tokens that are scored before all weights learn from them",
-                                 positive)
-    ttt_lr: float = knob(
-        0.002, "SGD rate of test-time training at the first chunk; falls as a cosine", natural)
+    ttt_lora_alpha: float = knob(16.0, "adapters are scaled by this / TTT_LORA_RANK", natural)
+    ttt_chunk_tokens: int = knob(32768, "tokens scored before all weights learn", positive)
+    ttt_lr: float = knob(0.002, "SGD rate of all weights at first; falls as a cosine", natural)
     ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
-    ttt_batch_seqs: int = knob(
-        32, "sequences of TRAIN_SEQ_LEN per step of such adaptation over all ranks", positive)
-    ttt_freeze_blocks: int = knob(0, "first layers that it leaves alone", natural)
-    ttt_lr_ramp: float = knob(1.0, "share of its rate in the first layer, rising to all of it",
-                              fraction)
+    ttt_batch_seqs: int = knob(32, "sequences of TRAIN_SEQ_LEN per step, over all ranks", positive)
+    ttt_freeze_blocks: int = knob(0, "first layers that all-weights adaptation leaves", natural)
+    ttt_lr_ramp: float = knob(1.0, "share of its rate in the first layer, rising to all", fraction)
 
     # -- systems
     caseops_enabled: bool = knob(False, "shards of CaseOps text (#1729)")
     short_val_allowed: bool = knob(False, "take published CaseOps shards cut short")
     doc_mask: bool = knob(True, "attention stays inside documents")
-    loader: str = knob("shuffled", "order of training blocks: shuffled, stream",
-                       among("shuffled", "stream"))
+    loader: str = one_of("shuffled stream", "order of training blocks")
     train_seq_schedule: str = knob(
         "", "contexts up to a share of training: 1024@0.1,2048@1 (#2014)",
         lambda v: re.fullmatch(r"([1-9]\d*@(0?\.\d+|1)(,(?!$)|$))*", v))
-    matrix_init: str = knob("orthogonal", "matrices at first: orthogonal, uniform",
-                            among("orthogonal", "uniform"))
+    matrix_init: str = one_of("orthogonal uniform", "matrices at first")
     bigram_vocab_size: int = knob(0, "rows of the bigram embedding (#162)", natural)
     ve_dim: int = knob(0, "width of the value embedding of the last two layers (#374)", natural)
     skip_gates: bool = knob(True, "gated U-Net skips; 0: weighted sums")
-    parallel_form: str = knob("lanes", "parallel: lanes, apart (#1539), gptj (#1493), none",
-                              among("lanes", "apart", "gptj", "none"))
+    parallel_form: str = one_of("lanes apart gptj none", "parallel layers (apart: #1539, gptj: "
+                                "#1493)")
     asym_logit_rescale: bool = knob(False, "softcaps by sign, which TTT moves (#1945)")
     recur_start_step: int = knob(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
     polar_express: bool = knob(True, "Polar Express; 0: Newton-Schulz")
     muon_backend_steps: int = knob(5, "iterations of Muon", lambda v: 0 < v < 6)
     muon_row_normalize: bool = knob(True, "rows of Muon's momentum at norm one (#1285)")
     warmdown_iters: int = knob(0, "steps of the warmdown; 0: WARMDOWN_FRAC", natural)
-    late_qat_threshold: float = knob(0.0, "rate factor below which training rounds (#578)",
-                                     fraction)
+    late_qat_threshold: float = knob(0.0, "rate factor of rounded training (#578)", fraction)
     clip_search: bool = knob(False, "best of 5 percentiles clips each matrix row (#414)")
-    gptq_roles: str = knob("all", "what GPTQ rounds: all, matrices, none",
-                           among("all", "matrices", "none"))
-    calibration: str = knob("train", "calibration text: train, self (sampled, #1019)",
-                            among("train", "self"))
+    gptq_roles: str = one_of("all matrices none", "what GPTQ rounds")
+    calibration: str = one_of("train self", "calibration text; self: sampled (#1019)")
     ttt_phases: int = knob(3, "parts of the stream between which phased learns", positive)
     ttt_max_chunks: int = knob(0, "parts SGD learns from, its cosine's length; 0: all", natural)
-    ttt_ema_decay: float = knob(0.0, "scores use an average of SGD's weights with this decay",
-                                below_one)
+    ttt_ema_decay: float = knob(0.0, "decay of the average of SGD's weights that scores", below_one)
     prequant_ttt_epochs: int = knob(0, "passes of adaptation before scoring (#1364)", natural)
     prequant_ttt_lr: float = knob(5e-4, "their first rate", natural)
-    prequant_ttt_data: str = knob(
-        "train", "what it reads: train (held out), by AdamW before GPTQ; val likewise, or after, "
-        "val by SGD behind it (#398), which both break rule C3", among("train", "val", "after"))
+    prequant_ttt_data: str = one_of(
+        "train val after", "their text: held out of training, by AdamW before GPTQ; val likewise; "
+        "after: val by SGD behind GPTQ (#398); the last two break rule C3")
 
     def __post_init__(self):
         """Checks every range and every relation between knobs; raises `Refusal` with the names and
