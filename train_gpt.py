@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import builtins
 import contextlib
 import copy
@@ -3722,32 +3723,26 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
     """Sum of x x^T over tokens for every tap: tap -> (L | 1, n, n) fp64 on every rank, over
     `batches` of all ranks.
 
-    A product of one batch is fp32; sums are fp64, so that they do not depend on the number of
-    ranks. Nothing is divided by the number of tokens: damping and column steps are relative to a
-    moment's own mean. The plan is the looped one, as in scoring: a layer is rounded for what it
-    gets in each of its passes.
+    Products of one batch are fp32, sums fp64, so that they do not depend on the number of ranks.
+    Nothing is divided by the number of tokens: damping and column steps are relative to a moment's
+    own mean. The plan is the looped one: a layer is rounded for what it gets in all its passes.
     """
-    sums: dict[tuple[str, int], Tensor] = {}
+    h, sums = model.h, {}
 
     def probe(tap: str, layer: int, x: Tensor) -> None:
         """Adds the moment of one activation; a layer that runs several times adds each of them."""
-        rows = x.flatten(0, -2).float()
-        moment = (rows.mT @ rows).double() * counted
-        sums[tap, layer] = sums[tap, layer].add_(moment) if (tap, layer) in sums else moment
+        rows, layers = x.flatten(0, -2).float(), sums.setdefault(tap, {})
+        layers[layer] = layers.get(layer, 0) + (rows.mT @ rows).double() * counted
 
     # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and all
-    # of them come to the collectives below with the same keys.
-    for turn in range(-(-batches // world.size) * (model.h.gptq_roles != "none")):
-        counted = turn * world.size + world.rank < batches    # spare ranks add nothing
-        own = model.h.calibration == "self"
-        batch = sampled(model, turn * world.size + world.rank) if own else loader.next()
-        model.hidden(batch.ids, depth_plan(model.h, looped=True), batch.docs, probe=probe)
-    # sorted: a set of names has another order in each process, and a sum needs one order in all
-    taps = sorted({tap for tap, _ in sums})
-    return {
-        tap: torch.stack([world.sum(sums[tap, i]) for i in sorted(i for t, i in sums if t == tap)])
-        for tap in taps
-    }
+    # of them come to the collectives below with the same keys in the same order.
+    end = -(-batches // world.size) * world.size * (h.gptq_roles != "none")
+    for number in range(world.rank, end, world.size):
+        counted = number < batches    # spare ranks add nothing
+        batch = sampled(model, number) if h.calibration == "self" else loader.next()
+        model.hidden(batch.ids, depth_plan(h, looped=True), batch.docs, probe=probe)
+    return {tap: torch.stack([world.sum(layers[i]) for i in sorted(layers)])
+            for tap, layers in sums.items()}
 
 
 @torch.no_grad()
@@ -3769,8 +3764,7 @@ OCTAVE = 4
 
 
 def octaves(exponent: Tensor) -> Tensor:
-    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that every platform gets the same numbers.
-    """
+    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that all platforms get the same numbers."""
     return torch.exp2(exponent.double() / OCTAVE).float()
 
 
@@ -3778,8 +3772,7 @@ class Grid(NamedTuple):
     """The steps of a bank: scale * 2^((row + column) / OCTAVE).
 
     Rows differ because their weights do, columns because their inputs are not used alike. An
-    exponent is one byte before compression; int8 reaches 32 octaves to either side of the scale.
-    """
+    exponent of int8 reaches 32 octaves to either side of the scale."""
 
     scale: Tensor    # fp32 (L,)
     row: Tensor    # int8 (L, rows)
@@ -3815,10 +3808,9 @@ def trellis_next(states: int) -> np.ndarray:
     """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2).
 
     The lowest bit of a state is the parity of the code. A shift register: the bit that leaves feeds
-    back through `parity`, bit 1 of the code enters through `upper`. For either bit the map is one
-    to one, which `trellis_before` needs. Ungerboeck's codes, as parity polynomials in octal (IEEE
-    Trans. IT-28, 1982). Raises ValueError for a size that is not in TRELLIS_TAPS.
-    """
+    back through `parity`, bit 1 of the code enters through `upper`; either bit maps states one to
+    one. Ungerboeck's codes, as parity polynomials in octal (IEEE Trans. IT-28, 1982). Raises
+    ValueError for a size that is not in TRELLIS_TAPS."""
     if states not in TRELLIS_TAPS:
         raise ValueError(f"a trellis of {states} states is unknown: one of {sorted(TRELLIS_TAPS)}")
     parity, upper = TRELLIS_TAPS[states]
@@ -3828,18 +3820,14 @@ def trellis_next(states: int) -> np.ndarray:
 
 def trellis_before(states: int) -> np.ndarray:
     """Inverse of `trellis_next`: the state (2, states) from which bit 1 = 0 or 1 leads to each."""
-    before = np.empty((2, states), np.int64)
-    for bit, reached in enumerate(trellis_next(states).T):
-        before[bit, reached] = np.arange(states)
-    return before
+    return trellis_next(states).argsort(0).T
 
 
 def join_runs(cost: Tensor) -> tuple[Tensor, Tensor]:
     """First and last state (N, runs) of each run in the cheapest chain of runs from state 0.
 
     `cost` (last, first, N, runs) is the least error of a run between two states: a matrix, and a
-    chain is the product of its matrices with (min, +) in the place of (+, x).
-    """
+    chain is the product of its matrices with (min, +) in the place of (+, x)."""
     best, chosen = cost[:, 0, :, 0], []
     for run in cost.unbind(3)[1:]:
         best, meeting = (best + run).min(1)         # over the state in which two runs meet
@@ -3856,10 +3844,8 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
     """Viterbi's search of all runs at once: states (run, M) before each step, and bits (run, M).
 
     `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`.
-    With more than one run a row, each is searched from every state at once, so joining is exact.
-    A row of R codes is R steps that wait for each other; runs walk side by side, so a row takes
-    `run` steps and one join per run, for `states` times the arithmetic.
-    """
+    The steps of a row wait for each other, but runs walk side by side: a row takes `run` steps and
+    one join per run. Of several runs each is searched from every state, so joining is exact."""
     (run, _, many), states = error.shape, before.shape[1]
     starts = states if shape[1] > 1 else 1
     # (state reached, state begun in, M): before the first step a path is where it began
@@ -3895,8 +3881,7 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     of k chooses the next state: a code costs the bits of a lattice twice as coarse, but lies 1.1 dB
     closer (8 states; Marcellin and Fischer, IEEE Trans. Comm. 38, 1990). `weight` (R,) or (N, R)
     multiplies the squared errors. Rows are searched in runs of `run` steps, which changes only the
-    time: many starting states make short runs dear, one long run makes many small operations.
-    """
+    time: many starting states make short runs dear, one long run makes many small operations."""
     rows, length = x.shape
     run = min(run or (64 if states <= 16 else length), length)
     runs = -(-length // run)
@@ -3930,11 +3915,6 @@ def best_percentile(w: Tensor, top: int) -> Tensor:
     step = (reach / top).clamp(2.0**-20)[..., None]    # (L, rows, 5, 1)
     error = w[..., None, :] - (w[..., None, :] / step).round().clamp(-top, top) * step
     return reach.gather(-1, error.square().sum(-1).argmin(-1, keepdim=True))[..., 0]
-
-
-def searches(h: Hyperparameters, role: Role) -> bool:
-    """True where the clip of a row is searched."""
-    return h.clip_search and role.optim == "muon"
 
 
 def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
@@ -3971,49 +3951,31 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
     Row j of U over U_jj says how later columns make up for an error in column j. The first column
     has all others to make up for it, the last one none, hence the order. `damping` times the mean
     diagonal is added, tenfold more each time Cholesky fails: an input that never fires leaves a row
-    of zeros. fp64 until U is there; a stable sort, so that ties fall alike on every run.
-    """
+    of zeros. fp64 until U is there; a stable sort, so that ties fall alike on every run."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    H = moment.gather(1, order[:, :, None].expand_as(moment)).gather(
-        2, order[:, None, :].expand_as(moment))
-    mean = diagonal.mean(-1)[:, None]
+    H = moment.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
     for attempt in range(6):
-        extra = damping * 10**attempt * mean.clamp_min(1e-12) + torch.zeros_like(diagonal)
+        extra = (damping * 10**attempt * mean).expand_as(diagonal)
         factor, failed = torch.linalg.cholesky_ex(H + torch.diag_embed(extra))
         if not failed.any():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed.any():
                 return order, upper.float()
-    raise Refusal(
-        f"GPTQ_DAMPING={damping}: a second moment is not positive definite at {damping * 1e5:g}; "
-        "the activations hold NaN or infinity")
+    raise Refusal(f"GPTQ_DAMPING={damping}: a second moment is not positive definite at "
+                  f"{damping * 1e5:g}; the activations hold NaN or infinity")
 
 
-def nearest_codes(x: Tensor, top: int, states: int, weight: Tensor) -> Tensor:
-    """Targets (L, rows) in steps -> codes: along the trellis of so many states, or each to its
-    nearest. `weight` (L, rows) is the squared step of each row: what counts is the error of the
-    weights, not that of the codes.
-
-    A trellis has half the step and no largest code; the coder escapes rare large ones.
-    """
-    return trellis_codes(x, states, weight).float() if states else x.round().clamp_(-top, top)
-
-
-def gptq(w: Tensor,
-         factor: Factor,
-         grid: Grid,
-         top: int = 32_760,
-         states: int = 0,
+def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int = 0,
          block: int = 128) -> Coded:
     """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
-    rounded.
+    rounded; codes are at most `top`, or on a trellis of so many states.
 
     arXiv 2210.17323: with e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes
     w_k - e_j U_jk, and the error of the outputs grows by |e_j|^2. Within a block errors move at
     once, beyond it by one product. All rows of a column share the factor 1 / U_jj^2, so one trellis
-    search takes the whole column, errors weighed by the squared steps of their rows.
-    """
+    search takes the whole column, errors weighed by the squared steps of their rows."""
     order, upper = factor
     # from here to the last line columns stand in the factor's order, not in the bank's
     wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
@@ -4021,14 +3983,16 @@ def gptq(w: Tensor,
     work, codes = w.gather(2, columns), torch.empty_like(w)
     for lo in range(0, w.size(2), block):
         hi = min(lo + block, w.size(2))
-        part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
-        for j in range(hi - lo):
-            scale = high * wide[:, lo + j, None]
-            q = nearest_codes(part[:, :, j] / scale, top, states, high.square())
-            codes[:, :, lo + j] = q
-            error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
-            errors[:, :, j] = error
-            part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
+        errors = torch.empty_like(work[:, :, lo:hi])
+        for j in range(lo, hi):
+            scale = high * wide[:, j, None]
+            x = work[:, :, j] / scale
+            # a trellis has no largest code: the coder escapes rare large ones
+            q = (trellis_codes(x, states, high.square()).float() if states else
+                 x.round().clamp_(-top, top))
+            error = (work[:, :, j] - q * scale) / upper[:, j, j, None]
+            codes[:, :, j], errors[:, :, j - lo] = q, error
+            work[:, :, j + 1:hi] -= error[..., None] * upper[:, None, j, j + 1:hi]
         work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
     return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), grid)
 
@@ -4056,15 +4020,14 @@ def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
                      (h.row_step_power, h.column_step_power))
     order, upper = factors[role.tap]
     column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
-    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
-    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows, searches(h, role))
-    return grid._replace(
-        column=torch.empty_like(column).scatter_(1, order, column).to(torch.int8))
+    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127).to(torch.int8)
+    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows,
+                        h.clip_search and role.optim == "muon")
+    return grid._replace(column=torch.empty_like(column).scatter_(1, order, column))
 
 
 @torch.no_grad()
-def quantise(model: GPT,
-             factors: Mapping[str, Factor],
+def quantise(model: GPT, factors: Mapping[str, Factor],
              stretch: Mapping[str, Tensor] = {}) -> dict[str, Coded | Tensor]:
     """Every bank as it will be stored, in the order of the table: codes with steps, or fp16. Steps
     are 2^stretch (L,) times those of `searched_grid`."""
@@ -4072,8 +4035,6 @@ def quantise(model: GPT,
     for name, role in roles(h).items():
         if role.bits == 16:
             stored[name] = model.bank[name].detach().half()
-        elif not role.bits:
-            continue
         elif role.tap:
             grid = searched_grid(model, name, factors)
             # On a trellis half the step costs the same bits, because parity is free. Searched
@@ -4082,9 +4043,9 @@ def quantise(model: GPT,
             top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
             stored[name] = gptq(bank_of(model, name), factors[role.tap],
                                 grid._replace(scale=scale), top, h.trellis_states)
-        else:
+        elif role.bits:
             stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas,
-                                      searches(h, role))
+                                      h.clip_search and role.optim == "muon")
     return stored
 
 
@@ -4126,12 +4087,14 @@ def step_damage(model: GPT, world: World, loader: Loader,
     plan, ids = depth_plan(h, looped=True), damage_text(h, loader)
     world.share_tensors([ids])
     truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
-    for name in (n for n, role in roles(h).items() if role.tap):
-        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
+    for name, role in roles(h).items():
+        if not role.tap:
+            continue
         # `bank` shares the model's memory: each layer is spoilt in place, judged and put back
+        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
         exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
-        rough = gptq(bank, factors[roles(h)[name].tap],
-                     grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
+        coarse = grid._replace(scale=DAMAGE_STRETCH * grid.scale)
+        rough = gptq(bank, factors[role.tap], coarse).decode()
         for i in range(len(bank)):
             turn += 1
             if turn % world.size == world.rank:
@@ -4143,10 +4106,9 @@ def step_damage(model: GPT, world: World, loader: Loader,
 
 def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
     """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
-    of `truth` with `embed`.
+    of `truth` with `embed`, a copy of the exact table: the model's own may be rounded by now.
 
-    `embed` is a copy of the exact table, since the one in the model may be rounded by now, at both
-    ends of it. By 2048 tokens at a time: logits (T, V) are fp32 and come twice."""
+    By 2048 tokens at a time: logits (T, V) are fp32 and come twice."""
     total, now = 0.0, model.bank["embed"].to(model.dtype)
     for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
         p, q = (model.head.logits(states, table).log_softmax(-1)
@@ -4215,15 +4177,15 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
         return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
                    for n, o in base.items())
 
+    fits = lambda shift: ratio * expected(shift) + fixed <= room - slack
     # `low` is too fine and `high` fits once tried, so only steps between them are left.
     while high > low + 1e-3 * (high in tried):
-        finer, shift = low, high
-        for _ in range(24):
-            middle = (finer + shift) / 2
-            over = ratio * expected(middle) + fixed > room - slack
-            finer, shift = (middle, shift) if over else (finer, middle)
         if len(tried) > 3:    # the estimate misleads: are the coarsest steps enough? then halve
             shift = (low + high) / 2 if high in tried else high
+        else:    # the finest of 2^24 shifts that is expected to fit
+            width = (high - low) / 2**24
+            shift = low + width * bisect.bisect_left(range(2**24), True, 1,
+                                                    key=lambda i: fits(low + width * i))
         stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
         tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
         if 0 <= room - len(blob) <= 2 * slack:
@@ -4234,7 +4196,7 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
         ratio = (len(blob) - fixed) / expected(shift)
     free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
     # least room left among those that fit; where none does, least over
-    best = min(free, key=lambda shift: free[shift] if free[shift] >= 0 else 1e12 - free[shift])
+    best = min(free, key=lambda shift: (free[shift] < 0, abs(free[shift])))
     log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
         "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
     return tried[best]
@@ -4249,33 +4211,29 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
     model's predictions by `steps` of Adam, DAMAGE_TOKENS of training text each; codes stay, and
     the model is as before. After arXiv 1906.04721, with gradients.
 
-    Gradients reach the matrices too but are not asked for: only `plain` banks move, each text is
-    used once, and the rates are relative to a bank's size because gains and gates differ in it."""
-    h, plan = model.h, depth_plan(model.h, looped=True)
-    texts = [damage_text(h, loader) for _ in range(steps)]
+    Each text is used once. Rates are relative to a bank's size, in which gains and gates differ."""
+    plan, texts = depth_plan(model.h, looped=True), [
+        damage_text(model.h, loader) for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
     plain = [model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)]
     # the exact model speaks first; then the rounded weights take its place in the banks
     with torch.no_grad():
         truths = [model.hidden(ids, plan) for ids in texts]
-    embed = model.bank["embed"].detach().to(model.dtype, copy=True)
+    embed = exact["embed"].to(model.dtype)
     load_stored(model, stored)
-    rates = [BIAS_RATE * max(0.05, float(w.detach().abs().mean())) for w in plain]
-    adam = torch.optim.Adam([dict(params=[w], lr=lr) for w, lr in zip(plain, rates)],
-                            betas=(0.9, 0.98), eps=1e-12)
-    for step, (ids, truth) in enumerate(zip(texts, truths)):
-        for group, lr in zip(adam.param_groups, rates):
-            group["lr"] = lr * (1 - step / steps)
-        loss = divergence(model, truth, embed, model.hidden(ids, plan))
-        for w, gradient in zip(plain, torch.autograd.grad(loss, plain, allow_unused=True)):
-            w.grad = gradient
+    adam = torch.optim.Adam(
+        [dict(params=[w], lr=BIAS_RATE * max(0.05, float(w.detach().abs().mean()))) for w in plain],
+        betas=(0.9, 0.98), eps=1e-12)
+    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    for ids, truth in zip(texts, truths):
+        adam.zero_grad()
+        divergence(model, truth, embed, model.hidden(ids, plan)).backward(inputs=plain)
         adam.step()
+        decay.step()
     found = {n: value if isinstance(value, Coded) else model.bank[n].detach().half()
              for n, value in stored.items()}
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for n, w in model.bank.items():
-            w.copy_(exact[n])
+    model.zero_grad()
+    load_stored(model, exact)
     return found
 
 
@@ -4283,18 +4241,19 @@ def fit_corrected(t: Trainer, factors: Mapping[str, Factor], damage: Mapping[str
                   code: int, log: Log) -> tuple[bytes, dict[str, int]]:
     """What `fit_budget` gives, after BIAS_CORRECTION_STEPS; nothing on ranks other than 0. The
     steps read training text, so the search runs inside the clock too. The uncorrected artifact is
-    kept where the other is over the budget: their lengths differ by some dozen bytes, 0.02% are
-    kept for them."""
-    model, steps = t.model, t.model.h.bias_correction_steps
+    kept where the other is over the budget, of which 0.02% are kept for fp16 banks that compress
+    less well."""
     if not t.world.main:
         return b"", {}
-    spare = model.h.budget_bytes // 5000    # for fp16 banks that compress less well
-    blob, ledger = fit_budget(model, factors, damage, code + spare, log)
-    corrected = pack(model.h, correct_biases(model, t.loader, unpack(blob)[1], steps))
-    fits = len(corrected[0]) <= max(len(blob), model.h.budget_bytes - code)
-    log(f"bias_correction:{steps} steps, artifact {len(blob)} -> {len(corrected[0])} bytes" +
+    model, steps = t.model, t.model.h.bias_correction_steps
+    spare = model.h.budget_bytes // 5000
+    plain = fit_budget(model, factors, damage, code + spare, log)
+    found = pack(model.h, correct_biases(model, t.loader, unpack(plain[0])[1], steps))
+    sizes = len(plain[0]), len(found[0])
+    fits = sizes[1] <= max(sizes[0], model.h.budget_bytes - code)
+    log(f"bias_correction:{steps} steps, artifact {sizes[0]} -> {sizes[1]} bytes" +
         " over the budget: not used" * (not fits))
-    return corrected if fits else (blob, ledger)
+    return found if fits else plain
 
 
 # ==================================================================================================
