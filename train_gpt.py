@@ -304,7 +304,7 @@ class Hyperparameters:
         0.5, "step of a column ~ its entry in GPTQ's factor to this power; 0 where uniform",
         natural)
     compressor: str = mechanism("rans", "coder of the codes; auto: whichever is shortest",
-                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib", "lrzip"))
+                           among("auto", "rans", "brotli", "zstd", "lzma", "zlib"))
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
@@ -4280,99 +4280,66 @@ MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_hea
                "asym_logit_rescale", "gptq_roles")
 
 
-class Coder(NamedTuple):
-    """One general-purpose compressor: its letter in the stream, and how to write and read bytes."""
-
-    letter: bytes
-    encode: Callable[[bytes, bool], bytes]    # (raw, quick) -> coded; quick is for rehearsals
-    decode: Callable[[bytes, int], bytes]    # (coded, most bytes of output) -> raw
-
-
 # Raw: no container, no checksum of its own. No context bits: the bytes are numbers, not text.
-LZMA_RAW = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+LZMA_RAW = dict(format=lzma.FORMAT_RAW, filters=[
+    dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)])
 
 
-def coders() -> dict[str, Coder]:
-    """The compressors that this installation offers, by COMPRESSOR name.
+def coders() -> dict[str, tuple[bytes, Callable, Callable]]:
+    """The compressors that this installation offers: COMPRESSOR name -> (letter in the stream,
+    encode(raw, quick), decode(coded, limit)).
 
-    Each decoder is told the most that may come out, lest a hostile stream fills the memory."""
-    found = dict(lzma=Coder(
-        b"l", lambda raw, quick: lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_RAW),
-        lambda coded, limit: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_RAW).decompress(
-            coded, limit)))
-    if zstandard:
-        found["zstd"] = Coder(
-            b"z", lambda raw, quick: zstandard.ZstdCompressor(level=3
-                                                              if quick else 22).compress(raw),
-            lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit))
-    found["zlib"] = Coder(b"d", lambda raw, quick: zlib.compress(raw, 9), inflate)
-    if brotli:
-        found["brotli"] = Coder(
-            b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
-            lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
-    if lrzip_coder and shutil.which("lrzip"):
-        found["lrzip"] = lrzip_coder
-    return found
-
-
-lrzip_coder: Coder | None = None
-
-
-# >>> not packed (for comparisons: the script of a submission starts no other program)
-def lrzip(raw: bytes, option: str) -> bytes:
-    """What the program lrzip makes of the bytes; raises where it fails."""
-    return subprocess.run(["lrzip", option], input=raw, capture_output=True, check=True).stdout
-
-
-def expand_lrzip(coded: bytes, limit: int) -> bytes:
-    """The inverse, unless its header announces more than `limit` bytes (ValueError)."""
-    if (size := int.from_bytes(coded[6:14], "little")) > limit:
-        raise ValueError(f"it announces {size} bytes")
-    return lrzip(coded, "-dq")
-
-
-lrzip_coder = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
-# <<< not packed
+    `quick` is for rehearsals. `limit` is the most that may come out, lest a hostile stream fills
+    the memory."""
+    known = dict(
+        lzma=(b"l", lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
+              lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)),
+        zstd=(b"z",
+              lambda raw, quick: zstandard.ZstdCompressor(level=3 if quick else 22).compress(raw),
+              lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit)),
+        zlib=(b"d", lambda raw, quick: zlib.compress(raw, 9), inflate),
+        brotli=(b"b",
+                lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
+                lambda coded, limit: brotli.Decompressor().process(
+                    coded, output_buffer_limit=limit)))
+    missing = {name for name, module in (("zstd", zstandard), ("brotli", brotli)) if not module}
+    return {name: coder for name, coder in known.items() if name not in missing}
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
     """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
     the shortest."""
     known = coders()
-    known.pop("lrzip" if compressor == "any" else "", None)    # a program for each small stream
     chosen = [known[compressor]] if compressor in known else known.values()
-    return min((c.letter + c.encode(raw, quick) for c in chosen), key=len)
+    return min((letter + encode(raw, quick) for letter, encode, _ in chosen), key=len)
 
 
 def expand(coded: bytes, size: int) -> bytes:
     """The `size` bytes that `squeeze` was given; raises `Refusal` for anything else."""
-    for name, coder in coders().items():
-        if coded[:1] == coder.letter:
-            try:
-                # one byte more than is due, so that a stream which is too long shows
-                raw = coder.decode(coded[1:], size + 1)
-            # each library has its own error types; all mean a damaged stream
-            except Exception as error:
-                raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
-            if len(raw) != size:
-                raise Refusal(
-                    f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
-            return raw
-    raise Refusal(
-        f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is not installed "
-        f"(here: {', '.join(coders())})")
+    known = {letter: (name, decode) for name, (letter, _, decode) in coders().items()}
+    if coded[:1] not in known:
+        raise Refusal(f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is "
+                      f"not installed (here: {', '.join(coders())})")
+    name, decode = known[coded[:1]]
+    try:
+        # one byte more than is due, so that a stream which is too long shows
+        raw = decode(coded[1:], size + 1)
+    # each library has its own error types; all mean a damaged stream
+    except Exception as error:
+        raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
+    if len(raw) != size:
+        raise Refusal(f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
+    return raw
 
 
 def shuffled(numbers: np.ndarray) -> bytes:
     """16-bit numbers as all low bytes, then all high bytes: those compress better apart."""
-    flat = np.ascontiguousarray(numbers).reshape(-1)
-    return np.ascontiguousarray(flat.view(np.uint8).reshape(-1, 2).T).tobytes()
+    return numbers.ravel().view(np.uint8).reshape(-1, 2).T.tobytes()
 
 
 def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
-    """The inverse of `shuffled`."""
-    planes = np.frombuffer(raw, np.uint8).reshape(2, -1)
-    return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
+    """The inverse of `shuffled`, flat."""
+    return np.frombuffer(raw, np.uint8).reshape(2, -1).T.flatten().view(dtype)
 
 
 # A code is Gaussian given the scale of its column, and no other context was worth 0.02%. So each
@@ -4380,11 +4347,11 @@ def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
 # learned backwards and costs no side information. Decoding uses integers alone, so that every
 # platform reads the same numbers: one symbol read otherwise would change all that follow. Floats
 # choose only what the stream then states (trust, mix, tables).
-# The coder is rANS (arXiv 1311.2540): a state x is a whole number. A symbol with `f` of the 2^15
-# slots, from `start` on, turns x into x // f * 2^15 + start + x % f, which adds 15 - log2 f bits,
-# its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start. What outgrows 32
-# bits leaves in words of 16. A state reads back in the reverse order of writing, hence the
-# backward loops of the encoder. One state per column makes a row of codes a few numpy operations.
+# The coder is rANS (arXiv 1311.2540, 1402.3392): a state x is a whole number. A symbol with `f` of
+# the 2^15 slots, from `start` on, turns x into x // f * 2^15 + start + x % f, which adds
+# 15 - log2 f bits, its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start.
+# What outgrows 32 bits leaves in words of 16. A state reads back in the reverse order of writing,
+# hence the backward loops of the encoder. One state per column makes a row a few numpy operations.
 RANS_LANES = 512        # lanes, one per column of a strip, run through all tensors as one chain
 RANS_BITS = 15          # probabilities are multiples of 2^-15
 RANS_FLOOR = 1 << 16    # a lane's 32-bit state stays at or above this by taking in 16-bit words
@@ -4400,8 +4367,8 @@ class ColumnModel(NamedTuple):
     `mean` is the mean |symbol| of the tensor, in units of 1 / SCALE_ONE like all scales. The prior
     of a column counts as 2^`trust` rows and takes `mix` quarters from the same column of the layer
     before. `tables` (K, top + 1) uint8 hold the rung of the weight of each |symbol|, the first
-    table for the rung `lowest` of the scale.
-    """
+    table for the rung `lowest` of the scale."""
+
     mean: int
     trust: int
     mix: int
@@ -4415,7 +4382,7 @@ class ColumnModel(NamedTuple):
 
 
 def rung(value: np.ndarray) -> np.ndarray:
-    """Index of the largest of RUNGS (0 to 7, then 8 an octave) that is not above `value`."""
+    """Index of the largest of RUNGS that is not above `value`."""
     return np.searchsorted(RUNGS, value, "right") - 1
 
 
@@ -4433,14 +4400,11 @@ def stretches(rows: int) -> np.ndarray:
     return np.diff(refreshes(rows), append=rows)
 
 
-def prior_scale(previous: np.ndarray, mean: int, mix: int) -> np.ndarray:
-    """Scale expected of a column before its first row, from its scale in the previous layer."""
-    return (mix * previous + (4 - mix) * mean) >> 2
-
-
-def running_scale(total: np.ndarray, row, prior: np.ndarray, trust: int) -> np.ndarray:
+def running_scale(total: np.ndarray, row, previous: np.ndarray, mean: int, trust: int,
+                  mix: int) -> np.ndarray:
     """Scale of columns whose first `row` symbols add up to `total` in size: the mean of these and
-    of 2^trust imagined rows that have the size of the prior."""
+    of 2^trust imagined rows of the size that `previous`, the layer before, and `mean` suggest."""
+    prior = (mix * previous + (4 - mix) * mean) >> 2
     return (total * SCALE_ONE + (prior << trust)) // (row + (1 << trust))
 
 
@@ -4451,7 +4415,7 @@ def column_scales(sizes: np.ndarray, mean: int, trust: int, mix: int) -> np.ndar
     after = sums.cumsum(1)
     reached = after[:, -1:] * SCALE_ONE // sizes.shape[1]
     previous = np.concatenate([np.full_like(reached[:1], mean), reached[:-1]])
-    return running_scale(after - sums, starts[:, None], prior_scale(previous, mean, mix), trust)
+    return running_scale(after - sums, starts[:, None], previous, mean, trust, mix)
 
 
 def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
@@ -4504,8 +4468,7 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
 
     P = 2 with a trellis: then table p holds only symbols of parity p. Each symbol of a table gets
     one slot and its share of the rest; the most frequent takes what division leaves over, so that
-    both sides fill 2^RANS_BITS slots exactly.
-    """
+    both sides fill 2^RANS_BITS slots exactly."""
     top = tables.shape[1] - 1
     symbol = np.arange(-top, top + 1)
     parity = np.array([[0], [1]]) if states else symbol & 1
@@ -4513,10 +4476,8 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
     weight[~weight.any(2), top] = 1             # a table that nothing uses must still be one
     spare = (1 << RANS_BITS) - np.count_nonzero(weight, axis=2)[..., None]
     share = (weight > 0) + weight * spare // weight.sum(2, keepdims=True)
-    most = share.argmax(2)[..., None]
-    rest = (1 << RANS_BITS) - share.sum(2, keepdims=True)
-    np.put_along_axis(share, most, np.take_along_axis(share, most, 2) + rest, 2)
-    return share
+    most = symbol + top == share.argmax(2)[..., None]
+    return share + most * ((1 << RANS_BITS) - share.sum(2, keepdims=True))
 
 
 def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -4537,8 +4498,7 @@ def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
     used, excess = np.split(excess, [np.count_nonzero(large)])
     if len(used) < np.count_nonzero(large):
         raise ValueError("coded weights: an escaped code has no excess, the stream is damaged")
-    grown = symbols[large] + 4 * used.astype(np.int32) * np.sign(symbols[large])
-    symbols[large] = grown.astype(np.int16)
+    symbols[large] += (4 * used.astype(np.int32) * np.sign(symbols[large])).astype(np.int16)
     return excess
 
 
@@ -4556,34 +4516,29 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
 
 
 def strips(columns: int) -> list[slice]:
-    """The columns that run side by side, at most RANS_LANES at once. A lane costs 4 bytes
-    of final state, once for all tensors."""
-    lefts = range(0, columns, RANS_LANES)
-    return [slice(left, min(left + RANS_LANES, columns)) for left in lefts]
+    """The columns that run side by side, at most RANS_LANES at once. A lane costs 4 bytes of final
+    state, once for all tensors."""
+    return [slice(left, left + RANS_LANES) for left in range(0, columns, RANS_LANES)]
 
 
 def push_rows(lanes: np.ndarray, frequency: np.ndarray, start: np.ndarray, words: list) -> None:
     """Code rows (R, lanes) of uint32 frequencies and starts, last row first, giving off words.
 
-    A state x becomes x // f * 2^RANS_BITS + x % f + start (rANS, arXiv 1311.2540 and 1402.3392).
-    A state of f * 2^(32 - RANS_BITS) or more would not fit into 32 bits after that, so its low half
-    leaves first; the decoder takes it back when it finds a state below RANS_FLOOR.
-    """
+    A state of f * 2^(32 - RANS_BITS) or more would not fit into 32 bits after the symbol, so its
+    low half leaves first; the decoder takes it back when it finds a state below RANS_FLOOR."""
     for share, begin in zip(frequency[::-1], start[::-1]):
         full = (lanes >> (32 - RANS_BITS) >= share).nonzero()[0]
-        words.append(lanes[full].astype(np.uint16))         # the low half
+        words.append(lanes[full].astype(np.uint16))
         lanes[full] >>= 16
         lanes += lanes // share * ((1 << RANS_BITS) - share) + begin
 
 
-def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
-    """Code int16 tensors (L, R, C), on a trellis of `trellis` states (0: none).
+def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
+    """Code int16 tensors (L, R, C), on a trellis of so many states (0: none).
 
     The state is 0 at the top of each column and gives each code's parity, which costs nothing then.
     Layout: two uint32 lengths, zlib of the models, zlib of the excesses, the lanes' final states in
-    uint32, the words in uint16. Raises ValueError for codes that leave the trellis.
-    """
-    states = trellis
+    uint32, the words in uint16. Raises ValueError for codes that leave the trellis."""
     folded = [fold(codes) for codes in tensors if codes.size]
     width = min(RANS_LANES, max((symbols.shape[2] for symbols, _ in folded), default=0))
     lanes, words, models = np.full(width, RANS_FLOOR, np.uint32), [np.zeros(0, np.uint16)], []
@@ -4593,15 +4548,13 @@ def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
             check_trellis(symbols, states)
         model, used, _ = fit_columns(symbols)
         models.append(model.pack())
-        share = frequencies(model.tables, states)
-        (parities, letters), lengths = share.shape[1:], stretches(symbols.shape[1])
-        start = (share.cumsum(2) - share).ravel().astype(np.uint32)
-        share = share.ravel().astype(np.uint32)
+        share = frequencies(model.tables, states).astype(np.uint32)
+        start, lengths = share.cumsum(2, np.uint32) - share, stretches(symbols.shape[1])
         for strip in reversed(strips(symbols.shape[2])):
             for layer, table in zip(symbols[::-1, :, strip], used[::-1, :, strip]):
-                # where a symbol's frequency lies: its table, its parity there, its place in that
-                cell = (table * (parities * letters) + letters // 2).repeat(lengths, 0) + layer
-                cell += (layer & (parities - 1)) * letters
+                # a symbol's table, its parity there, and its place in that
+                cell = (table.repeat(lengths, 0), layer & (share.shape[1] - 1),
+                        layer + share.shape[2] // 2)
                 push_rows(lanes[:layer.shape[1]], share[cell], start[cell], words)
     side = zlib.compress(b"".join(reversed(models)), 9)
     excess = zlib.compress(b"".join(excess.tobytes() for _, excess in folded), 9)
@@ -4610,11 +4563,11 @@ def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
                      np.concatenate(words[::-1]).astype("<u2").tobytes()])
 
 
-def code_bits(tensors: list[np.ndarray], trellis: int = 0) -> np.ndarray:
+def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
     """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding.
 
     Of a symbol's two tables the one of its own parity alone has slots for it, hence the maximum."""
-    states, bits = trellis, np.zeros(len(tensors))
+    bits = np.zeros(len(tensors))
     for index, codes in enumerate(tensors):
         if codes.size:
             symbols, excess = fold(codes)
@@ -4625,19 +4578,20 @@ def code_bits(tensors: list[np.ndarray], trellis: int = 0) -> np.ndarray:
     return bits
 
 
+@dataclass
 class LaneReader:
-    """The lanes of a decoder: their states, the words to come, and the place reached in them."""
+    """The lanes of a decoder: their states (lanes,) uint32, first those that the encoder ended
+    with, the words to come, uint16, and the place reached in them."""
 
-    def __init__(self, states: np.ndarray, words: np.ndarray):
-        """Start from the encoder's final states (lanes,) uint32 and its words, uint16."""
-        self.states, self.words, self.at = states, words, 0
+    states: np.ndarray
+    words: np.ndarray
+    at: int = 0
 
     def pull(self, table: np.ndarray, cells: np.ndarray) -> np.ndarray:
         """Slots that the first lanes read, each from the 2^RANS_BITS `cells` at its `table`.
 
         A cell is frequency << 16 | (slot - start); raises ValueError when the words run out. The
-        uint32 never overflows: f * (x >> 15) + slot - start is below f * 2^17, f at most 2^15.
-        """
+        uint32 never overflows: f * (x >> 15) + slot - start is below f * 2^17, f at most 2^15."""
         lanes = self.states[:len(table)]
         slot = table + (lanes & ((1 << RANS_BITS) - 1))
         cell = cells.take(slot)
@@ -4659,24 +4613,18 @@ def decode_layer(reader: LaneReader, out: np.ndarray, model: ColumnModel, previo
 
     `previous` are those of the layer before; `lookup` holds a cell and a symbol for every slot.
     All that chooses a table is an integer known to both sides: sums of the rows so far, and with a
-    trellis the state, whose parity halves the symbols that can come.
-    """
+    trellis the state, whose parity halves the symbols that can come."""
     (cells, letters), starts = lookup, refreshes(len(out)).tolist()
     total, state = np.zeros((2, out.shape[1]), np.int64)
     follow = trellis_next(states).repeat(2, 1).ravel() if states else None
-    prior = prior_scale(previous, model.mean, model.mix)
     for first, last in zip(starts, [*starts[1:], len(out)]):
-        scale = rung(running_scale(total, first, prior, model.trust))
-        table = (scale - model.lowest).clip(0, len(model.tables) - 1) << RANS_BITS
-        if states:
-            table <<= 1
+        scale = rung(running_scale(total, first, previous, model.mean, model.trust, model.mix))
+        table = (scale - model.lowest).clip(0, len(model.tables) - 1) << RANS_BITS + (states > 0)
         for row in range(first, last):
+            slot = reader.pull(table + ((state & 1) << RANS_BITS) if states else table, cells)
+            out[row] = symbol = letters.take(slot)
             if states:
-                slot = reader.pull(table + ((state & 1) << RANS_BITS), cells)
-                out[row] = symbol = letters.take(slot)
                 state = follow.take(state << 2 | symbol & 3)
-            else:
-                out[row] = letters.take(reader.pull(table, cells))
         total += np.abs(out[first:last]).sum(0, dtype=np.int64)
     return total * SCALE_ONE // len(out)
 
@@ -4688,8 +4636,7 @@ def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, sta
     top, share = share.shape[2] // 2, share.ravel()
     place = np.arange(share.sum()) - (share.cumsum() - share).repeat(share)
     cells = ((share << 16).repeat(share) | place).astype(np.uint32)
-    letters = np.arange(-top, top + 1, dtype=np.int8)
-    letters = np.tile(letters, len(share) // len(letters)).repeat(share)
+    letters = np.resize(np.arange(-top, top + 1, dtype=np.int8), len(share)).repeat(share)
     for strip in strips(codes.shape[2]):
         scale = np.int64(model.mean)
         for layer in codes[:, :, strip]:
@@ -4729,17 +4676,16 @@ def inflate(packed: bytes, limit: int) -> bytes:
 
 
 def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
-                 trellis: int = 0) -> list[np.ndarray]:
+                 states: int = 0) -> list[np.ndarray]:
     """The tensors (L, R, C) int16 given to `encode_codes`; raises ValueError for a damaged blob."""
-    states = trellis
     tensors = [np.zeros(shape, np.int16) for shape in shapes]
     filled = [codes for codes in tensors if codes.size]
     width = min(RANS_LANES, max((codes.shape[2] for codes in filled), default=0))
-    sizes = struct.unpack_from("<II", blob) if len(blob) >= 8 else (0, 0)
-    ends = np.cumsum([8, *sizes, 4 * width]).tolist()
-    if len(blob) < ends[-1] or (len(blob) - ends[-1]) % 2:
+    sizes = *struct.unpack("<II", blob[:8].ljust(8, b"\0")), 4 * width
+    left = len(blob) - 8 - sum(sizes)
+    if left < 0 or left % 2:
         raise ValueError(f"coded weights: {len(blob)} bytes do not match the parts they announce")
-    side, excess, lanes, words = (blob[a:b] for a, b in zip(ends, [*ends[1:], len(blob)]))
+    side, excess, lanes, words = map(io.BytesIO(blob[8:]).read, (*sizes, left))
     models = read_models(inflate(side, 1 << 16 << len(filled).bit_length()), len(filled))
     excess = np.frombuffer(inflate(excess, 2 * sum(codes.size for codes in filled)), "<u2")
     reader = LaneReader(np.frombuffer(lanes, "<u4").astype(np.uint32), np.frombuffer(words, "<u2"))
@@ -4756,9 +4702,13 @@ def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
 def coded_roles(h: Hyperparameters) -> dict[str, tuple[int, int, int]]:
     """(L | 1, rows, cols) of each bank that is stored as codes; those on the trellis come first. A
     bank that no tap feeds was rounded weight by weight and knows no parity."""
-    table = {n: r for n, r in roles(h).items() if 0 < r.bits < 16}
-    ordered = sorted(table.items(), key=lambda item: not item[1].tap)
-    return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered}
+    ordered = sorted(roles(h).items(), key=lambda item: not item[1].tap)
+    return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered if 0 < r.bits < 16}
+
+
+def tapped(h: Hyperparameters) -> list[str]:
+    """Names of the banks on the trellis, the first of `coded_roles`."""
+    return [n for n in coded_roles(h) if roles(h)[n].tap]
 
 
 def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
@@ -4770,34 +4720,28 @@ def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
     if coder != "rans":
         turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
         return [squeeze(shuffled(c), coder, quick) for c in turned]
-    on = [codes[n] for n in codes if roles(h)[n].tap]
-    off = [codes[n] for n in codes if not roles(h)[n].tap]
-    return [encode_codes(on, h.trellis_states), encode_codes(off)]
+    banks, on = [*codes.values()], len(tapped(h))
+    return [encode_codes(banks[:on], h.trellis_states), encode_codes(banks[on:])]
 
 
 def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> list[np.ndarray]:
     """int16 codes (L, rows, cols) in the order of `coded_roles`; the inverse of `pack_codes`."""
-    shapes = coded_roles(h)
-    if coder == "rans":
-        on = [shape for n, shape in shapes.items() if roles(h)[n].tap]
-        try:
-            return decode_codes(streams[0], on, h.trellis_states) + decode_codes(
-                streams[1],
-                list(shapes.values())[len(on):])
-        except ValueError as error:
-            raise Refusal(f"artifact: {error}") from None
-    return [
-        unshuffled(expand(s, 2 * math.prod(shape)), np.int16).reshape(
-            shape[0], shape[2], shape[1]).swapaxes(1, 2) - 128
-        for s, shape in zip(streams, shapes.values())
-    ]
+    shapes, on = [*coded_roles(h).values()], len(tapped(h))
+    if coder != "rans":
+        return [unshuffled(expand(s, 2 * L * R * C), np.int16).reshape(L, C, R).swapaxes(1, 2) - 128
+                for s, (L, R, C) in zip(streams, shapes)]
+    try:
+        return (decode_codes(streams[0], shapes[:on], h.trellis_states) +
+                decode_codes(streams[1], shapes[on:]))
+    except ValueError as error:
+        raise Refusal(f"artifact: {error}") from None
 
 
 def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
     tap feeds share their columns, without a tap all columns are alike."""
     shapes = coded_roles(h)
-    firsts = {roles(h)[n].tap: n for n in reversed(shapes) if roles(h)[n].tap}.values()
+    firsts = {roles(h)[n].tap: n for n in reversed(tapped(h))}.values()
     return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
             *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
             *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
@@ -4811,83 +4755,68 @@ def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
     for (name, part, kind, shape), size in zip(parts, sizes):
         values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
         found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
-    return {n: Grid(found["scale", n], found["row", n], found["column", tap] if
-                    (tap := roles(h)[n].tap) else torch.zeros(shape[::2], dtype=torch.int8))
-            for n, shape in coded_roles(h).items()}
+    even = {n: torch.zeros(shape[::2], dtype=torch.int8) for n, shape in coded_roles(h).items()}
+    return {n: Grid(found["scale", n], found["row", n],
+                    found.get(("column", roles(h)[n].tap), even[n])) for n in even}
 
 
-def pack(h: Hyperparameters,
-         stored: Mapping[str, Coded | Tensor],
+def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor],
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
     """(artifact, bytes by part). `unpack` gives back exactly `stored`.
 
-    The bytes by part add up to the artifact; `fit_budget` reads from them what is not codes.
-    """
+    The bytes by part add up to the artifact; `fit_budget` reads from them what is not codes."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
     tried = ["rans", "any"] if h.compressor == "auto" else [h.compressor]
     coder, streams = min(((c, pack_codes(h, codes, c, quick)) for c in tried),
                          key=lambda choice: sum(map(len, choice[1])))
-    halves = lambda tensors: squeeze(
-        shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors])), "any", quick)
-    streams.append(squeeze(b"".join(
-        getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
-        for n, part, kind, _ in grid_parts(h)), "any", quick))
-    streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
+    steps = b"".join(getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
+                     for n, part, kind, _ in grid_parts(h))
+    plain = [v.cpu().numpy().ravel() for v in stored.values() if not isinstance(v, Coded)]
+    streams += [squeeze(raw, "any", quick) for raw in (steps, shuffled(np.concatenate(plain)))]
     # every knob that was turned, not only the model's: `eval` then scores as the run did
-    header = lzma.compress(
-        json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
-                        coder=coder, streams=[len(s) for s in streams]),
-                   separators=(",", ":")).encode(), lzma.FORMAT_ALONE)
+    knobs, sizes = h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS}, [*map(len, streams)]
+    told = json.dumps(dict(knobs=knobs, coder=coder, streams=sizes), separators=(",", ":"))
+    header = lzma.compress(told.encode(), lzma.FORMAT_ALONE)
     body = MAGIC + struct.pack("<I", len(header)) + header + b"".join(streams)
     if coder == "rans":    # one chain of lanes runs through all banks: shares are its own estimate
-        on = [n for n in codes if roles(h)[n].tap]
+        on = tapped(h)
         bits = code_bits([codes[n] for n in on], h.trellis_states)
         ledger = dict(zip(on, (bits / 8).round().astype(int).tolist()))
-        ledger["chain"] = len(streams[0]) - sum(ledger.values())
-        ledger["gates"] = len(streams[1])
+        ledger |= dict(chain=sizes[0] - sum(ledger.values()), gates=sizes[1])
     else:
-        ledger = dict(zip(codes, map(len, streams)))
-    ledger |= dict(steps=len(streams[-2]), fp16=len(streams[-1]),
-                   header=len(body) - sum(map(len, streams)) + CHECKSUM_BYTES)
+        ledger = dict(zip(codes, sizes))
+    ledger |= dict(steps=sizes[-2], fp16=sizes[-1], header=len(body) - sum(sizes) + CHECKSUM_BYTES)
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
 
 
 def unpack(blob: bytes,
            place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
     """(the run's knobs, stored banks) of an artifact. Checks the sum before anything is decoded,
-    sizes before memory is taken.
+    sizes before memory is taken; raises `Refusal` for whatever is wrong with it.
 
-    Raises `Refusal` for whatever is wrong with it. The checksum tells damage, not malice: who makes
-    a file can make its sum, so every length is still checked against what the knobs ask for.
-    """
+    The checksum tells damage, not malice: who makes a file can make its sum, so every length is
+    still checked against what the knobs ask for."""
     h, coder, lengths, first = read_header(blob, place)
     shapes = coded_roles(h)
-    if len(lengths) != (2 if coder == "rans" else len(shapes)) + 2 or (
+    if (len(lengths) != (2 if coder == "rans" else len(shapes)) + 2 or
             first + sum(lengths) + CHECKSUM_BYTES != len(blob)):
         raise Refusal(f"{place}: the lengths of its streams do not add up to its {len(blob)} bytes")
-    ends = np.cumsum([first, *lengths]).tolist()
-    streams = [blob[a:b] for a, b in zip(ends, ends[1:])]
-    codes = dict(zip(shapes, unpack_codes(h, streams[:-2], coder)))
-    grids = unpack_grids(h, streams[-2])
-    plain = sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16)
-    plain = torch.from_numpy(unshuffled(expand(streams[-1], 2 * plain), np.float16))
-    banks: dict[str, Coded | Tensor] = {}
-    for name, role in roles(h).items():
-        if role.bits == 16:
-            values, plain = plain.tensor_split([math.prod(role.shape)])
-            banks[name] = values.view(role.shape)
-        elif role.bits:
-            banks[name] = Coded(torch.from_numpy(codes[name]), grids[name])
-    return h, banks
+    *streams, steps, halves = map(io.BytesIO(blob[first:]).read, lengths)
+    codes = dict(zip(shapes, unpack_codes(h, streams, coder)))
+    grids = unpack_grids(h, steps)
+    sizes = {n: math.prod(r.shape) for n, r in roles(h).items() if r.bits == 16}
+    plain = torch.from_numpy(unshuffled(expand(halves, 2 * sum(sizes.values())), np.float16))
+    plain = dict(zip(sizes, plain.split([*sizes.values()])))
+    return h, {n: plain[n].view(r.shape) if n in plain else
+               Coded(torch.from_numpy(codes[n]), grids[n]) for n, r in roles(h).items() if r.bits}
 
 
 def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int], int]:
     """(knobs, coder, lengths of the streams, place of the first one); raises `Refusal`, having
     taken no memory."""
-    if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or blob[:len(MAGIC)] != MAGIC:
-        raise Refusal(
-            f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not {MAGIC!r})"
-        )
+    if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or not blob.startswith(MAGIC):
+        raise Refusal(f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not "
+                      f"{MAGIC!r})")
     if hashlib.sha256(blob[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != blob[-CHECKSUM_BYTES:]:
         raise Refusal(f"{place}: damaged, its checksum does not match its {len(blob)} bytes")
     (length, ), first = struct.unpack_from("<I", blob, len(MAGIC)), len(MAGIC) + 4
@@ -4897,21 +4826,19 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
         raw = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26).decompress(
             blob[first:first + length], HEADER_LIMIT)
         header = json.loads(raw)
-        knobs, lengths = header["knobs"], header["streams"]
+        knobs, coder, lengths = header["knobs"], header["coder"], header["streams"]
         # the declared types exactly: 1.0 or true would pass for 1 in most checks of range
         kinds = {f.name: f.type for f in fields(Hyperparameters)}
-        typed = type(knobs) is dict and all(type(v).__name__ == kinds[n]
-                    for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
-        coder = header["coder"]
-        if not typed or not all(type(n) is int and n > 0 for n in lengths):
+        if not (type(knobs) is dict and set(MODEL_KNOBS) <= set(knobs) and
+                all(type(v).__name__ == kinds[n] for n, v in knobs.items()) and
+                all(type(n) is int and n > 0 for n in lengths)):
             raise ValueError("a value is missing or has the wrong type")
         h = Hyperparameters(**knobs)
     except (lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError, Refusal) as error:
         raise Refusal(f"{place}: its header cannot be used ({error})") from None
     # a header of few bytes can ask for terabytes: refuse before any shape becomes memory
-    sizes = h.num_layers * (1 + h.num_loops) < 4096
-    if not sizes or sum(math.prod(r.shape)
-                        for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
+    few = h.num_layers * (1 + h.num_loops) < 4096
+    if not few or sum(math.prod(r.shape) for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
         raise Refusal(
             f"{place}: its header claims a model far too large for a file of {len(blob)} bytes")
     return h, coder, lengths, first + length
@@ -6245,9 +6172,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(f"COMPRESSOR={h.compressor} needs " +
-                     ("the program lrzip" if h.compressor == "lrzip" else
-                      f"the package {package} (pip install {package})"))
+        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} "
+                     f"(pip install {package})")
     if h.run_id:
         check(refuse_used, folder)
         found = h.checkpoint_every_s and check(read_checkpoint, folder)
