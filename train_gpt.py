@@ -4352,7 +4352,7 @@ def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
 # 15 - log2 f bits, its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start.
 # What outgrows 32 bits leaves in words of 16. A state reads back in the reverse order of writing,
 # hence the backward loops of the encoder. One state per column makes a row a few numpy operations.
-RANS_LANES = 512        # lanes, one per column of a strip, run through all tensors as one chain
+RANS_LANES = 512        # lanes, one per column of a strip, 4 bytes each for all tensors together
 RANS_BITS = 15          # probabilities are multiples of 2^-15
 RANS_FLOOR = 1 << 16    # a lane's 32-bit state stays at or above this by taking in 16-bit words
 FIRST_ESCAPE, LARGEST_SYMBOL = 124, 127     # a larger |code| goes as 124..127 and an excess
@@ -4395,11 +4395,6 @@ def refreshes(rows: int) -> np.ndarray:
     return np.array(starts)
 
 
-def stretches(rows: int) -> np.ndarray:
-    """Number of rows from each refresh to the next."""
-    return np.diff(refreshes(rows), append=rows)
-
-
 def running_scale(total: np.ndarray, row, previous: np.ndarray, mean: int, trust: int,
                   mix: int) -> np.ndarray:
     """Scale of columns whose first `row` symbols add up to `total` in size: the mean of these and
@@ -4424,8 +4419,9 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
     That is the cost in nats of an exponential of mean s. At most 48 columns are asked; what is
     found costs two bytes of the stream, and a worse choice would only be longer, never wrong."""
     layers, rows, columns = sizes.shape
-    sample, lengths = sizes[:, :, ::-(-columns // 48)], stretches(rows)[:, None]
-    sums = np.add.reduceat(sample, refreshes(rows), axis=1, dtype=np.float32) * SCALE_ONE
+    sample, starts = sizes[:, :, ::-(-columns // 48)], refreshes(rows)
+    sums = np.add.reduceat(sample, starts, axis=1, dtype=np.float32) * SCALE_ONE
+    lengths = np.diff(starts, append=rows)[:, None]
 
     def nats(trust: int, mix: int) -> float:
         """Cost of the sampled columns, up to a constant."""
@@ -4438,24 +4434,22 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
 
 
 def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarray]:
-    """The model of symbols (L, R, C), tables in use (L, refreshes, C), and counts (K, top + 1).
+    """The model of symbols (L, R, C), their tables (L, R, C) uint8, and counts (K, top + 1).
 
     What a table is used for is counted with the very scales that the decoder will know, so a table
     is the distribution of the sizes drawn from it, up to the rounding to RUNGS."""
-    sizes = np.abs(symbols).astype(np.uint8)
+    sizes, rows = np.abs(symbols).astype(np.uint8), symbols.shape[1]
     mean = int(sizes.sum(dtype=np.int64)) * SCALE_ONE // sizes.size
     trust, mix = learning_rate(sizes, mean)
     used = rung(column_scales(sizes, mean, trust, mix))
     # A table used by less than a thousandth costs more than it earns: its neighbour serves.
     share = np.bincount(used.ravel()).cumsum() / used.size
     lowest, highest = (int(np.searchsorted(share, edge)) for edge in (0.0005, 0.9995))
-    used = (used.clip(lowest, highest) - lowest).astype(np.int32)
-    lengths, width = stretches(sizes.shape[1]), int(sizes.max()) + 1
-    counts = np.zeros((highest - lowest + 1) * width, np.int64)
-    for table, size in zip(used, sizes):
-        cell = (table * width).repeat(lengths, 0) + size
-        counts += np.bincount(cell.ravel(), minlength=counts.size)
-    counts = counts.reshape(-1, width)
+    used = (used.clip(lowest, highest) - lowest).astype(np.uint8)
+    used = used.repeat(np.diff(refreshes(rows), append=rows), 1)
+    width = int(sizes.max()) + 1
+    cell = used.astype(np.int32) * width + sizes
+    counts = np.bincount(cell.ravel(), minlength=(highest - lowest + 1) * width).reshape(-1, width)
     weights = counts * (2 << RANS_BITS) // counts.max(1, keepdims=True).clip(1)
     weights[:, 1:] //= 2                        # a size counts for both signs
     # a size that occurs keeps a weight, however rare it is: at zero it could not be coded
@@ -4515,12 +4509,6 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
         state = follow[state, codes[:, row] >> 1 & 1]
 
 
-def strips(columns: int) -> list[slice]:
-    """The columns that run side by side, at most RANS_LANES at once. A lane costs 4 bytes of final
-    state, once for all tensors."""
-    return [slice(left, left + RANS_LANES) for left in range(0, columns, RANS_LANES)]
-
-
 def push_rows(lanes: np.ndarray, frequency: np.ndarray, start: np.ndarray, words: list) -> None:
     """Code rows (R, lanes) of uint32 frequencies and starts, last row first, giving off words.
 
@@ -4549,12 +4537,12 @@ def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
         model, used, _ = fit_columns(symbols)
         models.append(model.pack())
         share = frequencies(model.tables, states).astype(np.uint32)
-        start, lengths = share.cumsum(2, np.uint32) - share, stretches(symbols.shape[1])
-        for strip in reversed(strips(symbols.shape[2])):
+        start = share.cumsum(2, np.uint32) - share
+        for left in reversed(range(0, symbols.shape[2], RANS_LANES)):
+            strip = slice(left, left + RANS_LANES)
             for layer, table in zip(symbols[::-1, :, strip], used[::-1, :, strip]):
                 # a symbol's table, its parity there, and its place in that
-                cell = (table.repeat(lengths, 0), layer & (share.shape[1] - 1),
-                        layer + share.shape[2] // 2)
+                cell = table, layer & (share.shape[1] - 1), layer + share.shape[2] // 2
                 push_rows(lanes[:layer.shape[1]], share[cell], start[cell], words)
     side = zlib.compress(b"".join(reversed(models)), 9)
     excess = zlib.compress(b"".join(excess.tobytes() for _, excess in folded), 9)
@@ -4567,15 +4555,13 @@ def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
     """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding.
 
     Of a symbol's two tables the one of its own parity alone has slots for it, hence the maximum."""
-    bits = np.zeros(len(tensors))
-    for index, codes in enumerate(tensors):
-        if codes.size:
-            symbols, excess = fold(codes)
-            model, _, counts = fit_columns(symbols)
-            share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
-            side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
-            bits[index] = (counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side
-    return bits
+    bits = []
+    for symbols, excess in map(fold, tensors):
+        model, _, counts = fit_columns(symbols)
+        share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
+        side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
+        bits.append((counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side)
+    return np.array(bits)
 
 
 @dataclass
@@ -4637,9 +4623,9 @@ def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, sta
     place = np.arange(share.sum()) - (share.cumsum() - share).repeat(share)
     cells = ((share << 16).repeat(share) | place).astype(np.uint32)
     letters = np.resize(np.arange(-top, top + 1, dtype=np.int8), len(share)).repeat(share)
-    for strip in strips(codes.shape[2]):
+    for left in range(0, codes.shape[2], RANS_LANES):
         scale = np.int64(model.mean)
-        for layer in codes[:, :, strip]:
+        for layer in codes[:, :, left:left + RANS_LANES]:
             scale = decode_layer(reader, layer, model, scale, (cells, letters), states)
 
 
