@@ -3720,13 +3720,11 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 # ==================================================================================================
 @torch.no_grad()
 def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
-    """Sum of x x^T over tokens for every tap: tap -> (L | 1, n, n) fp64 on every rank, over
-    `batches` of all ranks.
+    """Sum of x x^T over the tokens of `batches` of all ranks, by tap: (L | 1, n, n) fp64.
 
-    Products of one batch are fp32, sums fp64, so that they do not depend on the number of ranks.
-    Nothing is divided by the number of tokens: damping and column steps are relative to a moment's
-    own mean. The plan is the looped one: a layer is rounded for what it gets in all its passes.
-    """
+    Sums of fp64 do not depend on the number of ranks. Nothing is divided by the number of tokens:
+    damping and column steps are relative to a moment's own mean. The plan is the looped one, so a
+    layer is rounded for what it gets in all its passes."""
     h, sums = model.h, {}
 
     def probe(tap: str, layer: int, x: Tensor) -> None:
@@ -3769,10 +3767,8 @@ def octaves(exponent: Tensor) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """The steps of a bank: scale * 2^((row + column) / OCTAVE).
-
-    Rows differ because their weights do, columns because their inputs are not used alike. An
-    exponent of int8 reaches 32 octaves to either side of the scale."""
+    """The steps of a bank: scale * 2^((row + column) / OCTAVE). Rows differ because their weights
+    do, columns because their inputs are not used alike."""
 
     scale: Tensor    # fp32 (L,)
     row: Tensor    # int8 (L, rows)
@@ -3808,9 +3804,8 @@ def trellis_next(states: int) -> np.ndarray:
     """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2).
 
     The lowest bit of a state is the parity of the code. A shift register: the bit that leaves feeds
-    back through `parity`, bit 1 of the code enters through `upper`; either bit maps states one to
-    one. Ungerboeck's codes, as parity polynomials in octal (IEEE Trans. IT-28, 1982). Raises
-    ValueError for a size that is not in TRELLIS_TAPS."""
+    back through `parity`, bit 1 of the code enters through `upper`. Ungerboeck's codes, as parity
+    polynomials in octal (IEEE Trans. IT-28, 1982). Raises ValueError for an unknown size."""
     if states not in TRELLIS_TAPS:
         raise ValueError(f"a trellis of {states} states is unknown: one of {sorted(TRELLIS_TAPS)}")
     parity, upper = TRELLIS_TAPS[states]
@@ -3880,9 +3875,9 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     Each row is a path from state 0. A state of parity p allows the codes 2k + p, and the lowest bit
     of k chooses the next state: a code costs the bits of a lattice twice as coarse, but lies 1.1 dB
     closer (8 states; Marcellin and Fischer, IEEE Trans. Comm. 38, 1990). `weight` (R,) or (N, R)
-    multiplies the squared errors. Rows are searched in runs of `run` steps, which changes only the
-    time: many starting states make short runs dear, one long run makes many small operations."""
+    multiplies the squared errors. The length `run` of the runs changes only the time."""
     rows, length = x.shape
+    # many starting states make short runs dear, one long run makes many small operations
     run = min(run or (64 if states <= 16 else length), length)
     runs = -(-length // run)
 
@@ -3921,16 +3916,15 @@ def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
                  search: bool = False) -> Grid:
     """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
     largest value; with `search` at the percentile of least squared error); `power` below 1 draws
-    the steps of rows (L, rows, cols) together.
-
-    Where the largest value is the reach, half a unit of the exponent is added, lest rounding it
-    down clips that value. The floor of 2^-20 gives rows of zeros a step."""
-    reach = (best_percentile(w, 2**(bits - 1) - 1) if search else
+    the steps of rows (L, rows, cols) together."""
+    top = 2**(bits - 1) - 1
+    # half a unit of the exponent more, lest rounding it down clips the largest value
+    reach = (best_percentile(w, top) if search else
              sigmas * w.std(-1) if sigmas else w.abs().amax(-1) * 2**(0.5 / OCTAVE))
-    reach = reach.clamp_min(2.0**-20)
+    reach = reach.clamp_min(2.0**-20)    # rows of zeros have a step too
     typical = reach.square().mean(-1).sqrt()
     row = power * OCTAVE * (reach / typical[:, None]).log2()
-    return Grid(typical / (2**(bits - 1) - 1), row.round().clamp(-128, 127).to(torch.int8),
+    return Grid(typical / top, row.round().clamp(-128, 127).to(torch.int8),
                 torch.zeros_like(w[:, 0], dtype=torch.int8))
 
 
@@ -3948,10 +3942,9 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
     moment in that order.
 
-    Row j of U over U_jj says how later columns make up for an error in column j. The first column
-    has all others to make up for it, the last one none, hence the order. `damping` times the mean
-    diagonal is added, tenfold more each time Cholesky fails: an input that never fires leaves a row
-    of zeros. fp64 until U is there; a stable sort, so that ties fall alike on every run."""
+    Row j of U over U_jj says how later columns make up for an error in column j: the first has all
+    others for it, the last none, hence the order. `damping` times the mean diagonal is added,
+    tenfold more each time Cholesky fails: an input that never fires leaves a row of zeros."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
     H = moment.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
@@ -3969,13 +3962,12 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
 
 def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int = 0,
          block: int = 128) -> Coded:
-    """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
-    rounded; codes are at most `top`, or on a trellis of so many states.
+    """Rounds a bank (L, rows, cols) column by column to codes of at most `top`, or on a trellis of
+    so many states, pushing each error onto the columns not yet rounded (arXiv 2210.17323).
 
-    arXiv 2210.17323: with e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes
-    w_k - e_j U_jk, and the error of the outputs grows by |e_j|^2. Within a block errors move at
-    once, beyond it by one product. All rows of a column share the factor 1 / U_jj^2, so one trellis
-    search takes the whole column, errors weighed by the squared steps of their rows."""
+    With e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes w_k - e_j U_jk, within a
+    block at once, beyond it by one product, and the error of the outputs grows by |e_j|^2: one
+    trellis search takes a whole column, errors weighed by the squared steps of their rows."""
     order, upper = factor
     # from here to the last line columns stand in the factor's order, not in the bank's
     wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
@@ -4010,11 +4002,10 @@ def bank_of(model: GPT, name: str) -> Tensor:
 
 def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
     """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
-    U, arXiv 2603.04956) to their powers, means unchanged.
+    U, arXiv 2603.04956) to their powers.
 
     An error in column j counts 1 / U_jj^2: steps ~ U_jj (power 1) would give every column an equal
-    share of the damage, power 0 equal steps. Column exponents are zero on average, so they move
-    precision between columns and leave the bits of the bank about where they were."""
+    share of the damage. Column exponents are zero on average and so leave the bits of a bank."""
     h, role = model.h, roles(model.h)[name]
     rows, columns = ((1, 0) if h.step_search == "uniform" else
                      (h.row_step_power, h.column_step_power))
@@ -4078,9 +4069,8 @@ def step_damage(model: GPT, world: World, loader: Loader,
     """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
     DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text.
 
-    A difference of losses may by chance be a gain on so short a text; a divergence is zero for
-    exact weights and never negative. Only ratios between role-layers matter, so no trellis is
-    searched here."""
+    Unlike a difference of losses it is never negative on so short a text. Only ratios between
+    role-layers matter, so no trellis is searched."""
     h, damage, turn = model.h, {}, 0
     if h.step_search == "uniform":
         return damage
@@ -4106,10 +4096,9 @@ def step_damage(model: GPT, world: World, loader: Loader,
 
 def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
     """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
-    of `truth` with `embed`, a copy of the exact table: the model's own may be rounded by now.
-
-    By 2048 tokens at a time: logits (T, V) are fp32 and come twice."""
+    of `truth` with `embed`, a copy of the exact table: the model's own may be rounded by now."""
     total, now = 0.0, model.bank["embed"].to(model.dtype)
+    # 2048 tokens at a time: logits (T, V) are fp32 and come twice
     for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
         p, q = (model.head.logits(states, table).log_softmax(-1)
                 for states, table in zip(pair, (embed, now)))
@@ -4161,8 +4150,8 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
     the uniform ones. Reads no text.
 
     One number is searched, the shift in octaves that all steps share. Each pass bisects an estimate
-    that costs nothing, then rounds and codes everything at that shift; what the bytes really were
-    corrects the estimate, and the bracket closes around the budget from both sides."""
+    that costs nothing, then rounds and codes everything at that shift, which closes the bracket
+    around the budget and corrects the estimate."""
     h = model.h
     if not damage:
         return pack(h, quantise(model, factors))
@@ -4212,8 +4201,8 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
     the model is as before. After arXiv 1906.04721, with gradients.
 
     Each text is used once. Rates are relative to a bank's size, in which gains and gates differ."""
-    plan, texts = depth_plan(model.h, looped=True), [
-        damage_text(model.h, loader) for _ in range(steps)]
+    plan = depth_plan(model.h, looped=True)
+    texts = [damage_text(model.h, loader) for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
     plain = [model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)]
     # the exact model speaks first; then the rounded weights take its place in the banks
@@ -4260,11 +4249,10 @@ def fit_corrected(t: Trainer, factors: Mapping[str, Factor], damage: Mapping[str
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
 # lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
-# file can only fail.
-# First the general compressors, then the coder of the codes, then the file around both (`pack` and
-# `unpack` are exact inverses), last the packing of the script, whose bytes count as well. Enters:
-# what section 10 stores, and a source text. Leaves: two byte strings and what each part of them
-# costs. Coding loses nothing: all loss of the pipeline lies in the rounding of section 10.
+# file can only fail. First the general compressors, then the coder of the codes, then the file
+# around both, last the packing of the script, whose bytes count as well. Enters: what section 10
+# stores, and a source text. Leaves: two byte strings and what each part costs. Coding loses
+# nothing: all loss of the pipeline lies in the rounding of section 10.
 # ==================================================================================================
 MAGIC = b"PGOLF\x02"
 CHECKSUM_BYTES = 16
@@ -4287,10 +4275,8 @@ LZMA_RAW = dict(format=lzma.FORMAT_RAW, filters=[
 
 def coders() -> dict[str, tuple[bytes, Callable, Callable]]:
     """The compressors that this installation offers: COMPRESSOR name -> (letter in the stream,
-    encode(raw, quick), decode(coded, limit)).
-
-    `quick` is for rehearsals. `limit` is the most that may come out, lest a hostile stream fills
-    the memory."""
+    encode(raw, quick), decode(coded, limit)). `quick` is for rehearsals, `limit` the most that may
+    come out, lest a hostile stream fills the memory."""
     known = dict(
         lzma=(b"l", lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
               lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)),
@@ -4345,8 +4331,7 @@ def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
 # A code is Gaussian given the scale of its column, and no other context was worth 0.02%. So each
 # code is drawn from a static table chosen by the sizes its column has shown so far: the scale is
 # learned backwards and costs no side information. Decoding uses integers alone, so that every
-# platform reads the same numbers: one symbol read otherwise would change all that follow. Floats
-# choose only what the stream then states (trust, mix, tables).
+# platform reads the same numbers; floats choose only what the stream then states.
 # The coder is rANS (arXiv 1311.2540, 1402.3392): a state x is a whole number. A symbol with `f` of
 # the 2^15 slots, from `start` on, turns x into x // f * 2^15 + start + x % f, which adds
 # 15 - log2 f bits, its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start.
@@ -4414,10 +4399,8 @@ def column_scales(sizes: np.ndarray, mean: int, trust: int, mix: int) -> np.ndar
 
 
 def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
-    """The (trust, mix) with which scales s predict |symbols| (L, R, C) best: log s + |q| / s.
-
-    That is the cost in nats of an exponential of mean s. At most 48 columns are asked; what is
-    found costs two bytes of the stream, and a worse choice would only be longer, never wrong."""
+    """The (trust, mix) with which scales s predict |symbols| (L, R, C) of at most 48 columns best:
+    log s + |q| / s, the nats of an exponential of mean s. A worse choice is longer, never wrong."""
     layers, rows, columns = sizes.shape
     sample, starts = sizes[:, :, ::-(-columns // 48)], refreshes(rows)
     sums = np.add.reduceat(sample, starts, axis=1, dtype=np.float32) * SCALE_ONE
@@ -4461,8 +4444,7 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
     """Frequencies (K, P, 2 top + 1), adding up to 2^RANS_BITS, of the symbols -top..top.
 
     P = 2 with a trellis: then table p holds only symbols of parity p. Each symbol of a table gets
-    one slot and its share of the rest; the most frequent takes what division leaves over, so that
-    both sides fill 2^RANS_BITS slots exactly."""
+    one slot and its share of the rest; the most frequent takes what division leaves over."""
     top = tables.shape[1] - 1
     symbol = np.arange(-top, top + 1)
     parity = np.array([[0], [1]]) if states else symbol & 1
@@ -4477,8 +4459,8 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
 def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Symbols equal to int16 codes modulo 4, and the uint16 excess of each large one, in order.
 
-    Modulo 4, because the trellis walks on the two lowest bits: the decoder can follow it before it
-    has seen any excess. So tables stay narrow, and no weight needs to be clipped."""
+    The trellis walks on the two lowest bits, so the decoder can follow it before it has seen any
+    excess. Tables stay narrow, and no weight needs to be clipped."""
     size = np.abs(codes.astype(np.int32))
     symbols, large = codes.copy(), size >= FIRST_ESCAPE
     beyond = size[large] - FIRST_ESCAPE
@@ -4500,7 +4482,7 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
     """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column.
 
     The encoder takes a table by the code's own parity, the decoder by the state: codes that leave
-    the path would be read as other codes, which would not show before the artifact is read."""
+    the path would be read as other codes."""
     follow = trellis_next(states).astype(np.uint8)
     state = np.zeros_like(codes[:, 0], np.uint8)
     for row in range(codes.shape[1]):
@@ -4593,58 +4575,50 @@ class LaneReader:
         return slot
 
 
-def decode_layer(reader: LaneReader, out: np.ndarray, model: ColumnModel, previous: np.ndarray,
-                 lookup: tuple[np.ndarray, np.ndarray], states: int) -> np.ndarray:
-    """Fill `out` (R, lanes) with one layer's symbols; returns the scales of its whole columns.
+def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, states: int) -> None:
+    """Fill `codes` (L, R, C) with the symbols of one tensor, the next that the reader comes to.
 
-    `previous` are those of the layer before; `lookup` holds a cell and a symbol for every slot.
     All that chooses a table is an integer known to both sides: sums of the rows so far, and with a
     trellis the state, whose parity halves the symbols that can come."""
-    (cells, letters), starts = lookup, refreshes(len(out)).tolist()
-    total, state = np.zeros((2, out.shape[1]), np.int64)
-    follow = trellis_next(states).repeat(2, 1).ravel() if states else None
-    for first, last in zip(starts, [*starts[1:], len(out)]):
-        scale = rung(running_scale(total, first, previous, model.mean, model.trust, model.mix))
-        table = (scale - model.lowest).clip(0, len(model.tables) - 1) << RANS_BITS + (states > 0)
-        for row in range(first, last):
-            slot = reader.pull(table + ((state & 1) << RANS_BITS) if states else table, cells)
-            out[row] = symbol = letters.take(slot)
-            if states:
-                state = follow.take(state << 2 | symbol & 3)
-        total += np.abs(out[first:last]).sum(0, dtype=np.int64)
-    return total * SCALE_ONE // len(out)
-
-
-def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, states: int) -> None:
-    """Fill `codes` (L, R, C) with the symbols of one tensor, the next that the reader comes to."""
     # every slot of every table is laid out once, so that reading a symbol is two look-ups
     share = frequencies(model.tables, states)
     top, share = share.shape[2] // 2, share.ravel()
     place = np.arange(share.sum()) - (share.cumsum() - share).repeat(share)
     cells = ((share << 16).repeat(share) | place).astype(np.uint32)
     letters = np.resize(np.arange(-top, top + 1, dtype=np.int8), len(share)).repeat(share)
+    # by state and the two lowest bits of a code; without a trellis there is one state
+    follow = (trellis_next(states) if states else np.zeros((1, 2), np.int64)).repeat(2, 1).ravel()
+    starts = [*refreshes(codes.shape[1]).tolist(), codes.shape[1]]
     for left in range(0, codes.shape[2], RANS_LANES):
-        scale = np.int64(model.mean)
+        previous = np.int64(model.mean)
         for layer in codes[:, :, left:left + RANS_LANES]:
-            scale = decode_layer(reader, layer, model, scale, (cells, letters), states)
+            total, state = np.zeros((2, layer.shape[1]), np.int64)
+            for first, last in itertools.pairwise(starts):
+                scale = rung(running_scale(total, first, previous, *model[:3])) - model.lowest
+                table = scale.clip(0, len(model.tables) - 1) << RANS_BITS + (states > 0)
+                for row in range(first, last):
+                    slot = reader.pull(table + ((state & 1) << RANS_BITS), cells)
+                    layer[row] = symbol = letters.take(slot)
+                    state = follow.take(state << 2 | symbol & 3)
+                total += np.abs(layer[first:last]).sum(0, dtype=np.int64)
+            previous = total * SCALE_ONE // len(layer)
 
 
 def read_models(packed: bytes, count: int) -> list[ColumnModel]:
     """The models of `count` tensors; raises ValueError unless `packed` holds just these."""
-    # Sums of uint8 wrap around as the differences in `ColumnModel.pack` did; a damaged table may
-    # name rungs that are none, so they are cut down before anything is looked up by them.
-    models, size = [], struct.calcsize("<IBBBBB")
+    stream, models = io.BytesIO(packed), []
     for _ in range(count):
-        if len(packed) < size:
-            raise ValueError("coded weights: the column models are cut short")
-        *head, kinds, width = struct.unpack_from("<IBBBBB", packed)
-        end = size + kinds * width
-        tables, packed = np.frombuffer(packed[size:end], np.uint8), packed[end:]
+        # where bytes are missing, zeros make a model without tables
+        *head, kinds, width = struct.unpack("<IBBBBB", stream.read(9).ljust(9, b"\0"))
+        tables = np.frombuffer(stream.read(kinds * width), np.uint8)
         if not 0 < kinds * width == tables.size or width > LARGEST_SYMBOL + 1 or max(head[1:3]) > 8:
-            raise ValueError(f"coded weights: column model {head}, {kinds} x {width} is impossible")
+            raise ValueError(f"coded weights: column model {head}, {kinds} x {width} is impossible "
+                             "or cut short")
+        # Sums of uint8 wrap around as the differences in `ColumnModel.pack` did; a damaged table
+        # may name rungs that are none, so they are cut down before they look anything up.
         tables = np.add.accumulate(tables.reshape(kinds, width), 0, np.uint8)
         models.append(ColumnModel(*head, tables.clip(0, len(RUNGS) - 1)))
-    if packed:
+    if stream.read():
         raise ValueError("coded weights: bytes are left over after the last column model")
     return models
 
@@ -4777,11 +4751,10 @@ def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor],
 
 def unpack(blob: bytes,
            place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
-    """(the run's knobs, stored banks) of an artifact. Checks the sum before anything is decoded,
-    sizes before memory is taken; raises `Refusal` for whatever is wrong with it.
+    """(the run's knobs, stored banks) of an artifact; raises `Refusal` for whatever is wrong.
 
     The checksum tells damage, not malice: who makes a file can make its sum, so every length is
-    still checked against what the knobs ask for."""
+    checked against what the knobs ask for before memory is taken."""
     h, coder, lengths, first = read_header(blob, place)
     shapes = coded_roles(h)
     if (len(lengths) != (2 if coder == "rans" else len(shapes)) + 2 or
