@@ -3848,8 +3848,7 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
     cost.diagonal().zero_()
     bits = torch.empty(run, *cost.shape, dtype=torch.bool, device=error.device)
     both, source = cost.new_empty(2 * states, starts, many), before.ravel()
-    # Two branches lead into each state and the cheaper one survives. A tie keeps bit 0, so that
-    # equal errors give equal codes.
+    # two branches lead into each state and the cheaper one survives, of equal ones that of bit 0
     for branch, bit in zip(error[:, :, None].unbind(), bits.unbind()):
         torch.index_select(cost, 0, source, out=both).add_(branch)
         torch.lt(both[states:], both[:states], out=bit)
@@ -3880,11 +3879,8 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     # many starting states make short runs dear, one long run makes many small operations
     run = min(run or (64 if states <= 16 else length), length)
     runs = -(-length // run)
-
-    def cut(values: Tensor) -> Tensor:
-        """Rows (N, R) as runs (run, N * runs), padded with zeros."""
-        return F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
-
+    # rows (N, R) as runs (run, N * runs), padded with zeros
+    cut = lambda values: F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
     # codes are int16, and that of a given residue may lie 2 beyond its target
     x = x.float().clamp(-32_760, 32_760)
     weight = x.new_ones(()) if weight is None else weight.float()
@@ -4125,8 +4121,7 @@ def column_sizes(w: Tensor, grid: Grid) -> Tensor:
 
 def gaussian_bits(size: Tensor) -> Tensor:
     """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
-    1/2 log2(2 pi e (size + 1/12)). Rounding adds the variance 1/12, which also keeps the bits of a
-    column of zeros above zero."""
+    1/2 log2(2 pi e (size + 1/12)), where 1/12 is the variance that rounding adds."""
     return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
@@ -4204,23 +4199,23 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
     plan = depth_plan(model.h, looped=True)
     texts = [damage_text(model.h, loader) for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
-    plain = [model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)]
+    plain = {n: model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)}
     # the exact model speaks first; then the rounded weights take its place in the banks
     with torch.no_grad():
         truths = [model.hidden(ids, plan) for ids in texts]
     embed = exact["embed"].to(model.dtype)
     load_stored(model, stored)
     adam = torch.optim.Adam(
-        [dict(params=[w], lr=BIAS_RATE * max(0.05, float(w.detach().abs().mean()))) for w in plain],
-        betas=(0.9, 0.98), eps=1e-12)
+        [dict(params=[w], lr=BIAS_RATE * max(0.05, float(w.detach().abs().mean())))
+         for w in plain.values()], betas=(0.9, 0.98), eps=1e-12)
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     for ids, truth in zip(texts, truths):
         adam.zero_grad()
-        divergence(model, truth, embed, model.hidden(ids, plan)).backward(inputs=plain)
+        loss = divergence(model, truth, embed, model.hidden(ids, plan))
+        loss.backward(inputs=[*plain.values()])
         adam.step()
         decay.step()
-    found = {n: value if isinstance(value, Coded) else model.bank[n].detach().half()
-             for n, value in stored.items()}
+    found = {**stored, **{n: w.detach().half() for n, w in plain.items()}}
     model.zero_grad()
     load_stored(model, exact)
     return found
@@ -4417,10 +4412,8 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
 
 
 def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarray]:
-    """The model of symbols (L, R, C), their tables (L, R, C) uint8, and counts (K, top + 1).
-
-    What a table is used for is counted with the very scales that the decoder will know, so a table
-    is the distribution of the sizes drawn from it, up to the rounding to RUNGS."""
+    """The model of symbols (L, R, C), their tables (L, R, C) uint8, and counts (K, top + 1): each
+    table is the distribution of the sizes that the decoder will draw from it, rounded to RUNGS."""
     sizes, rows = np.abs(symbols).astype(np.uint8), symbols.shape[1]
     mean = int(sizes.sum(dtype=np.int64)) * SCALE_ONE // sizes.size
     trust, mix = learning_rate(sizes, mean)
@@ -4469,7 +4462,7 @@ def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """Undo `fold` in place; returns the excesses left over, raises ValueError if there are none."""
+    """Undo `fold` in place; returns the excesses left over, raises ValueError if too few came."""
     large = np.abs(symbols) >= FIRST_ESCAPE
     used, excess = np.split(excess, [np.count_nonzero(large)])
     if len(used) < np.count_nonzero(large):
@@ -4534,12 +4527,11 @@ def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
 
 
 def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
-    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding.
-
-    Of a symbol's two tables the one of its own parity alone has slots for it, hence the maximum."""
+    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding."""
     bits = []
     for symbols, excess in map(fold, tensors):
         model, _, counts = fit_columns(symbols)
+        # of a symbol's two tables only the one of its own parity has slots for it: the larger
         share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
         side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
         bits.append((counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side)
@@ -4548,12 +4540,11 @@ def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
 
 @dataclass
 class LaneReader:
-    """The lanes of a decoder: their states (lanes,) uint32, first those that the encoder ended
-    with, the words to come, uint16, and the place reached in them."""
+    """The lanes of a decoder."""
 
-    states: np.ndarray
-    words: np.ndarray
-    at: int = 0
+    states: np.ndarray    # uint32 (lanes,), at first those that the encoder ended with
+    words: np.ndarray    # uint16
+    at: int = 0    # the place reached in the words
 
     def pull(self, table: np.ndarray, cells: np.ndarray) -> np.ndarray:
         """Slots that the first lanes read, each from the 2^RANS_BITS `cells` at its `table`.
@@ -4652,8 +4643,7 @@ def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
     for codes, model in zip(filled, models):
         decode_tensor(reader, codes, model, states)
         excess = unfold(codes, excess)
-    # The encoder began with every lane at RANS_FLOOR. Ending there, with no word left, is a check
-    # that a damaged stream would have to pass by chance.
+    # the encoder began with every lane at RANS_FLOOR; few damaged streams would end there
     if reader.at < len(reader.words) or len(excess) or (reader.states != RANS_FLOOR).any():
         raise ValueError("coded weights: the stream does not end with the weights, it is damaged")
     return tensors
@@ -4673,10 +4663,8 @@ def tapped(h: Hyperparameters) -> list[str]:
 
 def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
                quick: bool) -> list[bytes]:
-    """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed.
-
-    General compressors look for what repeats nearby, so codes of a column, which are of one scale,
-    lie together for them."""
+    """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed
+    for general compressors, so that codes of a column, which are of one scale, lie together."""
     if coder != "rans":
         turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
         return [squeeze(shuffled(c), coder, quick) for c in turned]
@@ -4698,8 +4686,8 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
 
 
 def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
-    tap feeds share their columns, without a tap all columns are alike."""
+    """(bank, part of its grid, number format, shape) in the order of the artifact; banks of one tap
+    share their columns, without a tap all columns are alike."""
     shapes = coded_roles(h)
     firsts = {roles(h)[n].tap: n for n in reversed(tapped(h))}.values()
     return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
