@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import builtins
 import concurrent.futures
 import contextlib
@@ -3225,35 +3226,27 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 # ==================================================================================================
 @torch.no_grad()
 def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
-    """Sum of x x^T over tokens for every tap: tap -> (L | 1, n, n) fp64 on every rank, over
-    `batches` of all ranks.
+    """Sum of x x^T over the tokens of `batches` of all ranks, by tap: (L | 1, n, n) fp64.
 
-    A product of one batch is fp32; sums are fp64, so that they do not depend on the number of
-    ranks. Nothing is divided by the number of tokens: damping and column steps are relative to a
-    moment's own mean. The plan is the looped one, as in scoring: a layer is rounded for what it
-    gets in each of its passes.
-    """
-    sums: dict[tuple[str, int], Tensor] = {}
+    Sums of fp64 do not depend on the number of ranks. Nothing is divided by the number of tokens:
+    damping and column steps are relative to a moment's own mean. The plan is the looped one, so a
+    layer is rounded for what it gets in all its passes."""
+    h, sums = model.h, {}
 
     def probe(tap: str, layer: int, x: Tensor) -> None:
         """Adds the moment of one activation; a layer that runs several times adds each of them."""
-        rows = x.flatten(0, -2).float()
-        moment = (rows.mT @ rows).double() * counted
-        sums[tap, layer] = sums[tap, layer].add_(moment) if (tap, layer) in sums else moment
+        rows, layers = x.flatten(0, -2).float(), sums.setdefault(tap, {})
+        layers[layer] = layers.get(layer, 0) + (rows.mT @ rows).double() * counted
 
     # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and all
-    # of them come to the collectives below with the same keys.
-    for turn in range(-(-batches // world.size) * (model.h.gptq_roles != "none")):
-        counted = turn * world.size + world.rank < batches    # spare ranks add nothing
-        own = model.h.calibration == "self"
-        batch = sampled(model, turn * world.size + world.rank) if own else loader.next()
-        model.hidden(batch.ids, depth_plan(model.h, looped=True), batch.docs, probe=probe)
-    # sorted: a set of names has another order in each process, and a sum needs one order in all
-    taps = sorted({tap for tap, _ in sums})
-    return {
-        tap: torch.stack([world.sum(sums[tap, i]) for i in sorted(i for t, i in sums if t == tap)])
-        for tap in taps
-    }
+    # of them come to the collectives below with the same keys in the same order.
+    end = -(-batches // world.size) * world.size * (h.gptq_roles != "none")
+    for number in range(world.rank, end, world.size):
+        counted = number < batches    # spare ranks add nothing
+        batch = sampled(model, number) if h.calibration == "self" else loader.next()
+        model.hidden(batch.ids, depth_plan(h, looped=True), batch.docs, probe=probe)
+    return {tap: torch.stack([world.sum(layers[i]) for i in sorted(layers)])
+            for tap, layers in sums.items()}
 
 
 @torch.no_grad()
@@ -3278,17 +3271,13 @@ OCTAVE = 4
 
 
 def octaves(exponent: Tensor) -> Tensor:
-    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that every platform gets the same numbers.
-    """
+    """2^(exponent / OCTAVE) in fp32, by way of fp64, so that all platforms get the same numbers."""
     return torch.exp2(exponent.double() / OCTAVE).float()
 
 
 class Grid(NamedTuple):
-    """The steps of a bank: scale * 2^((row + column) / OCTAVE).
-
-    Rows differ because their weights do, columns because their inputs are not used alike. An
-    exponent is one byte before compression; int8 reaches 32 octaves to either side of the scale.
-    """
+    """The steps of a bank: scale * 2^((row + column) / OCTAVE). Rows differ because their weights
+    do, columns because their inputs are not used alike."""
 
     scale: Tensor    # fp32 (L,)
     row: Tensor    # int8 (L, rows)
@@ -3324,10 +3313,8 @@ def trellis_next(states: int) -> np.ndarray:
     """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2).
 
     The lowest bit of a state is the parity of the code. A shift register: the bit that leaves feeds
-    back through `parity`, bit 1 of the code enters through `upper`. For either bit the map is one
-    to one, which `trellis_before` needs. Ungerboeck's codes, as parity polynomials in octal (IEEE
-    Trans. IT-28, 1982). Raises ValueError for a size that is not in TRELLIS_TAPS.
-    """
+    back through `parity`, bit 1 of the code enters through `upper`. Ungerboeck's codes, as parity
+    polynomials in octal (IEEE Trans. IT-28, 1982). Raises ValueError for an unknown size."""
     if states not in TRELLIS_TAPS:
         raise ValueError(f"a trellis of {states} states is unknown: one of {sorted(TRELLIS_TAPS)}")
     parity, upper = TRELLIS_TAPS[states]
@@ -3337,18 +3324,14 @@ def trellis_next(states: int) -> np.ndarray:
 
 def trellis_before(states: int) -> np.ndarray:
     """Inverse of `trellis_next`: the state (2, states) from which bit 1 = 0 or 1 leads to each."""
-    before = np.empty((2, states), np.int64)
-    for bit, reached in enumerate(trellis_next(states).T):
-        before[bit, reached] = np.arange(states)
-    return before
+    return trellis_next(states).argsort(0).T
 
 
 def join_runs(cost: Tensor) -> tuple[Tensor, Tensor]:
     """First and last state (N, runs) of each run in the cheapest chain of runs from state 0.
 
     `cost` (last, first, N, runs) is the least error of a run between two states: a matrix, and a
-    chain is the product of its matrices with (min, +) in the place of (+, x).
-    """
+    chain is the product of its matrices with (min, +) in the place of (+, x)."""
     best, chosen = cost[:, 0, :, 0], []
     for run in cost.unbind(3)[1:]:
         best, meeting = (best + run).min(1)         # over the state in which two runs meet
@@ -3365,10 +3348,8 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
     """Viterbi's search of all runs at once: states (run, M) before each step, and bits (run, M).
 
     `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`.
-    With more than one run a row, each is searched from every state at once, so joining is exact.
-    A row of R codes is R steps that wait for each other; runs walk side by side, so a row takes
-    `run` steps and one join per run, for `states` times the arithmetic.
-    """
+    The steps of a row wait for each other, but runs walk side by side: a row takes `run` steps and
+    one join per run. Of several runs each is searched from every state, so joining is exact."""
     (run, _, many), states = error.shape, before.shape[1]
     starts = states if shape[1] > 1 else 1
     # (state reached, state begun in, M): before the first step a path is where it began
@@ -3376,8 +3357,7 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
     cost.diagonal().zero_()
     bits = torch.empty(run, *cost.shape, dtype=torch.bool, device=error.device)
     both, source = cost.new_empty(2 * states, starts, many), before.ravel()
-    # Two branches lead into each state and the cheaper one survives. A tie keeps bit 0, so that
-    # equal errors give equal codes.
+    # two branches lead into each state and the cheaper one survives, of equal ones that of bit 0
     for branch, bit in zip(error[:, :, None].unbind(), bits.unbind()):
         torch.index_select(cost, 0, source, out=both).add_(branch)
         torch.lt(both[states:], both[:states], out=bit)
@@ -3403,17 +3383,13 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     Each row is a path from state 0. A state of parity p allows the codes 2k + p, and the lowest bit
     of k chooses the next state: a code costs the bits of a lattice twice as coarse, but lies 1.1 dB
     closer (8 states; Marcellin and Fischer, IEEE Trans. Comm. 38, 1990). `weight` (R,) or (N, R)
-    multiplies the squared errors. Rows are searched in runs of `run` steps, which changes only the
-    time: many starting states make short runs dear, one long run makes many small operations.
-    """
+    multiplies the squared errors. The length `run` of the runs changes only the time."""
     rows, length = x.shape
+    # many starting states make short runs dear, one long run makes many small operations
     run = min(run or (64 if states <= 16 else length), length)
     runs = -(-length // run)
-
-    def cut(values: Tensor) -> Tensor:
-        """Rows (N, R) as runs (run, N * runs), padded with zeros."""
-        return F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
-
+    # rows (N, R) as runs (run, N * runs), padded with zeros
+    cut = lambda values: F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
     # codes are int16, and that of a given residue may lie 2 beyond its target
     x = x.float().clamp(-32_760, 32_760)
     weight = x.new_ones(()) if weight is None else weight.float()
@@ -3441,25 +3417,19 @@ def best_percentile(w: Tensor, top: int) -> Tensor:
     return reach.gather(-1, error.square().sum(-1).argmin(-1, keepdim=True))[..., 0]
 
 
-def searches(h: Hyperparameters, role: Role) -> bool:
-    """True where the clip of a row is searched."""
-    return h.clip_search and role.optim == "muon"
-
-
 def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
                  search: bool = False) -> Grid:
     """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
     largest value; with `search` at the percentile of least squared error); `power` below 1 draws
-    the steps of rows (L, rows, cols) together.
-
-    Where the largest value is the reach, half a unit of the exponent is added, lest rounding it
-    down clips that value. The floor of 2^-20 gives rows of zeros a step."""
-    reach = (best_percentile(w, 2**(bits - 1) - 1) if search else
+    the steps of rows (L, rows, cols) together."""
+    top = 2**(bits - 1) - 1
+    # half a unit of the exponent more, lest rounding it down clips the largest value
+    reach = (best_percentile(w, top) if search else
              sigmas * w.std(-1) if sigmas else w.abs().amax(-1) * 2**(0.5 / OCTAVE))
-    reach = reach.clamp_min(2.0**-20)
+    reach = reach.clamp_min(2.0**-20)    # rows of zeros have a step too
     typical = reach.square().mean(-1).sqrt()
     row = power * OCTAVE * (reach / typical[:, None]).log2()
-    return Grid(typical / (2**(bits - 1) - 1), row.round().clamp(-128, 127).to(torch.int8),
+    return Grid(typical / top, row.round().clamp(-128, 127).to(torch.int8),
                 torch.zeros_like(w[:, 0], dtype=torch.int8))
 
 
@@ -3477,52 +3447,32 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
     moment in that order.
 
-    Row j of U over U_jj says how later columns make up for an error in column j. The first column
-    has all others to make up for it, the last one none, hence the order. `damping` times the mean
-    diagonal is added, tenfold more each time Cholesky fails: an input that never fires leaves a row
-    of zeros. fp64 until U is there; a stable sort, so that ties fall alike on every run.
-    """
+    Row j of U over U_jj says how later columns make up for an error in column j: the first has all
+    others for it, the last none, hence the order. `damping` times the mean diagonal is added,
+    tenfold more each time Cholesky fails: an input that never fires leaves a row of zeros."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    H = moment.gather(1, order[:, :, None].expand_as(moment)).gather(
-        2, order[:, None, :].expand_as(moment))
-    mean = diagonal.mean(-1)[:, None]
+    H = moment.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
     for attempt in range(6):
-        extra = damping * 10**attempt * mean.clamp_min(1e-12) + torch.zeros_like(diagonal)
+        extra = (damping * 10**attempt * mean).expand_as(diagonal)
         factor, failed = torch.linalg.cholesky_ex(H + torch.diag_embed(extra))
         if not failed.any():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed.any():
                 return order, upper.float()
-    raise Refusal(
-        f"GPTQ_DAMPING={damping}: a second moment is not positive definite at {damping * 1e5:g}; "
-        "the activations hold NaN or infinity")
+    raise Refusal(f"GPTQ_DAMPING={damping}: a second moment is not positive definite at "
+                  f"{damping * 1e5:g}; the activations hold NaN or infinity")
 
 
-def nearest_codes(x: Tensor, top: int, states: int, weight: Tensor) -> Tensor:
-    """Targets (L, rows) in steps -> codes: along the trellis of so many states, or each to its
-    nearest. `weight` (L, rows) is the squared step of each row: what counts is the error of the
-    weights, not that of the codes.
-
-    A trellis has half the step and no largest code; the coder escapes rare large ones.
-    """
-    return trellis_codes(x, states, weight).float() if states else x.round().clamp_(-top, top)
-
-
-def gptq(w: Tensor,
-         factor: Factor,
-         grid: Grid,
-         top: int = 32_760,
-         states: int = 0,
+def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int = 0,
          block: int = 128) -> Coded:
-    """Rounds a bank (L, rows, cols) column by column, pushing each error onto the columns not yet
-    rounded.
+    """Rounds a bank (L, rows, cols) column by column to codes of at most `top`, or on a trellis of
+    so many states, pushing each error onto the columns not yet rounded (arXiv 2210.17323).
 
-    arXiv 2210.17323: with e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes
-    w_k - e_j U_jk, and the error of the outputs grows by |e_j|^2. Within a block errors move at
-    once, beyond it by one product. All rows of a column share the factor 1 / U_jj^2, so one trellis
-    search takes the whole column, errors weighed by the squared steps of their rows.
-    """
+    With e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes w_k - e_j U_jk, within a
+    block at once, beyond it by one product, and the error of the outputs grows by |e_j|^2: one
+    trellis search takes a whole column, errors weighed by the squared steps of their rows."""
     order, upper = factor
     # from here to the last line columns stand in the factor's order, not in the bank's
     wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
@@ -3530,14 +3480,16 @@ def gptq(w: Tensor,
     work, codes = w.gather(2, columns), torch.empty_like(w)
     for lo in range(0, w.size(2), block):
         hi = min(lo + block, w.size(2))
-        part, errors = work[:, :, lo:hi].clone(), torch.empty_like(work[:, :, lo:hi])
-        for j in range(hi - lo):
-            scale = high * wide[:, lo + j, None]
-            q = nearest_codes(part[:, :, j] / scale, top, states, high.square())
-            codes[:, :, lo + j] = q
-            error = (part[:, :, j] - q * scale) / upper[:, lo + j, lo + j, None]
-            errors[:, :, j] = error
-            part[:, :, j + 1:] -= error[..., None] * upper[:, None, lo + j, lo + j + 1:hi]
+        errors = torch.empty_like(work[:, :, lo:hi])
+        for j in range(lo, hi):
+            scale = high * wide[:, j, None]
+            x = work[:, :, j] / scale
+            # a trellis has no largest code: the coder escapes rare large ones
+            q = (trellis_codes(x, states, high.square()).float() if states else
+                 x.round().clamp_(-top, top))
+            error = (work[:, :, j] - q * scale) / upper[:, j, j, None]
+            codes[:, :, j], errors[:, :, j - lo] = q, error
+            work[:, :, j + 1:hi] -= error[..., None] * upper[:, None, j, j + 1:hi]
         work[:, :, hi:] -= errors @ upper[:, lo:hi, hi:]
     return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), grid)
 
@@ -3555,25 +3507,23 @@ def bank_of(model: GPT, name: str) -> Tensor:
 
 def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
     """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
-    U, arXiv 2603.04956) to their powers, means unchanged.
+    U, arXiv 2603.04956) to their powers.
 
     An error in column j counts 1 / U_jj^2: steps ~ U_jj (power 1) would give every column an equal
-    share of the damage, power 0 equal steps. Column exponents are zero on average, so they move
-    precision between columns and leave the bits of the bank about where they were."""
+    share of the damage. Column exponents are zero on average and so leave the bits of a bank."""
     h, role = model.h, roles(model.h)[name]
     rows, columns = ((1, 0) if h.step_search == "uniform" else
                      (ROW_STEP_POWER, COLUMN_STEP_POWER))
     order, upper = factors[role.tap]
     column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
-    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127)
-    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows, searches(h, role))
-    return grid._replace(
-        column=torch.empty_like(column).scatter_(1, order, column).to(torch.int8))
+    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127).to(torch.int8)
+    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows,
+                        h.clip_search and role.optim == "muon")
+    return grid._replace(column=torch.empty_like(column).scatter_(1, order, column))
 
 
 @torch.no_grad()
-def quantise(model: GPT,
-             factors: Mapping[str, Factor],
+def quantise(model: GPT, factors: Mapping[str, Factor],
              stretch: Mapping[str, Tensor] = {}) -> dict[str, Coded | Tensor]:
     """Every bank as it will be stored, in the order of the table: codes with steps, or fp16. Steps
     are 2^stretch (L,) times those of `searched_grid`."""
@@ -3581,8 +3531,6 @@ def quantise(model: GPT,
     for name, role in roles(h).items():
         if role.bits == 16:
             stored[name] = model.bank[name].detach().half()
-        elif not role.bits:
-            continue
         elif role.tap:
             grid = searched_grid(model, name, factors)
             # On a trellis half the step costs the same bits, because parity is free. Searched
@@ -3593,7 +3541,7 @@ def quantise(model: GPT,
                                 grid._replace(scale=scale), top, h.trellis_states)
         else:
             stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas,
-                                      searches(h, role))
+                                      h.clip_search and role.optim == "muon")
     return stored
 
 
@@ -3626,21 +3574,22 @@ def step_damage(model: GPT, world: World, loader: Loader,
     """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
     DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text.
 
-    A difference of losses may by chance be a gain on so short a text; a divergence is zero for
-    exact weights and never negative. Only ratios between role-layers matter, so no trellis is
-    searched here."""
+    Unlike a difference of losses it is never negative on so short a text. Only ratios between
+    role-layers matter, so no trellis is searched."""
     h, damage, turn = model.h, {}, 0
     if h.step_search == "uniform":
         return damage
     plan, ids = depth_plan(h, looped=True), damage_text(h, loader)
     world.share_tensors([ids])
     truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
-    for name in (n for n, role in roles(h).items() if role.tap):
-        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
+    for name, role in roles(h).items():
+        if not role.tap:
+            continue
         # `bank` shares the model's memory: each layer is spoilt in place, judged and put back
+        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
         exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
-        rough = gptq(bank, factors[roles(h)[name].tap],
-                     grid._replace(scale=DAMAGE_STRETCH * grid.scale)).decode()
+        coarse = grid._replace(scale=DAMAGE_STRETCH * grid.scale)
+        rough = gptq(bank, factors[role.tap], coarse).decode()
         for i in range(len(bank)):
             turn += 1
             if turn % world.size == world.rank:
@@ -3652,11 +3601,9 @@ def step_damage(model: GPT, world: World, loader: Loader,
 
 def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
     """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
-    of `truth` with `embed`.
-
-    `embed` is a copy of the exact table, since the one in the model may be rounded by now, at both
-    ends of it. By 2048 tokens at a time: logits (T, V) are fp32 and come twice."""
+    of `truth` with `embed`, a copy of the exact table: the model's own may be rounded by now."""
     total, now = 0.0, model.bank["embed"].to(model.dtype)
+    # 2048 tokens at a time: logits (T, V) are fp32 and come twice
     for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
         p, q = (model.head.logits(states, table).log_softmax(-1)
                 for states, table in zip(pair, (embed, now)))
@@ -3683,8 +3630,7 @@ def column_sizes(w: Tensor, grid: Grid) -> Tensor:
 
 def gaussian_bits(size: Tensor) -> Tensor:
     """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
-    1/2 log2(2 pi e (size + 1/12)). Rounding adds the variance 1/12, which also keeps the bits of a
-    column of zeros above zero."""
+    1/2 log2(2 pi e (size + 1/12)), where 1/12 is the variance that rounding adds."""
     return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
@@ -3708,8 +3654,8 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
     the uniform ones. Reads no text.
 
     One number is searched, the shift in octaves that all steps share. Each pass bisects an estimate
-    that costs nothing, then rounds and codes everything at that shift; what the bytes really were
-    corrects the estimate, and the bracket closes around the budget from both sides."""
+    that costs nothing, then rounds and codes everything at that shift, which closes the bracket
+    around the budget and corrects the estimate."""
     h = model.h
     if not damage:
         return pack(h, quantise(model, factors))
@@ -3724,15 +3670,15 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
         return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
                    for n, o in base.items())
 
+    fits = lambda shift: ratio * expected(shift) + fixed <= room - slack
     # `low` is too fine and `high` fits once tried, so only steps between them are left.
     while high > low + 1e-3 * (high in tried):
-        finer, shift = low, high
-        for _ in range(24):
-            middle = (finer + shift) / 2
-            over = ratio * expected(middle) + fixed > room - slack
-            finer, shift = (middle, shift) if over else (finer, middle)
         if len(tried) > 3:    # the estimate misleads: are the coarsest steps enough? then halve
             shift = (low + high) / 2 if high in tried else high
+        else:    # the finest of 2^24 shifts that is expected to fit
+            width = (high - low) / 2**24
+            shift = low + width * bisect.bisect_left(range(2**24), True, 1,
+                                                    key=lambda i: fits(low + width * i))
         stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
         tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
         if 0 <= room - len(blob) <= 2 * slack:
@@ -3743,7 +3689,7 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
         ratio = (len(blob) - fixed) / expected(shift)
     free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
     # least room left among those that fit; where none does, least over
-    best = min(free, key=lambda shift: free[shift] if free[shift] >= 0 else 1e12 - free[shift])
+    best = min(free, key=lambda shift: (free[shift] < 0, abs(free[shift])))
     log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
         "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
     return tried[best]
@@ -3758,33 +3704,29 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
     model's predictions by `steps` of Adam, DAMAGE_TOKENS of training text each; codes stay, and
     the model is as before. After arXiv 1906.04721, with gradients.
 
-    Gradients reach the matrices too but are not asked for: only `plain` banks move, each text is
-    used once, and the rates are relative to a bank's size because gains and gates differ in it."""
-    h, plan = model.h, depth_plan(model.h, looped=True)
-    texts = [damage_text(h, loader) for _ in range(steps)]
+    Each text is used once. Rates are relative to a bank's size, in which gains and gates differ."""
+    plan = depth_plan(model.h, looped=True)
+    texts = [damage_text(model.h, loader) for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
-    plain = [model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)]
+    plain = {n: model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)}
     # the exact model speaks first; then the rounded weights take its place in the banks
     with torch.no_grad():
         truths = [model.hidden(ids, plan) for ids in texts]
-    embed = model.bank["embed"].detach().to(model.dtype, copy=True)
+    embed = exact["embed"].to(model.dtype)
     load_stored(model, stored)
-    rates = [BIAS_RATE * max(0.05, float(w.detach().abs().mean())) for w in plain]
-    adam = torch.optim.Adam([dict(params=[w], lr=lr) for w, lr in zip(plain, rates)],
-                            betas=(0.9, 0.98), eps=1e-12)
-    for step, (ids, truth) in enumerate(zip(texts, truths)):
-        for group, lr in zip(adam.param_groups, rates):
-            group["lr"] = lr * (1 - step / steps)
+    adam = torch.optim.Adam(
+        [dict(params=[w], lr=BIAS_RATE * max(0.05, float(w.detach().abs().mean())))
+         for w in plain.values()], betas=(0.9, 0.98), eps=1e-12)
+    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    for ids, truth in zip(texts, truths):
+        adam.zero_grad()
         loss = divergence(model, truth, embed, model.hidden(ids, plan))
-        for w, gradient in zip(plain, torch.autograd.grad(loss, plain, allow_unused=True)):
-            w.grad = gradient
+        loss.backward(inputs=[*plain.values()])
         adam.step()
-    found = {n: value if isinstance(value, Coded) else model.bank[n].detach().half()
-             for n, value in stored.items()}
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for n, w in model.bank.items():
-            w.copy_(exact[n])
+        decay.step()
+    found = {**stored, **{n: w.detach().half() for n, w in plain.items()}}
+    model.zero_grad()
+    load_stored(model, exact)
     return found
 
 
@@ -3792,29 +3734,29 @@ def fit_corrected(t: Trainer, factors: Mapping[str, Factor], damage: Mapping[str
                   code: int, log: Log) -> tuple[bytes, dict[str, int]]:
     """What `fit_budget` gives, after BIAS_CORRECTION_STEPS; nothing on ranks other than 0. The
     steps read training text, so the search runs inside the clock too. The uncorrected artifact is
-    kept where the other is over the budget: their lengths differ by some dozen bytes, 0.02% are
-    kept for them."""
-    model, steps = t.model, t.model.h.bias_correction_steps
+    kept where the other is over the budget, of which 0.02% are kept for fp16 banks that compress
+    less well."""
     if not t.world.main:
         return b"", {}
-    spare = model.h.budget_bytes // 5000    # for fp16 banks that compress less well
-    blob, ledger = fit_budget(model, factors, damage, code + spare, log)
-    corrected = pack(model.h, correct_biases(model, t.loader, unpack(blob)[1], steps))
-    fits = len(corrected[0]) <= max(len(blob), model.h.budget_bytes - code)
-    log(f"bias_correction:{steps} steps, artifact {len(blob)} -> {len(corrected[0])} bytes" +
+    model, steps = t.model, t.model.h.bias_correction_steps
+    spare = model.h.budget_bytes // 5000
+    plain = fit_budget(model, factors, damage, code + spare, log)
+    found = pack(model.h, correct_biases(model, t.loader, unpack(plain[0])[1], steps))
+    sizes = len(plain[0]), len(found[0])
+    fits = sizes[1] <= max(sizes[0], model.h.budget_bytes - code)
+    log(f"bias_correction:{steps} steps, artifact {sizes[0]} -> {sizes[1]} bytes" +
         " over the budget: not used" * (not fits))
-    return corrected if fits else (blob, ledger)
+    return found if fits else plain
 
 
 # ==================================================================================================
 # 11. Artifact
 # magic | header length | header | streams | checksum. The header holds the model's knobs and the
 # lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
-# file can only fail.
-# First the general compressors, then the coder of the codes, then the file around both (`pack` and
-# `unpack` are exact inverses), last the packing of the script, whose bytes count as well. Enters:
-# what section 10 stores, and a source text. Leaves: two byte strings and what each part of them
-# costs. Coding loses nothing: all loss of the pipeline lies in the rounding of section 10.
+# file can only fail. First the general compressors, then the coder of the codes, then the file
+# around both, last the packing of the script, whose bytes count as well. Enters: what section 10
+# stores, and a source text. Leaves: two byte strings and what each part costs. Coding loses
+# nothing: all loss of the pipeline lies in the rounding of section 10.
 # ==================================================================================================
 MAGIC = b"PGOLF\x02"
 CHECKSUM_BYTES = 16
@@ -3829,112 +3771,76 @@ MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_hea
                "parallel_form", "asym_logit_rescale", "gptq_roles")
 
 
-class Coder(NamedTuple):
-    """One general-purpose compressor: its letter in the stream, and how to write and read bytes."""
-
-    letter: bytes
-    encode: Callable[[bytes, bool], bytes]    # (raw, quick) -> coded; quick is for rehearsals
-    decode: Callable[[bytes, int], bytes]    # (coded, most bytes of output) -> raw
-
-
 # Raw: no container, no checksum of its own. No context bits: the bytes are numbers, not text.
-LZMA_RAW = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+LZMA_RAW = dict(format=lzma.FORMAT_RAW, filters=[
+    dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)])
 
 
-def coders() -> dict[str, Coder]:
-    """The compressors that this installation offers, by COMPRESSOR name.
-
-    Each decoder is told the most that may come out, lest a hostile stream fills the memory."""
-    found = dict(lzma=Coder(
-        b"l", lambda raw, quick: lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_RAW),
-        lambda coded, limit: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_RAW).decompress(
-            coded, limit)))
-    if zstandard:
-        found["zstd"] = Coder(
-            b"z", lambda raw, quick: zstandard.ZstdCompressor(level=3
-                                                              if quick else 22).compress(raw),
-            lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit))
-    found["zlib"] = Coder(b"d", lambda raw, quick: zlib.compress(raw, 9), inflate)
-    if brotli:
-        found["brotli"] = Coder(
-            b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
-            lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
-    if lrzip_coder and shutil.which("lrzip"):
-        found["lrzip"] = lrzip_coder
-    return found
-
-
-lrzip_coder: Coder | None = None
-
-
-# >>> not packed (for comparisons: the script of a submission starts no other program)
-def lrzip(raw: bytes, option: str) -> bytes:
-    """What the program lrzip makes of the bytes; raises where it fails."""
-    return subprocess.run(["lrzip", option], input=raw, capture_output=True, check=True).stdout
-
-
-def expand_lrzip(coded: bytes, limit: int) -> bytes:
-    """The inverse, unless its header announces more than `limit` bytes (ValueError)."""
-    if (size := int.from_bytes(coded[6:14], "little")) > limit:
-        raise ValueError(f"it announces {size} bytes")
-    return lrzip(coded, "-dq")
-
-
-lrzip_coder = Coder(b"r", lambda raw, quick: lrzip(raw, "-zqL9"), expand_lrzip)
-# <<< not packed
+def coders() -> dict[str, tuple[bytes, Callable, Callable]]:
+    """The compressors that this installation offers: COMPRESSOR name -> (letter in the stream,
+    encode(raw, quick), decode(coded, limit)). `quick` is for rehearsals, `limit` the most that may
+    come out, lest a hostile stream fills the memory."""
+    known = dict(
+        lzma=(b"l", lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
+              lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)),
+        zstd=(b"z",
+              lambda raw, quick: zstandard.ZstdCompressor(level=3 if quick else 22).compress(raw),
+              lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit)),
+        zlib=(b"d", lambda raw, quick: zlib.compress(raw, 9), inflate),
+        brotli=(b"b",
+                lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
+                lambda coded, limit: brotli.Decompressor().process(
+                    coded, output_buffer_limit=limit)))
+    missing = {name for name, module in (("zstd", zstandard), ("brotli", brotli)) if not module}
+    return {name: coder for name, coder in known.items() if name not in missing}
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
     """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
     the shortest."""
     known = coders()
-    known.pop("lrzip" if compressor == "any" else "", None)    # a program for each small stream
     chosen = [known[compressor]] if compressor in known else known.values()
-    return min((c.letter + c.encode(raw, quick) for c in chosen), key=len)
+    return min((letter + encode(raw, quick) for letter, encode, _ in chosen), key=len)
 
 
 def expand(coded: bytes, size: int) -> bytes:
     """The `size` bytes that `squeeze` was given; raises `Refusal` for anything else."""
-    for name, coder in coders().items():
-        if coded[:1] == coder.letter:
-            try:
-                # one byte more than is due, so that a stream which is too long shows
-                raw = coder.decode(coded[1:], size + 1)
-            # each library has its own error types; all mean a damaged stream
-            except Exception as error:
-                raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
-            if len(raw) != size:
-                raise Refusal(
-                    f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
-            return raw
-    raise Refusal(
-        f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is not installed "
-        f"(here: {', '.join(coders())})")
+    known = {letter: (name, decode) for name, (letter, _, decode) in coders().items()}
+    if coded[:1] not in known:
+        raise Refusal(f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is "
+                      f"not installed (here: {', '.join(coders())})")
+    name, decode = known[coded[:1]]
+    try:
+        # one byte more than is due, so that a stream which is too long shows
+        raw = decode(coded[1:], size + 1)
+    # each library has its own error types; all mean a damaged stream
+    except Exception as error:
+        raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
+    if len(raw) != size:
+        raise Refusal(f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
+    return raw
 
 
 def shuffled(numbers: np.ndarray) -> bytes:
     """16-bit numbers as all low bytes, then all high bytes: those compress better apart."""
-    flat = np.ascontiguousarray(numbers).reshape(-1)
-    return np.ascontiguousarray(flat.view(np.uint8).reshape(-1, 2).T).tobytes()
+    return numbers.ravel().view(np.uint8).reshape(-1, 2).T.tobytes()
 
 
 def unshuffled(raw: bytes, dtype: type) -> np.ndarray:
-    """The inverse of `shuffled`."""
-    planes = np.frombuffer(raw, np.uint8).reshape(2, -1)
-    return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
+    """The inverse of `shuffled`, flat."""
+    return np.frombuffer(raw, np.uint8).reshape(2, -1).T.flatten().view(dtype)
 
 
 # A code is Gaussian given the scale of its column, and no other context was worth 0.02%. So each
 # code is drawn from a static table chosen by the sizes its column has shown so far: the scale is
 # learned backwards and costs no side information. Decoding uses integers alone, so that every
-# platform reads the same numbers: one symbol read otherwise would change all that follow. Floats
-# choose only what the stream then states (trust, mix, tables).
-# The coder is rANS (arXiv 1311.2540): a state x is a whole number. A symbol with `f` of the 2^15
-# slots, from `start` on, turns x into x // f * 2^15 + start + x % f, which adds 15 - log2 f bits,
-# its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start. What outgrows 32
-# bits leaves in words of 16. A state reads back in the reverse order of writing, hence the
-# backward loops of the encoder. One state per column makes a row of codes a few numpy operations.
-RANS_LANES = 512        # lanes, one per column of a strip, run through all tensors as one chain
+# platform reads the same numbers; floats choose only what the stream then states.
+# The coder is rANS (arXiv 1311.2540, 1402.3392): a state x is a whole number. A symbol with `f` of
+# the 2^15 slots, from `start` on, turns x into x // f * 2^15 + start + x % f, which adds
+# 15 - log2 f bits, its ideal cost; the decoder undoes it with f * (x // 2^15) + x % 2^15 - start.
+# What outgrows 32 bits leaves in words of 16. A state reads back in the reverse order of writing,
+# hence the backward loops of the encoder. One state per column makes a row a few numpy operations.
+RANS_LANES = 512        # lanes, one per column of a strip, 4 bytes each for all tensors together
 RANS_BITS = 15          # probabilities are multiples of 2^-15
 RANS_FLOOR = 1 << 16    # a lane's 32-bit state stays at or above this by taking in 16-bit words
 FIRST_ESCAPE, LARGEST_SYMBOL = 124, 127     # a larger |code| goes as 124..127 and an excess
@@ -3949,8 +3855,8 @@ class ColumnModel(NamedTuple):
     `mean` is the mean |symbol| of the tensor, in units of 1 / SCALE_ONE like all scales. The prior
     of a column counts as 2^`trust` rows and takes `mix` quarters from the same column of the layer
     before. `tables` (K, top + 1) uint8 hold the rung of the weight of each |symbol|, the first
-    table for the rung `lowest` of the scale.
-    """
+    table for the rung `lowest` of the scale."""
+
     mean: int
     trust: int
     mix: int
@@ -3964,7 +3870,7 @@ class ColumnModel(NamedTuple):
 
 
 def rung(value: np.ndarray) -> np.ndarray:
-    """Index of the largest of RUNGS (0 to 7, then 8 an octave) that is not above `value`."""
+    """Index of the largest of RUNGS that is not above `value`."""
     return np.searchsorted(RUNGS, value, "right") - 1
 
 
@@ -3977,19 +3883,11 @@ def refreshes(rows: int) -> np.ndarray:
     return np.array(starts)
 
 
-def stretches(rows: int) -> np.ndarray:
-    """Number of rows from each refresh to the next."""
-    return np.diff(refreshes(rows), append=rows)
-
-
-def prior_scale(previous: np.ndarray, mean: int, mix: int) -> np.ndarray:
-    """Scale expected of a column before its first row, from its scale in the previous layer."""
-    return (mix * previous + (4 - mix) * mean) >> 2
-
-
-def running_scale(total: np.ndarray, row, prior: np.ndarray, trust: int) -> np.ndarray:
+def running_scale(total: np.ndarray, row, previous: np.ndarray, mean: int, trust: int,
+                  mix: int) -> np.ndarray:
     """Scale of columns whose first `row` symbols add up to `total` in size: the mean of these and
-    of 2^trust imagined rows that have the size of the prior."""
+    of 2^trust imagined rows of the size that `previous`, the layer before, and `mean` suggest."""
+    prior = (mix * previous + (4 - mix) * mean) >> 2
     return (total * SCALE_ONE + (prior << trust)) // (row + (1 << trust))
 
 
@@ -4000,17 +3898,16 @@ def column_scales(sizes: np.ndarray, mean: int, trust: int, mix: int) -> np.ndar
     after = sums.cumsum(1)
     reached = after[:, -1:] * SCALE_ONE // sizes.shape[1]
     previous = np.concatenate([np.full_like(reached[:1], mean), reached[:-1]])
-    return running_scale(after - sums, starts[:, None], prior_scale(previous, mean, mix), trust)
+    return running_scale(after - sums, starts[:, None], previous, mean, trust, mix)
 
 
 def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
-    """The (trust, mix) with which scales s predict |symbols| (L, R, C) best: log s + |q| / s.
-
-    That is the cost in nats of an exponential of mean s. At most 48 columns are asked; what is
-    found costs two bytes of the stream, and a worse choice would only be longer, never wrong."""
+    """The (trust, mix) with which scales s predict |symbols| (L, R, C) of at most 48 columns best:
+    log s + |q| / s, the nats of an exponential of mean s. A worse choice is longer, never wrong."""
     layers, rows, columns = sizes.shape
-    sample, lengths = sizes[:, :, ::-(-columns // 48)], stretches(rows)[:, None]
-    sums = np.add.reduceat(sample, refreshes(rows), axis=1, dtype=np.float32) * SCALE_ONE
+    sample, starts = sizes[:, :, ::-(-columns // 48)], refreshes(rows)
+    sums = np.add.reduceat(sample, starts, axis=1, dtype=np.float32) * SCALE_ONE
+    lengths = np.diff(starts, append=rows)[:, None]
 
     def nats(trust: int, mix: int) -> float:
         """Cost of the sampled columns, up to a constant."""
@@ -4023,24 +3920,20 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
 
 
 def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarray]:
-    """The model of symbols (L, R, C), tables in use (L, refreshes, C), and counts (K, top + 1).
-
-    What a table is used for is counted with the very scales that the decoder will know, so a table
-    is the distribution of the sizes drawn from it, up to the rounding to RUNGS."""
-    sizes = np.abs(symbols).astype(np.uint8)
+    """The model of symbols (L, R, C), their tables (L, R, C) uint8, and counts (K, top + 1): each
+    table is the distribution of the sizes that the decoder will draw from it, rounded to RUNGS."""
+    sizes, rows = np.abs(symbols).astype(np.uint8), symbols.shape[1]
     mean = int(sizes.sum(dtype=np.int64)) * SCALE_ONE // sizes.size
     trust, mix = learning_rate(sizes, mean)
     used = rung(column_scales(sizes, mean, trust, mix))
     # A table used by less than a thousandth costs more than it earns: its neighbour serves.
     share = np.bincount(used.ravel()).cumsum() / used.size
     lowest, highest = (int(np.searchsorted(share, edge)) for edge in (0.0005, 0.9995))
-    used = (used.clip(lowest, highest) - lowest).astype(np.int32)
-    lengths, width = stretches(sizes.shape[1]), int(sizes.max()) + 1
-    counts = np.zeros((highest - lowest + 1) * width, np.int64)
-    for table, size in zip(used, sizes):
-        cell = (table * width).repeat(lengths, 0) + size
-        counts += np.bincount(cell.ravel(), minlength=counts.size)
-    counts = counts.reshape(-1, width)
+    used = (used.clip(lowest, highest) - lowest).astype(np.uint8)
+    used = used.repeat(np.diff(refreshes(rows), append=rows), 1)
+    width = int(sizes.max()) + 1
+    cell = used.astype(np.int32) * width + sizes
+    counts = np.bincount(cell.ravel(), minlength=(highest - lowest + 1) * width).reshape(-1, width)
     weights = counts * (2 << RANS_BITS) // counts.max(1, keepdims=True).clip(1)
     weights[:, 1:] //= 2                        # a size counts for both signs
     # a size that occurs keeps a weight, however rare it is: at zero it could not be coded
@@ -4052,9 +3945,7 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
     """Frequencies (K, P, 2 top + 1), adding up to 2^RANS_BITS, of the symbols -top..top.
 
     P = 2 with a trellis: then table p holds only symbols of parity p. Each symbol of a table gets
-    one slot and its share of the rest; the most frequent takes what division leaves over, so that
-    both sides fill 2^RANS_BITS slots exactly.
-    """
+    one slot and its share of the rest; the most frequent takes what division leaves over."""
     top = tables.shape[1] - 1
     symbol = np.arange(-top, top + 1)
     parity = np.array([[0], [1]]) if states else symbol & 1
@@ -4062,17 +3953,15 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
     weight[~weight.any(2), top] = 1             # a table that nothing uses must still be one
     spare = (1 << RANS_BITS) - np.count_nonzero(weight, axis=2)[..., None]
     share = (weight > 0) + weight * spare // weight.sum(2, keepdims=True)
-    most = share.argmax(2)[..., None]
-    rest = (1 << RANS_BITS) - share.sum(2, keepdims=True)
-    np.put_along_axis(share, most, np.take_along_axis(share, most, 2) + rest, 2)
-    return share
+    most = symbol + top == share.argmax(2)[..., None]
+    return share + most * ((1 << RANS_BITS) - share.sum(2, keepdims=True))
 
 
 def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Symbols equal to int16 codes modulo 4, and the uint16 excess of each large one, in order.
 
-    Modulo 4, because the trellis walks on the two lowest bits: the decoder can follow it before it
-    has seen any excess. So tables stay narrow, and no weight needs to be clipped."""
+    The trellis walks on the two lowest bits, so the decoder can follow it before it has seen any
+    excess. Tables stay narrow, and no weight needs to be clipped."""
     size = np.abs(codes.astype(np.int32))
     symbols, large = codes.copy(), size >= FIRST_ESCAPE
     beyond = size[large] - FIRST_ESCAPE
@@ -4081,13 +3970,12 @@ def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """Undo `fold` in place; returns the excesses left over, raises ValueError if there are none."""
+    """Undo `fold` in place; returns the excesses left over, raises ValueError if too few came."""
     large = np.abs(symbols) >= FIRST_ESCAPE
     used, excess = np.split(excess, [np.count_nonzero(large)])
     if len(used) < np.count_nonzero(large):
         raise ValueError("coded weights: an escaped code has no excess, the stream is damaged")
-    grown = symbols[large] + 4 * used.astype(np.int32) * np.sign(symbols[large])
-    symbols[large] = grown.astype(np.int16)
+    symbols[large] += (4 * used.astype(np.int32) * np.sign(symbols[large])).astype(np.int16)
     return excess
 
 
@@ -4095,7 +3983,7 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
     """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column.
 
     The encoder takes a table by the code's own parity, the decoder by the state: codes that leave
-    the path would be read as other codes, which would not show before the artifact is read."""
+    the path would be read as other codes."""
     follow = trellis_next(states).astype(np.uint8)
     state = np.zeros_like(codes[:, 0], np.uint8)
     for row in range(codes.shape[1]):
@@ -4104,35 +3992,24 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
         state = follow[state, codes[:, row] >> 1 & 1]
 
 
-def strips(columns: int) -> list[slice]:
-    """The columns that run side by side, at most RANS_LANES at once. A lane costs 4 bytes
-    of final state, once for all tensors."""
-    lefts = range(0, columns, RANS_LANES)
-    return [slice(left, min(left + RANS_LANES, columns)) for left in lefts]
-
-
 def push_rows(lanes: np.ndarray, frequency: np.ndarray, start: np.ndarray, words: list) -> None:
     """Code rows (R, lanes) of uint32 frequencies and starts, last row first, giving off words.
 
-    A state x becomes x // f * 2^RANS_BITS + x % f + start (rANS, arXiv 1311.2540 and 1402.3392).
-    A state of f * 2^(32 - RANS_BITS) or more would not fit into 32 bits after that, so its low half
-    leaves first; the decoder takes it back when it finds a state below RANS_FLOOR.
-    """
+    A state of f * 2^(32 - RANS_BITS) or more would not fit into 32 bits after the symbol, so its
+    low half leaves first; the decoder takes it back when it finds a state below RANS_FLOOR."""
     for share, begin in zip(frequency[::-1], start[::-1]):
         full = (lanes >> (32 - RANS_BITS) >= share).nonzero()[0]
-        words.append(lanes[full].astype(np.uint16))         # the low half
+        words.append(lanes[full].astype(np.uint16))
         lanes[full] >>= 16
         lanes += lanes // share * ((1 << RANS_BITS) - share) + begin
 
 
-def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
-    """Code int16 tensors (L, R, C), on a trellis of `trellis` states (0: none).
+def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
+    """Code int16 tensors (L, R, C), on a trellis of so many states (0: none).
 
     The state is 0 at the top of each column and gives each code's parity, which costs nothing then.
     Layout: two uint32 lengths, zlib of the models, zlib of the excesses, the lanes' final states in
-    uint32, the words in uint16. Raises ValueError for codes that leave the trellis.
-    """
-    states = trellis
+    uint32, the words in uint16. Raises ValueError for codes that leave the trellis."""
     folded = [fold(codes) for codes in tensors if codes.size]
     width = min(RANS_LANES, max((symbols.shape[2] for symbols, _ in folded), default=0))
     lanes, words, models = np.full(width, RANS_FLOOR, np.uint32), [np.zeros(0, np.uint16)], []
@@ -4142,15 +4019,13 @@ def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
             check_trellis(symbols, states)
         model, used, _ = fit_columns(symbols)
         models.append(model.pack())
-        share = frequencies(model.tables, states)
-        (parities, letters), lengths = share.shape[1:], stretches(symbols.shape[1])
-        start = (share.cumsum(2) - share).ravel().astype(np.uint32)
-        share = share.ravel().astype(np.uint32)
-        for strip in reversed(strips(symbols.shape[2])):
+        share = frequencies(model.tables, states).astype(np.uint32)
+        start = share.cumsum(2, np.uint32) - share
+        for left in reversed(range(0, symbols.shape[2], RANS_LANES)):
+            strip = slice(left, left + RANS_LANES)
             for layer, table in zip(symbols[::-1, :, strip], used[::-1, :, strip]):
-                # where a symbol's frequency lies: its table, its parity there, its place in that
-                cell = (table * (parities * letters) + letters // 2).repeat(lengths, 0) + layer
-                cell += (layer & (parities - 1)) * letters
+                # a symbol's table, its parity there, and its place in that
+                cell = table, layer & (share.shape[1] - 1), layer + share.shape[2] // 2
                 push_rows(lanes[:layer.shape[1]], share[cell], start[cell], words)
     side = zlib.compress(b"".join(reversed(models)), 9)
     excess = zlib.compress(b"".join(excess.tobytes() for _, excess in folded), 9)
@@ -4159,34 +4034,31 @@ def encode_codes(tensors: list[np.ndarray], trellis: int = 0) -> bytes:
                      np.concatenate(words[::-1]).astype("<u2").tobytes()])
 
 
-def code_bits(tensors: list[np.ndarray], trellis: int = 0) -> np.ndarray:
-    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding.
-
-    Of a symbol's two tables the one of its own parity alone has slots for it, hence the maximum."""
-    states, bits = trellis, np.zeros(len(tensors))
-    for index, codes in enumerate(tensors):
-        if codes.size:
-            symbols, excess = fold(codes)
-            model, _, counts = fit_columns(symbols)
-            share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
-            side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
-            bits[index] = (counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side
-    return bits
+def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
+    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding."""
+    bits = []
+    for symbols, excess in map(fold, tensors):
+        model, _, counts = fit_columns(symbols)
+        # of a symbol's two tables only the one of its own parity has slots for it: the larger
+        share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
+        side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
+        bits.append((counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side)
+    return np.array(bits)
 
 
+@dataclass
 class LaneReader:
-    """The lanes of a decoder: their states, the words to come, and the place reached in them."""
+    """The lanes of a decoder."""
 
-    def __init__(self, states: np.ndarray, words: np.ndarray):
-        """Start from the encoder's final states (lanes,) uint32 and its words, uint16."""
-        self.states, self.words, self.at = states, words, 0
+    states: np.ndarray    # uint32 (lanes,), at first those that the encoder ended with
+    words: np.ndarray    # uint16
+    at: int = 0    # the place reached in the words
 
     def pull(self, table: np.ndarray, cells: np.ndarray) -> np.ndarray:
         """Slots that the first lanes read, each from the 2^RANS_BITS `cells` at its `table`.
 
         A cell is frequency << 16 | (slot - start); raises ValueError when the words run out. The
-        uint32 never overflows: f * (x >> 15) + slot - start is below f * 2^17, f at most 2^15.
-        """
+        uint32 never overflows: f * (x >> 15) + slot - start is below f * 2^17, f at most 2^15."""
         lanes = self.states[:len(table)]
         slot = table + (lanes & ((1 << RANS_BITS) - 1))
         cell = cells.take(slot)
@@ -4202,65 +4074,50 @@ class LaneReader:
         return slot
 
 
-def decode_layer(reader: LaneReader, out: np.ndarray, model: ColumnModel, previous: np.ndarray,
-                 lookup: tuple[np.ndarray, np.ndarray], states: int) -> np.ndarray:
-    """Fill `out` (R, lanes) with one layer's symbols; returns the scales of its whole columns.
-
-    `previous` are those of the layer before; `lookup` holds a cell and a symbol for every slot.
-    All that chooses a table is an integer known to both sides: sums of the rows so far, and with a
-    trellis the state, whose parity halves the symbols that can come.
-    """
-    (cells, letters), starts = lookup, refreshes(len(out)).tolist()
-    total, state = np.zeros((2, out.shape[1]), np.int64)
-    follow = trellis_next(states).repeat(2, 1).ravel() if states else None
-    prior = prior_scale(previous, model.mean, model.mix)
-    for first, last in zip(starts, [*starts[1:], len(out)]):
-        scale = rung(running_scale(total, first, prior, model.trust))
-        table = (scale - model.lowest).clip(0, len(model.tables) - 1) << RANS_BITS
-        if states:
-            table <<= 1
-        for row in range(first, last):
-            if states:
-                slot = reader.pull(table + ((state & 1) << RANS_BITS), cells)
-                out[row] = symbol = letters.take(slot)
-                state = follow.take(state << 2 | symbol & 3)
-            else:
-                out[row] = letters.take(reader.pull(table, cells))
-        total += np.abs(out[first:last]).sum(0, dtype=np.int64)
-    return total * SCALE_ONE // len(out)
-
-
 def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, states: int) -> None:
-    """Fill `codes` (L, R, C) with the symbols of one tensor, the next that the reader comes to."""
+    """Fill `codes` (L, R, C) with the symbols of one tensor, the next that the reader comes to.
+
+    All that chooses a table is an integer known to both sides: sums of the rows so far, and with a
+    trellis the state, whose parity halves the symbols that can come."""
     # every slot of every table is laid out once, so that reading a symbol is two look-ups
     share = frequencies(model.tables, states)
     top, share = share.shape[2] // 2, share.ravel()
     place = np.arange(share.sum()) - (share.cumsum() - share).repeat(share)
     cells = ((share << 16).repeat(share) | place).astype(np.uint32)
-    letters = np.arange(-top, top + 1, dtype=np.int8)
-    letters = np.tile(letters, len(share) // len(letters)).repeat(share)
-    for strip in strips(codes.shape[2]):
-        scale = np.int64(model.mean)
-        for layer in codes[:, :, strip]:
-            scale = decode_layer(reader, layer, model, scale, (cells, letters), states)
+    letters = np.resize(np.arange(-top, top + 1, dtype=np.int8), len(share)).repeat(share)
+    # by state and the two lowest bits of a code; without a trellis there is one state
+    follow = (trellis_next(states) if states else np.zeros((1, 2), np.int64)).repeat(2, 1).ravel()
+    starts = [*refreshes(codes.shape[1]).tolist(), codes.shape[1]]
+    for left in range(0, codes.shape[2], RANS_LANES):
+        previous = np.int64(model.mean)
+        for layer in codes[:, :, left:left + RANS_LANES]:
+            total, state = np.zeros((2, layer.shape[1]), np.int64)
+            for first, last in itertools.pairwise(starts):
+                scale = rung(running_scale(total, first, previous, *model[:3])) - model.lowest
+                table = scale.clip(0, len(model.tables) - 1) << RANS_BITS + (states > 0)
+                for row in range(first, last):
+                    slot = reader.pull(table + ((state & 1) << RANS_BITS), cells)
+                    layer[row] = symbol = letters.take(slot)
+                    state = follow.take(state << 2 | symbol & 3)
+                total += np.abs(layer[first:last]).sum(0, dtype=np.int64)
+            previous = total * SCALE_ONE // len(layer)
 
 
 def read_models(packed: bytes, count: int) -> list[ColumnModel]:
     """The models of `count` tensors; raises ValueError unless `packed` holds just these."""
-    # Sums of uint8 wrap around as the differences in `ColumnModel.pack` did; a damaged table may
-    # name rungs that are none, so they are cut down before anything is looked up by them.
-    models, size = [], struct.calcsize("<IBBBBB")
+    stream, models = io.BytesIO(packed), []
     for _ in range(count):
-        if len(packed) < size:
-            raise ValueError("coded weights: the column models are cut short")
-        *head, kinds, width = struct.unpack_from("<IBBBBB", packed)
-        end = size + kinds * width
-        tables, packed = np.frombuffer(packed[size:end], np.uint8), packed[end:]
+        # where bytes are missing, zeros make a model without tables
+        *head, kinds, width = struct.unpack("<IBBBBB", stream.read(9).ljust(9, b"\0"))
+        tables = np.frombuffer(stream.read(kinds * width), np.uint8)
         if not 0 < kinds * width == tables.size or width > LARGEST_SYMBOL + 1 or max(head[1:3]) > 8:
-            raise ValueError(f"coded weights: column model {head}, {kinds} x {width} is impossible")
+            raise ValueError(f"coded weights: column model {head}, {kinds} x {width} is impossible "
+                             "or cut short")
+        # Sums of uint8 wrap around as the differences in `ColumnModel.pack` did; a damaged table
+        # may name rungs that are none, so they are cut down before they look anything up.
         tables = np.add.accumulate(tables.reshape(kinds, width), 0, np.uint8)
         models.append(ColumnModel(*head, tables.clip(0, len(RUNGS) - 1)))
-    if packed:
+    if stream.read():
         raise ValueError("coded weights: bytes are left over after the last column model")
     return models
 
@@ -4278,25 +4135,23 @@ def inflate(packed: bytes, limit: int) -> bytes:
 
 
 def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
-                 trellis: int = 0) -> list[np.ndarray]:
+                 states: int = 0) -> list[np.ndarray]:
     """The tensors (L, R, C) int16 given to `encode_codes`; raises ValueError for a damaged blob."""
-    states = trellis
     tensors = [np.zeros(shape, np.int16) for shape in shapes]
     filled = [codes for codes in tensors if codes.size]
     width = min(RANS_LANES, max((codes.shape[2] for codes in filled), default=0))
-    sizes = struct.unpack_from("<II", blob) if len(blob) >= 8 else (0, 0)
-    ends = np.cumsum([8, *sizes, 4 * width]).tolist()
-    if len(blob) < ends[-1] or (len(blob) - ends[-1]) % 2:
+    sizes = *struct.unpack("<II", blob[:8].ljust(8, b"\0")), 4 * width
+    left = len(blob) - 8 - sum(sizes)
+    if left < 0 or left % 2:
         raise ValueError(f"coded weights: {len(blob)} bytes do not match the parts they announce")
-    side, excess, lanes, words = (blob[a:b] for a, b in zip(ends, [*ends[1:], len(blob)]))
+    side, excess, lanes, words = map(io.BytesIO(blob[8:]).read, (*sizes, left))
     models = read_models(inflate(side, 1 << 16 << len(filled).bit_length()), len(filled))
     excess = np.frombuffer(inflate(excess, 2 * sum(codes.size for codes in filled)), "<u2")
     reader = LaneReader(np.frombuffer(lanes, "<u4").astype(np.uint32), np.frombuffer(words, "<u2"))
     for codes, model in zip(filled, models):
         decode_tensor(reader, codes, model, states)
         excess = unfold(codes, excess)
-    # The encoder began with every lane at RANS_FLOOR. Ending there, with no word left, is a check
-    # that a damaged stream would have to pass by chance.
+    # the encoder began with every lane at RANS_FLOOR; few damaged streams would end there
     if reader.at < len(reader.words) or len(excess) or (reader.states != RANS_FLOOR).any():
         raise ValueError("coded weights: the stream does not end with the weights, it is damaged")
     return tensors
@@ -4305,48 +4160,44 @@ def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
 def coded_roles(h: Hyperparameters) -> dict[str, tuple[int, int, int]]:
     """(L | 1, rows, cols) of each bank that is stored as codes; those on the trellis come first. A
     bank that no tap feeds was rounded weight by weight and knows no parity."""
-    table = {n: r for n, r in roles(h).items() if 0 < r.bits < 16}
-    ordered = sorted(table.items(), key=lambda item: not item[1].tap)
-    return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered}
+    ordered = sorted(roles(h).items(), key=lambda item: not item[1].tap)
+    return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered if r.bits < 16}
+
+
+def tapped(h: Hyperparameters) -> list[str]:
+    """Names of the banks on the trellis, the first of `coded_roles`."""
+    return [n for n in coded_roles(h) if roles(h)[n].tap]
 
 
 def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
                quick: bool) -> list[bytes]:
-    """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed.
-
-    General compressors look for what repeats nearby, so codes of a column, which are of one scale,
-    lie together for them."""
+    """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed
+    for general compressors, so that codes of a column, which are of one scale, lie together."""
     if coder != "rans":
         turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
         return [squeeze(shuffled(c), coder, quick) for c in turned]
-    on = [codes[n] for n in codes if roles(h)[n].tap]
-    off = [codes[n] for n in codes if not roles(h)[n].tap]
-    return [encode_codes(on, h.trellis_states), encode_codes(off)]
+    banks, on = [*codes.values()], len(tapped(h))
+    return [encode_codes(banks[:on], h.trellis_states), encode_codes(banks[on:])]
 
 
 def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> list[np.ndarray]:
     """int16 codes (L, rows, cols) in the order of `coded_roles`; the inverse of `pack_codes`."""
-    shapes = coded_roles(h)
-    if coder == "rans":
-        on = [shape for n, shape in shapes.items() if roles(h)[n].tap]
-        try:
-            return decode_codes(streams[0], on, h.trellis_states) + decode_codes(
-                streams[1],
-                list(shapes.values())[len(on):])
-        except ValueError as error:
-            raise Refusal(f"artifact: {error}") from None
-    return [
-        unshuffled(expand(s, 2 * math.prod(shape)), np.int16).reshape(
-            shape[0], shape[2], shape[1]).swapaxes(1, 2) - 128
-        for s, shape in zip(streams, shapes.values())
-    ]
+    shapes, on = [*coded_roles(h).values()], len(tapped(h))
+    if coder != "rans":
+        return [unshuffled(expand(s, 2 * L * R * C), np.int16).reshape(L, C, R).swapaxes(1, 2) - 128
+                for s, (L, R, C) in zip(streams, shapes)]
+    try:
+        return (decode_codes(streams[0], shapes[:on], h.trellis_states) +
+                decode_codes(streams[1], shapes[on:]))
+    except ValueError as error:
+        raise Refusal(f"artifact: {error}") from None
 
 
 def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """(bank, part of its grid, number format, shape) in the order of the artifact; banks that one
-    tap feeds share their columns, without a tap all columns are alike."""
+    """(bank, part of its grid, number format, shape) in the order of the artifact; banks of one tap
+    share their columns, without a tap all columns are alike."""
     shapes = coded_roles(h)
-    firsts = {roles(h)[n].tap: n for n in reversed(shapes) if roles(h)[n].tap}.values()
+    firsts = {roles(h)[n].tap: n for n in reversed(tapped(h))}.values()
     return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
             *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
             *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
@@ -4360,83 +4211,67 @@ def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
     for (name, part, kind, shape), size in zip(parts, sizes):
         values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
         found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
-    return {n: Grid(found["scale", n], found["row", n], found["column", tap] if
-                    (tap := roles(h)[n].tap) else torch.zeros(shape[::2], dtype=torch.int8))
-            for n, shape in coded_roles(h).items()}
+    even = {n: torch.zeros(shape[::2], dtype=torch.int8) for n, shape in coded_roles(h).items()}
+    return {n: Grid(found["scale", n], found["row", n],
+                    found.get(("column", roles(h)[n].tap), even[n])) for n in even}
 
 
-def pack(h: Hyperparameters,
-         stored: Mapping[str, Coded | Tensor],
+def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor],
          quick: bool = False) -> tuple[bytes, dict[str, int]]:
     """(artifact, bytes by part). `unpack` gives back exactly `stored`.
 
-    The bytes by part add up to the artifact; `fit_budget` reads from them what is not codes.
-    """
+    The bytes by part add up to the artifact; `fit_budget` reads from them what is not codes."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
     tried = ["rans", "any"] if h.compressor == "auto" else [h.compressor]
     coder, streams = min(((c, pack_codes(h, codes, c, quick)) for c in tried),
                          key=lambda choice: sum(map(len, choice[1])))
-    halves = lambda tensors: squeeze(
-        shuffled(np.concatenate([t.cpu().numpy().reshape(-1) for t in tensors])), "any", quick)
-    streams.append(squeeze(b"".join(
-        getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
-        for n, part, kind, _ in grid_parts(h)), "any", quick))
-    streams.append(halves(v for v in stored.values() if not isinstance(v, Coded)))
+    steps = b"".join(getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
+                     for n, part, kind, _ in grid_parts(h))
+    plain = [v.cpu().numpy().ravel() for v in stored.values() if not isinstance(v, Coded)]
+    streams += [squeeze(raw, "any", quick) for raw in (steps, shuffled(np.concatenate(plain)))]
     # every knob that was turned, not only the model's: `eval` then scores as the run did
-    header = lzma.compress(
-        json.dumps(dict(knobs=h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS},
-                        coder=coder, streams=[len(s) for s in streams]),
-                   separators=(",", ":")).encode(), lzma.FORMAT_ALONE)
+    knobs, sizes = h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS}, [*map(len, streams)]
+    told = json.dumps(dict(knobs=knobs, coder=coder, streams=sizes), separators=(",", ":"))
+    header = lzma.compress(told.encode(), lzma.FORMAT_ALONE)
     body = MAGIC + struct.pack("<I", len(header)) + header + b"".join(streams)
     if coder == "rans":    # one chain of lanes runs through all banks: shares are its own estimate
-        on = [n for n in codes if roles(h)[n].tap]
+        on = tapped(h)
         bits = code_bits([codes[n] for n in on], h.trellis_states)
         ledger = dict(zip(on, (bits / 8).round().astype(int).tolist()))
-        ledger["chain"] = len(streams[0]) - sum(ledger.values())
-        ledger["gates"] = len(streams[1])
+        ledger |= dict(chain=sizes[0] - sum(ledger.values()), gates=sizes[1])
     else:
-        ledger = dict(zip(codes, map(len, streams)))
-    ledger |= dict(steps=len(streams[-2]), fp16=len(streams[-1]),
-                   header=len(body) - sum(map(len, streams)) + CHECKSUM_BYTES)
+        ledger = dict(zip(codes, sizes))
+    ledger |= dict(steps=sizes[-2], fp16=sizes[-1], header=len(body) - sum(sizes) + CHECKSUM_BYTES)
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
 
 
 def unpack(blob: bytes,
            place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
-    """(the run's knobs, stored banks) of an artifact. Checks the sum before anything is decoded,
-    sizes before memory is taken.
+    """(the run's knobs, stored banks) of an artifact; raises `Refusal` for whatever is wrong.
 
-    Raises `Refusal` for whatever is wrong with it. The checksum tells damage, not malice: who makes
-    a file can make its sum, so every length is still checked against what the knobs ask for.
-    """
+    The checksum tells damage, not malice: who makes a file can make its sum, so every length is
+    checked against what the knobs ask for before memory is taken."""
     h, coder, lengths, first = read_header(blob, place)
     shapes = coded_roles(h)
-    if len(lengths) != (2 if coder == "rans" else len(shapes)) + 2 or (
+    if (len(lengths) != (2 if coder == "rans" else len(shapes)) + 2 or
             first + sum(lengths) + CHECKSUM_BYTES != len(blob)):
         raise Refusal(f"{place}: the lengths of its streams do not add up to its {len(blob)} bytes")
-    ends = np.cumsum([first, *lengths]).tolist()
-    streams = [blob[a:b] for a, b in zip(ends, ends[1:])]
-    codes = dict(zip(shapes, unpack_codes(h, streams[:-2], coder)))
-    grids = unpack_grids(h, streams[-2])
-    plain = sum(math.prod(r.shape) for r in roles(h).values() if r.bits == 16)
-    plain = torch.from_numpy(unshuffled(expand(streams[-1], 2 * plain), np.float16))
-    banks: dict[str, Coded | Tensor] = {}
-    for name, role in roles(h).items():
-        if role.bits == 16:
-            values, plain = plain.tensor_split([math.prod(role.shape)])
-            banks[name] = values.view(role.shape)
-        elif role.bits:
-            banks[name] = Coded(torch.from_numpy(codes[name]), grids[name])
-    return h, banks
+    *streams, steps, halves = map(io.BytesIO(blob[first:]).read, lengths)
+    codes = dict(zip(shapes, unpack_codes(h, streams, coder)))
+    grids = unpack_grids(h, steps)
+    sizes = {n: math.prod(r.shape) for n, r in roles(h).items() if r.bits == 16}
+    plain = torch.from_numpy(unshuffled(expand(halves, 2 * sum(sizes.values())), np.float16))
+    plain = dict(zip(sizes, plain.split([*sizes.values()])))
+    return h, {n: plain[n].view(r.shape) if n in plain else
+               Coded(torch.from_numpy(codes[n]), grids[n]) for n, r in roles(h).items()}
 
 
 def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int], int]:
     """(knobs, coder, lengths of the streams, place of the first one); raises `Refusal`, having
     taken no memory."""
-    if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or blob[:len(MAGIC)] != MAGIC:
-        raise Refusal(
-            f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not {MAGIC!r})"
-        )
+    if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or not blob.startswith(MAGIC):
+        raise Refusal(f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not "
+                      f"{MAGIC!r})")
     if hashlib.sha256(blob[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != blob[-CHECKSUM_BYTES:]:
         raise Refusal(f"{place}: damaged, its checksum does not match its {len(blob)} bytes")
     (length, ), first = struct.unpack_from("<I", blob, len(MAGIC)), len(MAGIC) + 4
@@ -4446,21 +4281,19 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
         raw = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26).decompress(
             blob[first:first + length], HEADER_LIMIT)
         header = json.loads(raw)
-        knobs, lengths = header["knobs"], header["streams"]
+        knobs, coder, lengths = header["knobs"], header["coder"], header["streams"]
         # the declared types exactly: 1.0 or true would pass for 1 in most checks of range
         kinds = {f.name: f.type for f in fields(Hyperparameters)}
-        typed = type(knobs) is dict and all(type(v).__name__ == kinds[n]
-                    for n, v in knobs.items()) and set(MODEL_KNOBS) <= set(knobs)
-        coder = header["coder"]
-        if not typed or not all(type(n) is int and n > 0 for n in lengths):
+        if not (type(knobs) is dict and set(MODEL_KNOBS) <= set(knobs) and
+                all(type(v).__name__ == kinds[n] for n, v in knobs.items()) and
+                all(type(n) is int and n > 0 for n in lengths)):
             raise ValueError("a value is missing or has the wrong type")
         h = Hyperparameters(**knobs)
     except (lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError, Refusal) as error:
         raise Refusal(f"{place}: its header cannot be used ({error})") from None
     # a header of few bytes can ask for terabytes: refuse before any shape becomes memory
-    sizes = h.num_layers * (1 + h.num_loops) < 4096
-    if not sizes or sum(math.prod(r.shape)
-                        for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
+    few = h.num_layers * (1 + h.num_loops) < 4096
+    if not few or sum(math.prod(r.shape) for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
         raise Refusal(
             f"{place}: its header claims a model far too large for a file of {len(blob)} bytes")
     return h, coder, lengths, first + length
@@ -5481,9 +5314,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
     if h.compressor not in ("auto", "rans", *coders()):
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(f"COMPRESSOR={h.compressor} needs " +
-                     ("the program lrzip" if h.compressor == "lrzip" else
-                      f"the package {package} (pip install {package})"))
+        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} "
+                     f"(pip install {package})")
     if h.run_id:
         check(refuse_used, folder)
         found = h.checkpoint_every_s and check(read_checkpoint, folder)
