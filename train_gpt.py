@@ -326,33 +326,26 @@ class Hyperparameters:
             if not finite or not f.metadata["check"](value):
                 raise Refusal(
                     f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
-        # Relations, each with the sentence that names both sides of it.
+        # A step is whole micro-batches and a micro-batch whole rows: equal weight per token. Learning
+        # cuts a chunk into such rows and drops what is left over.
         h, F_ = self, self.mlp_mult * self.model_dim
+        for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
+                            ("train_batch_tokens", "micro_batch_tokens"),
+                            ("micro_batch_tokens", "train_seq_len"),
+                            ("ttt_chunk_tokens", "train_seq_len")):
+            if getattr(h, whole) % getattr(h, part):
+                raise Refusal(f"{whole.upper()}={getattr(h, whole)} must be a multiple of "
+                              f"{part.upper()}={getattr(h, part)}")
         for holds, why in (
-            (h.model_dim % h.num_heads == 0,
-             "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
-            (h.num_heads % h.num_kv_heads == 0,
-             "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
             (F_ == int(F_), "MLP_MULT={mlp_mult} x MODEL_DIM={model_dim} must be a whole number"),
             # rotation turns dimensions in pairs
             (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
              "ROPE_DIMS={rope_dims} must be even and at most the head size MODEL_DIM / NUM_HEADS"),
             (h.num_loops == 0 or h.loop_start <= h.loop_end < h.num_layers,
              "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold"),
-            # a step is whole micro-batches and a micro-batch whole rows: equal weight per token
-            (h.train_batch_tokens % h.micro_batch_tokens == 0,
-             "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of "
-             "MICRO_BATCH_TOKENS={micro_batch_tokens}"),
-            (h.micro_batch_tokens % h.train_seq_len == 0,
-             "MICRO_BATCH_TOKENS={micro_batch_tokens} must be a multiple of "
-             "TRAIN_SEQ_LEN={train_seq_len}"),
             # a longer stride would leave targets between two windows unscored
             (h.eval_stride <= h.eval_seq_len,
              "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}"),
-            # learning cuts a chunk into such sequences and drops what is left over
-            (h.ttt_chunk_tokens % h.train_seq_len == 0,
-             "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of "
-             "TRAIN_SEQ_LEN={train_seq_len}"),
             (h.max_wallclock_seconds > 0 or h.iterations > 0,
              "one of MAX_WALLCLOCK_SECONDS and ITERATIONS must be above zero"),
             (all(T <= h.train_seq_len and h.micro_batch_tokens % T == 0 for _, T in h.contexts),
@@ -417,10 +410,8 @@ class Hyperparameters:
         things lie, or what the machine can do, left out."""
         places = {"run_id", "recipe", "logs_dir", "data_dir", "data_path", "tokenizer_path",
                   "fused_kernels"}
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self) if getattr(self, f.name) != f.default and f.name not in places
-        }
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if getattr(self, f.name) != f.default and f.name not in places}
 
 
 KNOBS = {f.name.upper(): f for f in fields(Hyperparameters)}    # variable -> its declaration
