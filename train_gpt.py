@@ -728,8 +728,8 @@ def help_text(topic: str = "") -> str:
 # ==================================================================================================
 # 3. World and log
 # Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one
-# process every collective is the identity. Gives `World`, the run's folder and `Log`, whose lines
-# keep the forms that leaderboard tools parse.
+# process every collective is the identity. Gives `World`, `Clock`, the run's folder and `Log`,
+# whose lines keep the forms that leaderboard tools parse.
 # Every decision that all ranks must take alike (stop, save, steps per chunk) is taken from a number
 # that a collective gave to all of them: a rank that decides by its own clock leaves the others
 # waiting in the next collective.
@@ -784,10 +784,10 @@ class World:
         """True on the rank that writes files and log lines."""
         return self.rank == 0
 
-    def together(self, collective: Callable, *arguments: Any, **options: Any) -> None:
-        """Runs a collective; raises `Refusal` naming the ranks that no longer answer."""
+    def together(self, collective: Callable, *arguments: Any, **options: Any) -> Any:
+        """What a collective returns; raises `Refusal` naming the ranks that no longer answer."""
         try:
-            collective(*arguments, **options)
+            return collective(*arguments, **options)
         except RuntimeError as error:
             raise Refusal(f"another rank was lost: {self.silent()} ({brief(error)}); see its own "
                           "messages") from None
@@ -816,11 +816,10 @@ class World:
     def begun(self, collective: Callable, out: Tensor, *source: Tensor) -> Callable[[], Tensor]:
         """Starts a collective that fills `out`, and returns at once; what it returns waits for it
         (on GPUs the stream does, not the host) and gives `out`."""
-        work = []
-        self.together(lambda: work.append(collective(out, *source, async_op=True)))
+        work = self.together(collective, out, *source, async_op=True)
         # `source` stays in this closure: freed earlier, its memory could be given to another tensor
         # while the collective still reads it.
-        return lambda: (self.together(work[0].wait), out, source)[1]
+        return lambda: (self.together(work.wait), out, source)[1]
 
     def scatter_mean(self, rows: Tensor) -> Callable[[], Tensor]:
         """(size * n, ...) -> this rank's (n, ...) rows of the mean over the ranks, once called."""
@@ -831,8 +830,7 @@ class World:
         return lambda: ready().div_(self.size)
 
     def gathered(self, mine: Tensor) -> Callable[[], Tensor]:
-        """(n, ...) of each rank -> (size * n, ...) in the order of ranks, on every rank, once
-        called."""
+        """(n, ...) of each rank -> (size * n, ...) in the order of ranks, once called."""
         if self.size == 1:
             return lambda: mine
         rows = mine.new_empty(mine.size(0) * self.size, *mine.shape[1:])
@@ -865,21 +863,57 @@ class World:
             dist.destroy_process_group()
 
 
-class Stopwatch:
-    """Seconds since the start, with the device's queue drained first: for stages, never inside the
-    training loop."""
+class Clock:
+    """Seconds since the start that all ranks agree on: `read_s` ends a stage; `tick` is called once
+    a step of training by every rank.
+
+    Ranks must agree on the step at which to stop, to loop and to change context: one that went on
+    alone would wait for the others in its next collective for ever. On GPUs the host runs ahead of
+    the device; reading a number of `lag` steps ago hardly waits, and bounds that lead.
+    """
 
     def __init__(self, world: World):
-        """Starts it once every rank is here."""
-        self.world = world
+        """Starts when every rank is here."""
         world.wait()
-        self.begin_s = time.perf_counter()
+        self.world, self.queue, self.begin_s = world, [], time.perf_counter()
+        self.agreed_s, self.asked, self.lag = 0.0, False, 2 * (world.device.type == "cuda")
+
+    def ask(self, *_: Any) -> None:
+        """Asks every rank to stop: the mean of a time without end has none either. A signal
+        handler."""
+        self.asked = True
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that reads no training data, such as a validation score."""
+        self.begin_s += seconds
+
+    def mean_s(self, endless: bool = False) -> Tensor:
+        """(1,) the mean of the ranks' seconds, on the device; inf where one has no end."""
+        own_s = math.inf if endless else time.perf_counter() - self.begin_s
+        return self.world.mean(
+            torch.full((1,), own_s, dtype=torch.float64, device=self.world.device))
+
+    def tick(self) -> float:
+        """The mean of the ranks' seconds, on GPUs that of `lag` steps ago; inf if one was asked to
+        stop."""
+        now = self.mean_s(self.asked)
+        if not self.lag:
+            return now.item()
+        host, event = torch.empty(1, dtype=torch.float64, pin_memory=True), torch.cuda.Event()
+        host.copy_(now, non_blocking=True)
+        event.record()
+        self.queue.append((host, event))
+        # the first ticks have nothing old enough to read: zero, or what a checkpoint said
+        if len(self.queue) <= self.lag:
+            return self.agreed_s
+        host, event = self.queue.pop(0)
+        event.synchronize()
+        return float(host)
 
     def read_s(self) -> float:
-        """Seconds since the start."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-        return time.perf_counter() - self.begin_s
+        """Agreed seconds once every rank is here and its device's queue is drained."""
+        self.world.wait()
+        return self.mean_s().item()
 
 
 # A run may be killed at any instant, so a file has its final name only when it is whole. The
@@ -898,9 +932,9 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise Refusal(
-            f"{path}: {sum(map(len, parts)):,} bytes could not be written ({error.strerror}); "
-            "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
+        raise Refusal(f"{path}: {sum(map(len, parts)):,} bytes could not be written "
+                      f"({error.strerror}); free space there or set LOGS_DIR / DATA_DIR to another "
+                      "disk") from None
 
 
 def refuse_used(folder: Path) -> None:
@@ -918,7 +952,8 @@ class Log:
 
     def __init__(self, world: World, folder: Path | None = None, quiet: bool = False):
         """With a folder, claims it at once. A quiet log says nothing at all."""
-        self.world, self.folder, self.width, self.quiet, self.early = world, None, 0, quiet, []
+        self.world, self.folder, self.width, self.early = world, None, 0, []
+        self.quiet = quiet or not world.main
         if folder:
             self.claim(folder)
 
@@ -926,26 +961,26 @@ class Log:
         """Makes the run's folder, locks it for as long as this process lives, and writes there what
         was said so far; raises `Refusal` where another run has it or one was finished."""
         self.folder = folder
-        if self.world.main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                # Kept open, since closing it would give the lock away. flock and not a POSIX lock:
-                # that one would go as soon as `write` closes the same file.
-                self.lock = open(folder / "log.txt", "a")
-                if fcntl:    # the system gives the lock back however this process ends
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}"
-                              ) from None
-            except OSError as error:
-                raise Refusal(
-                    f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
-            # Asked again now that the folder is locked: since `preflight` asked, another process
-            # may have finished a run of this name.
-            refuse_used(folder)
-            for path in folder.glob(".*.partial"):    # of a process that was killed
-                path.unlink()
-            self.write(self.early)
+        if not self.world.main:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Kept open, since closing it would give the lock away. flock and not a POSIX lock: that
+            # one would go as soon as `write` closes the same file.
+            self.lock = open(folder / "log.txt", "a")
+            if fcntl:    # the system gives the lock back however this process ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
+        except OSError as error:
+            raise Refusal(
+                f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+        # Asked again now that the folder is locked: since `preflight` asked, another process may
+        # have finished a run of this name.
+        refuse_used(folder)
+        for path in folder.glob(".*.partial"):    # of a process that was killed
+            path.unlink()
+        self.write(self.early)
 
     def write(self, lines: Sequence[str]) -> None:
         """Appends lines to log.txt, opened anew each time, so that what was said is on its way to
@@ -959,7 +994,7 @@ class Log:
 
     def __call__(self, line: str) -> None:
         """One line on the terminal and in log.txt."""
-        if self.quiet or not self.world.main:
+        if self.quiet:
             return
         print("\r" + " " * self.width + "\r" + line if self.width else line, flush=True)
         self.width = 0
@@ -969,15 +1004,12 @@ class Log:
             self.early.append(line)
 
     def progress(self, line: str) -> None:
-        """One updating line on a terminal, an ordinary line in a file; the caller says it sparsely.
-        """
-        if self.quiet or not self.world.main:
-            return
+        """One updating line on a terminal, an ordinary one in a file; callers say it sparsely."""
         if not sys.stdout.isatty():
             self(line)
-            return
-        print("\r" + line.ljust(self.width), end="", flush=True)
-        self.width = max(self.width, len(line))
+        elif not self.quiet:
+            print("\r" + line.ljust(self.width), end="", flush=True)
+            self.width = max(self.width, len(line))
 
 
 # ==================================================================================================
@@ -3171,107 +3203,34 @@ class EMA:
 
 # ==================================================================================================
 # 9. Training
-# The loop inside the clock. Ranks agree on the time by a device-side mean that the host reads steps
-# later, so the loop never waits for the device. Nothing of a rehearsal survives it: weights,
-# optimiser, average and loader are rewound.
+# The loop inside the clock, which never waits for the device. Nothing of a rehearsal survives it:
+# weights, optimiser, average and loader are rewound.
 # What enters is a model at step zero; what leaves are its averaged weights and the clock, which
 # runs on through calibration. Everything learned from training data was read inside that clock.
 # ==================================================================================================
-class Clock:
-    """Training seconds that all ranks agree on; `tick` is called once a step by every rank.
-
-    Ranks must agree on the step at which to stop, to loop and to change context: one that went on
-    alone would wait for the others in its next collective for ever. On GPUs the host runs ahead of
-    the device; reading a number of LAG steps ago hardly waits, and bounds that lead.
-    """
-
-    # steps between taking the time and reading the agreed value on GPUs, so that no step waits
-    LAG = 2
-
-    def __init__(self, world: World):
-        """Starts when every rank is here."""
-        world.wait()
-        self.world, self.queue, self.begin_s = world, [], time.perf_counter()
-        self.agreed_s, self.asked = 0.0, False
-
-    def ask(self, *_: Any) -> None:
-        """Asks every rank to stop: the mean of a time without end has none either. A signal
-        handler."""
-        self.asked = True
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that reads no training data, such as a validation score."""
-        self.begin_s += seconds
-
-    def tick(self) -> float:
-        """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs; inf if one was
-        asked to stop."""
-        now = torch.full((1, ),
-                         math.inf if self.asked else time.perf_counter() - self.begin_s,
-                         dtype=torch.float64,
-                         device=self.world.device)
-        self.world.mean(now)
-        if self.world.device.type != "cuda":
-            return now.item()
-        host, event = torch.empty(1, dtype=torch.float64, pin_memory=True), torch.cuda.Event()
-        host.copy_(now, non_blocking=True)
-        event.record()
-        self.queue.append((host, event))
-        # the first ticks have nothing old enough to read: zero, or what a checkpoint said
-        if len(self.queue) <= self.LAG:
-            return self.agreed_s
-        host, event = self.queue.pop(0)
-        event.synchronize()
-        return float(host)
-
-    def read_s(self) -> float:
-        """Agreed seconds with the device's queue drained; ends a stage."""
-        self.world.wait()
-        now = torch.tensor([time.perf_counter() - self.begin_s],
-                           dtype=torch.float64,
-                           device=self.world.device)
-        return self.world.mean(now).item()
-
-
-@dataclass
 class Trainer:
     """What a training run changes: model, optimiser, average, loader; and what it needs to run a
     step."""
 
-    h: Hyperparameters
-    world: World
-    model: GPT
-    loader: Loader
-    optimiser: Optimiser
-    ema: EMA
-    rounded_steps: int = 0    # that used the matrices as the exporter rounds them
-
-    @classmethod
-    def of(cls, h: Hyperparameters, world: World, model: GPT, data: Dataset) -> Trainer:
+    def __init__(self, h: Hyperparameters, world: World, model: GPT, data: Dataset):
         """Everything at step zero."""
-        return cls(h, world, model, Loader(h, world, data.train), Optimiser(model, world),
-                   EMA(model))
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of one rank in one step."""
-        return accumulation(self.h, self.world)
+        self.h, self.world, self.model, self.ema = h, world, model, EMA(model)
+        self.loader, self.optimiser = Loader(h, world, data.train), Optimiser(model, world)
+        self.rounded_steps = 0    # that used the matrices as the exporter rounds them
 
     def step(self, number: int, progress: float, looped: bool) -> Tensor:
         """One optimiser step; returns this rank's mean loss in nats, still on the device."""
-        h, loss = self.h, 0.0
+        h, loss, count = self.h, 0.0, accumulation(self.h, self.world)
         rounded = warmdown(h, number, progress) < h.late_qat_threshold
         # The rates rise again over 32 steps where the context changes (#2014).
-        since = self.loader.cut(
-            next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
-        ramp = min(1.0, (since / self.accumulation + 1) / 32)
+        context = next((T for end, T in h.contexts if progress <= end), h.train_seq_len)
+        ramp = min(1.0, (self.loader.cut(context) / count + 1) / 32)
         plan = depth_plan(h, looped, rounded)
         # All micro-batches have one size, so a mean of their means, over the ranks too (by the
         # optimiser), is the mean over all tokens of the step.
-        for _ in range(self.accumulation):
+        for _ in range(count):
             batch = self.loader.next()
-            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs)
-            nats = nats.mean() / self.accumulation
+            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs).mean() / count
             nats.backward()
             loss = loss + nats.detach()
         self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number))
@@ -3286,18 +3245,16 @@ class Trainer:
         rehearsal is there to leave behind, and the loader's order, drawn again from its seed.
         Training draws no random numbers on a device, so the CPU's generator is enough.
         """
-        return dict(weights=[p.detach().clone() for p in self.model.bank.values()],
-                    mean=[t.clone() for t in self.ema.mean],
-                    optimiser=self.optimiser.state(),
-                    loader=(self.loader.position, self.loader.context, self.loader.since),
-                    rounded_steps=self.rounded_steps,
-                    random=torch.get_rng_state())
+        loader = self.loader
+        return dict(weights=[p.clone() for p in self.ema.live],
+                    mean=[p.clone() for p in self.ema.mean], optimiser=self.optimiser.state(),
+                    loader=(loader.position, loader.context, loader.since),
+                    rounded_steps=self.rounded_steps, random=torch.get_rng_state())
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Back to the snapshot, bit for bit."""
-        torch._foreach_copy_(list(self.model.bank.values()), state["weights"])
-        torch._foreach_copy_(self.ema.mean, state["mean"])
+        torch._foreach_copy_([*self.ema.live, *self.ema.mean], [*state["weights"], *state["mean"]])
         self.rounded_steps = state["rounded_steps"]
         self.model.zero_grad(set_to_none=True)
         self.optimiser.restore(state["optimiser"])
@@ -3306,8 +3263,8 @@ class Trainer:
 
 
 def accumulation(h: Hyperparameters, world: World) -> int:
-    """Micro-batches per rank and step; raises `Refusal` where the batch does not divide into whole
-    ones."""
+    """Micro-batches per rank and step; raises `Refusal` where the batch holds no whole number of
+    them."""
     share = world.size * h.micro_batch_tokens
     if h.train_batch_tokens % share:
         raise Refusal(
@@ -3317,8 +3274,7 @@ def accumulation(h: Hyperparameters, world: World) -> int:
 
 
 class Trained(NamedTuple):
-    """What the loop did: optimiser steps, seconds of the clock, the step at which it was resumed.
-    """
+    """What the loop did: optimiser steps, seconds of the clock, the step it was resumed at."""
 
     steps: int
     seconds: float
@@ -3372,8 +3328,8 @@ class Checkpoints:
     def resume(self, log: Log) -> int:
         """Restores the newest checkpoint on every rank; returns its step, 0 without any."""
         world = self.t.world
-        found = world.share(read_checkpoint(self.folder) if self.folder and world.main else None)
-        if not found:
+        if not self.on or not (found := world.share(
+                read_checkpoint(self.folder) if world.main else None)):
             return 0
         step, self.saved_s, *_, state = found
         self.t.restore(state)
@@ -3423,31 +3379,27 @@ class Checkpoints:
 def train(t: Trainer, reserve_s: float, log: Log,
           validate: Callable[[], str]) -> tuple[Trained, Clock]:
     """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the
-    average.
-
-    Raises `Refusal` when the loss is not finite.
-    """
+    average. Raises `Refusal` when the loss is not finite."""
     # The clock starts here, after the rehearsal; every read of training data from now on counts.
     h, clock, looped = t.h, Clock(t.world), False
-    saves = Checkpoints(t, clock, log.folder) if h.checkpoint_every_s else None
-    step = resumed = saves.resume(log) if h.checkpoint_every_s else 0
+    saves = Checkpoints(t, clock, log.folder)
+    step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
                       f"{reserve_s:.1f} s are kept for calibration")
     last = h.iterations or sys.maxsize
-    ahead = 1 + (clock.LAG if t.world.device.type == "cuda" else 0)    # steps under way at the stop
+    ahead = 1 + clock.lag    # steps under way at the stop
     while True:
         elapsed_s = clock.tick()
-        if h.checkpoint_every_s:
-            saves.visit(step, elapsed_s)
+        saves.visit(step, elapsed_s)
         # The time is that of some steps ago: what is under way is added, at the mean pace so far,
         # so that the last step ends before the budget does.
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
             # a validation score reads no training data, so it is off the clock
-            watch = Stopwatch(t.world)
+            watch = Clock(t.world)
             log(f"step:{step}/{last} {validate()} train_time:{elapsed_s * 1e3:.0f}ms "
                 f"step_avg:{elapsed_s * 1e3 / max(step, 1):.2f}ms")
             clock.pause(watch.read_s())
@@ -3469,8 +3421,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
         report_step(t, loss, step, last, seconds, log)
     if h.late_qat_threshold:
         log(f"rounded_steps:{t.rounded_steps}")
-    if h.checkpoint_every_s:
-        saves.close(step)
+    saves.close(step)
     t.ema.export()
     return Trained(step, seconds, resumed), clock
 
@@ -4882,10 +4833,8 @@ def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[S
 def document_spans(documents: np.ndarray, T: int, stride: int) -> list[Span]:
     """Spans that score each document by itself: in one pass where it fits into T, by windows where
     it does not."""
-    return [
-        span for b, e in zip(documents[:-1].tolist(), documents[1:].tolist())
-        for span in sliding(b, e, T, stride, floor=b)
-    ]
+    return [span for b, e in itertools.pairwise(documents.tolist())
+            for span in sliding(b, e, T, stride, floor=b)]
 
 
 def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
@@ -4893,9 +4842,8 @@ def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
     serves all."""
     rows = max(1, batch_tokens // T)
     padded = [*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)]
-    return [
-        Windows(*np.array(padded[i:i + rows], np.int64).T, T) for i in range(0, len(padded), rows)
-    ]
+    return [Windows(*np.array(padded[i:i + rows], np.int64).T, T)
+            for i in range(0, len(padded), rows)]
 
 
 def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
@@ -4904,10 +4852,8 @@ def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
     groups: dict[int, list[Span]] = {}
     for span in spans:
         groups.setdefault(min(T, 1 << max(6, (span[1] - 1).bit_length())), []).append(span)
-    return [
-        w for width in sorted(groups, reverse=True)
-        for w in batched(groups[width], batch_tokens, width)
-    ]
+    return [w for width in sorted(groups, reverse=True)
+            for w in batched(groups[width], batch_tokens, width)]
 
 
 def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> list[Windows]:
@@ -4985,8 +4931,7 @@ class Ledger:
         place = np.arange(w.width)
         # zeroed, not only masked later: what a scorer was never handed, it cannot leak
         inside = sent(place < w.hi[:, None], self.world.device)
-        index = sent(np.minimum(w.start[:, None] + place, len(self._scored) - 1),
-                     self.world.device)
+        index = sent(np.minimum(w.start[:, None] + place, len(self) - 1), self.world.device)
         return self._tokens[index] * inside, self._tokens[index + 1] * inside
 
     def refuse_sealed(self) -> None:
@@ -5007,42 +4952,36 @@ class Ledger:
         to, of = (sent(i, nats.device) for i in (targets, np.flatnonzero(mask)))
         self._nats[to] = nats.detach().float().flatten()[of]
 
+    def booked(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) how often each target was scored by any rank, once every rank is here."""
+        mine = torch.from_numpy(self._scored[begin:end].astype(np.int32))
+        return self.world.sum(mine.to(self.world.device))
+
     def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError
         unless all are scored. In a score nothing else hands text to weights that all rows share."""
         self.refuse_sealed()
-        done = self.world.sum(
-            torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
-        if int(done) != end - begin:
-            raise RuntimeError(
-                f"{end - begin - int(done)} of the targets {begin} to {end} are not scored yet")
+        if missing := int((self.booked(begin, end) == 0).sum()):
+            raise RuntimeError(f"{missing} of the targets {begin} to {end} are not scored yet")
         return self._tokens[begin:end], self._tokens[begin + 1:end + 1]
 
     def targets_nats(self) -> np.ndarray:
         """Nats (N,) of all ranks' targets; RuntimeError unless each was scored exactly once, which
         also finds a target that two ranks scored."""
-        times = self.world.sum(
-            torch.from_numpy(self._scored.astype(np.int32)).to(self.world.device))
-        if bool((times != 1).any()):
-            raise RuntimeError(
-                f"{int((times == 0).sum())} targets were never scored, "
-                f"{int((times > 1).sum())} twice"
-            )
+        times = self.booked(0, len(self))
+        never, twice = int((times == 0).sum()), int((times > 1).sum())
+        if never or twice:
+            raise RuntimeError(f"{never} targets were never scored, {twice} twice")
         return self.world.sum(self._nats.clone()).cpu().numpy()
 
     def result(self, seconds: float) -> dict[str, float]:
         """val_loss in nats per token and val_bpb in bits per byte of text, over all targets."""
         nats, size = float(self.targets_nats().sum(dtype=np.float64)), int(self._bytes.sum())
-        return dict(val_loss=nats / len(self._scored),
-                    val_bpb=nats / size / math.log(2),
-                    tokens=len(self._scored),
-                    bytes=size,
-                    seconds=round(seconds, 3))
+        return dict(val_loss=nats / len(self), val_bpb=nats / size / math.log(2), tokens=len(self),
+                    bytes=size, seconds=round(seconds, 3))
 
 
-def score(ledger: Ledger,
-          batches: Iterable[Windows],
-          nats_of: Callable[[Tensor, Tensor], Tensor],
+def score(ledger: Ledger, batches: Iterable[Windows], nats_of: Callable[[Tensor, Tensor], Tensor],
           learn: Callable[[Tensor, Tensor], None] | None = None) -> None:
     """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger
     has the score, and is handed the batch that was scored, nothing else.
@@ -5092,8 +5031,7 @@ HELD_OUT_TOKENS = 1 << 23    # most training tokens kept aside for adaptation be
 
 class Learners:
     """Rows that walk through documents, N learners each: adapters of their own, Adam rates a
-    factor apart, a prediction that mixes them. A chunk is scored, then learned from; nothing
-    crosses from one document to the next.
+    factor apart, a prediction that mixes them. Nothing crosses from one document to the next.
 
     Rows of the model's batch are (row, learner) pairs, learners of a row side by side. `score`
     drives it: `follow` makes rows ready, `nats_of` predicts, `learn` comes after the booking."""
@@ -5103,7 +5041,7 @@ class Learners:
 
         Learner i has the rate TTT_LORA_LR / SPREAD^i. No one rate suits all documents; which
         one does is found out token by token, by the mixture."""
-        h, self.model, self.steps, self.rows = model.h, model, steps, rows
+        h, self.model, self.steps, self.rows, self.C = model.h, model, steps, rows, C
         self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
         self.N = N = learners_of(h, form, steps)
         rates = h.ttt_lora_lr * SPREAD**-torch.arange(N)
@@ -5112,7 +5050,7 @@ class Learners:
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
         self.cache = Cache(model, rows * N, C, self.plan) if form == "stream" else None
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
-        self.device, self.C = device, C
+        self.device = device
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
         """Each batch, once its rows are ready: a row that begins a document starts afresh.
@@ -5137,9 +5075,9 @@ class Learners:
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats (rows * N, T) of every learner."""
-        ids, targets = (t.repeat_interleave(self.N, 0) for t in (ids, targets))
         lora = self.bank.adapters(self.model.dtype) if self.bank else None
-        return self.model.run_nats(ids, targets, self.plan, lora=lora, cache=self.cache)
+        return self.model.run_nats(*(t.repeat_interleave(self.N, 0) for t in (ids, targets)),
+                                   self.plan, lora=lora, cache=self.cache)
 
     def nats_of(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only.
@@ -5208,75 +5146,82 @@ def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str
     score(ledger, learners.follow(watched(batches, name, log)), learners.nats_of, learners.learn)
 
 
-def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
-    """The score `ttt`, in the form that TTT names.
+def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: str,
+                  log: Log) -> None:
+    """Scores batches of windows, which the ranks share, by weights that stay as they are."""
+    world = ledger.world
+    score(ledger, watched(batches[world.rank::world.size], name, log),
+          functools.partial(model.run_nats, plan=depth_plan(model.h, looped=True)))
 
-    stream, recompute: adapters of each document's own. chunk, phased: parts of the stream are
-    scored (by sliding windows, or by stream), then all weights learn from them by SGD with momentum
-    at a rate that falls as a cosine; the last part trains nobody. The weights are restored.
+
+def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
+    """The score `ttt`, in the form that TTT names. chunk and phased learn from a part by SGD with
+    momentum at a rate that falls as a cosine; the last part trains nobody. The weights are
+    restored.
 
     In every form text is booked before anything learns from it: for adapters by the order within
     `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored;
     what has learned from a part scores later ones only. phased cuts at starts of documents, because
     its rows are documents.
     """
-    h, world, N = model.h, ledger.world, len(ledger)
+    h, world, N, starts = model.h, ledger.world, len(ledger), ledger.documents
     if h.ttt in ("stream", "recompute"):
-        return score_documents(model, ledger, ledger.documents, h.ttt, h.ttt_steps, name, log)
-    starts = ledger.documents
-    edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else sorted(
-        set(starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))].tolist()))
-    parts = len(edges) - 1
-    last = min(parts, h.ttt_max_chunks or parts)
-    weights, ema = list(model.bank.values()), EMA(model)
+        return score_documents(model, ledger, starts, h.ttt, h.ttt_steps, name, log)
+    edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else np.unique(
+        starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))]).tolist()
+    parts, quiet, ema = [*itertools.pairwise(edges)], Log(world, quiet=True), EMA(model)
+    last = min(len(parts), h.ttt_max_chunks or len(parts))
     # `before`: the artifact's weights. `raw`: SGD's own, which go on where they stopped while the
     # model itself holds their average for scoring (#578); without TTT_EMA_DECAY both are the same.
-    before, raw = ([p.detach().clone() for p in weights] for _ in range(2))
-    sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=SGD_MOMENTUM)
-    for part in watched(range(parts), name, log):
-        begin, end = edges[part:part + 2]
+    before, raw = ([p.clone() for p in ema.live] for _ in range(2))
+    sgd = torch.optim.SGD(model.bank.values(), lr=h.ttt_lr, momentum=SGD_MOMENTUM)
+    for part, (begin, end) in enumerate(watched(parts, name, log)):
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            quiet = Log(world, quiet=True)
             score_documents(model, ledger, inside, "stream", h.ttt_steps, name, quiet)
         else:
-            batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride),
-                              h.eval_batch_tokens, h.eval_seq_len)
-            score(ledger, batches[world.rank::world.size],
-                  functools.partial(model.run_nats, plan=depth_plan(h, looped=True)))
-        if part + 1 < parts and part < last:
+            spans = sliding(begin, end, h.eval_seq_len, h.eval_stride)
+            score_windows(model, ledger, batched(spans, h.eval_batch_tokens, h.eval_seq_len), name,
+                          quiet)
+        if part + 1 < len(parts) and part < last:
             sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (
                 1 + math.cos(math.pi * part / max(1, last - 1)))
-            with torch.no_grad():
-                torch._foreach_copy_(weights, raw)
+            torch._foreach_copy_(ema.live, raw)
             learn_chunk(model, sgd, *ledger.lend(begin, end), world)
-            torch._foreach_copy_(raw, [p.detach() for p in weights])
+            torch._foreach_copy_(raw, ema.live)
             ema.update(h.ttt_ema_decay)
             ema.export()
-    with torch.no_grad():
-        torch._foreach_copy_(weights, before)
+    torch._foreach_copy_(ema.live, before)
     model.zero_grad(set_to_none=True)
 
 
-def sgd_shares(model: GPT) -> list[Tensor]:
-    """Share of TTT_LR that each bank gets: by depth from TTT_LR_RAMP to 1, none where frozen. What
-    is in no layer moves at the full rate, the embedding only if no layer is frozen."""
-    h, device = model.h, model.bank["embed"].device
-    ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=device)
+@torch.no_grad()
+def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> None:
+    """One step in which layer l moves at TTT_LR_RAMP + (1 - that) * l / (L - 1) of the rate, not at
+    all where frozen (#1351), and what is in no layer at the full rate.
+
+    While scoring, gradients are scaled, and frozen layers freeze the embedding too. `early`, the
+    step itself is, since AdamW does not feel the size of a gradient."""
+    h, embed = model.h, model.bank["embed"]
+    ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
-    whole = torch.ones(2, device=device)
-    whole[1] = float(h.ttt_freeze_blocks == 0)
-    return [
-        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else
-        whole[int(name == "embed")]
-        for name, p in model.bank.items()
-    ]
+    shares = [(p, ramp.view(-1, *[1] * (p.dim() - 1)))
+              for name, p in model.bank.items() if name in Layer._fields]
+    if early:
+        before = [p.clone() for p, _ in shares]
+        optimiser.step()
+        for (p, share), old in zip(shares, before):
+            p.copy_(old.lerp(p, share))
+    else:
+        for p, share in shares + [(embed, 0.0)] * (h.ttt_freeze_blocks > 0):
+            p.grad.mul_(share)
+        optimiser.step()
 
 
-def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
-                world: World, epochs: int | None = None) -> None:
-    """`epochs`, else TTT_EPOCHS, passes over one scored chunk of (n,) tokens in sequences of
-    TRAIN_SEQ_LEN; leftovers are not used.
+def learn_chunk(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
+                world: World, early: bool = False) -> None:
+    """TTT_EPOCHS passes over one scored chunk of (n,) tokens in sequences of TRAIN_SEQ_LEN, or
+    `early` a single one; leftovers are not used.
 
     Ranks share the sequences of a batch and add up their gradients of its mean, so that all of
     them make the same step and weights stay equal on all."""
@@ -5287,24 +5232,20 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
     # every pass has the same number of sequences, padded where they are fewer: one graph for all
     each, most = -(-h.ttt_batch_seqs // world.size), max(1, h.micro_batch_tokens // T)
     width = -(-each // -(-each // most))
-    shares = sgd_shares(model) if epochs is None else [1.0] * len(weights)
-    for _ in range(h.ttt_epochs if epochs is None else epochs):
-        for lo in range(0, rows, h.ttt_batch_seqs):
-            count = min(h.ttt_batch_seqs, rows - lo)
-            sgd.zero_grad(set_to_none=True)
-            mine = slice(lo + world.rank, lo + count, world.size)
-            for x, y in zip(ids[mine].split(width), targets[mine].split(width)):
-                if own := len(x):    # fewer sequences than ranks leave some without
-                    x, y = (F.pad(t, (0, 0, 0, width - own)) for t in (x, y))
-                    (model.run_nats(x, y, plan).mean(1)[:own].sum() / count).backward()
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-            flat = world.sum(torch.cat([g.flatten() for g in grads]))
-            for p, g in zip(weights, flat.split([p.numel() for p in weights])):
-                p.grad = g.view_as(p)
-            torch.nn.utils.clip_grad_norm_(weights, SGD_CLIP)
-            for p, share in zip(weights, shares):
-                p.grad.mul_(share)
-            sgd.step()
+    for lo in [*range(0, rows, h.ttt_batch_seqs)] * (1 if early else h.ttt_epochs):
+        count = min(h.ttt_batch_seqs, rows - lo)
+        optimiser.zero_grad(set_to_none=True)
+        mine = slice(lo + world.rank, lo + count, world.size)
+        for x, y in zip(ids[mine].split(width), targets[mine].split(width)):
+            if own := len(x):    # fewer sequences than ranks leave some without
+                x, y = (F.pad(t, (0, 0, 0, width - own)) for t in (x, y))
+                (model.run_nats(x, y, plan).mean(1)[:own].sum() / count).backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        flat = world.sum(torch.cat([g.flatten() for g in grads]))
+        for p, g in zip(weights, flat.split([p.numel() for p in weights])):
+            p.grad = g.view_as(p)
+        torch.nn.utils.clip_grad_norm_(weights, SGD_CLIP)
+        step_by_layer(model, optimiser, early)
 
 
 def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tensor]:
@@ -5316,46 +5257,25 @@ def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tens
         log(f"compliant:false rule C3 (PREQUANT_TTT_DATA={h.prequant_ttt_data} learns what it will "
             "score)")
         return data, data.val.tokens
-    count = min(HELD_OUT_TOKENS, len(data.train[-1]) // 2)
     *shards, last = data.train
-    kept = len(last) - count
-    return data._replace(train=[*shards, last[:kept]]), torch.from_numpy(
-        last[kept:].astype(np.int64))
+    kept = len(last) - min(HELD_OUT_TOKENS, len(last) // 2)
+    held = torch.from_numpy(last[kept:].astype(np.int64))
+    return data._replace(train=[*shards, last[:kept]]), held
 
 
 def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
-    """Trains all weights on `tokens` (n + 1,) before GPTQ (#1364), or by SGD after it (#398).
-
-    Steps of TTT_BATCH_SEQS sequences clipped to SGD_CLIP; the rate of layer l is that of the epoch
-    times TTT_LR_RAMP + (1 - that) * l / (L - 1), zero if frozen (#1351).
-    """
+    """Trains all weights on `tokens` (n + 1,) before GPTQ (#1364), or by SGD after it (#398), in
+    steps of TTT_BATCH_SEQS sequences clipped to SGD_CLIP; AdamW's rate falls by the epoch."""
     h, weights, lr = model.h, list(model.bank.values()), model.h.prequant_ttt_lr
     adamw = h.prequant_ttt_data != "after"
     optimiser = (torch.optim.AdamW(weights, lr, weight_decay=0.0) if adamw else
                  torch.optim.SGD(weights, lr, SGD_MOMENTUM))
-    rates = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=world.device)
-    rates[:h.ttt_freeze_blocks] = 0
-    layered = [model.bank[name] for name in Layer._fields if name in model.bank]
-    before: list[Tensor] = []
-
-    def remember(*_: Any) -> None:
-        """Keeps the weights before a step."""
-        before[:] = [p.detach().clone() for p in layered]
-
-    @torch.no_grad()
-    def move_by_layer(*_: Any) -> None:
-        """Takes back a share of the step just made."""
-        for p, old in zip(layered, before):
-            p.copy_(old.lerp(p, rates.view(-1, *[1] * (p.dim() - 1))))
-
-    optimiser.register_step_pre_hook(remember)
-    optimiser.register_step_post_hook(move_by_layer)
     tokens = tokens.to(world.device)
     for epoch in range(epochs):
         if adamw:
             optimiser.param_groups[0]["lr"] = lr * (
                 0.55 + 0.45 * math.cos(math.pi * epoch / h.prequant_ttt_epochs))
-        learn_chunk(model, optimiser, tokens[:-1], tokens[1:], world, 1)
+        learn_chunk(model, optimiser, tokens[:-1], tokens[1:], world, True)
     model.zero_grad(set_to_none=True)
 
 
@@ -5366,11 +5286,11 @@ def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
     h = t.h
     few = torch.from_numpy(data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
     for _ in range(2):    # the first one compiles
-        watch = Stopwatch(t.world)
+        watch = Clock(t.world)
         adapt_early(t.model, few, t.world, 1)
     if h.prequant_ttt_data != "train":
         return 0.0
-    return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
+    return 1.3 * h.prequant_ttt_epochs * watch.read_s() * len(held) / len(few)
 
 
 def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
@@ -5383,12 +5303,11 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
     took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
-    took_s = world.share(took["seconds"])
     rows, C = tiles(h, text.documents, h.ttt, h.ttt_steps, world)
     # the sample is short and leaves rows idle, so its time counts per place of a batch, full or not
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
-    need_s = [1.1 * targets / cells * took_s * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
+    need_s = [1.1 * targets / cells * took["seconds"] * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
               for n in range(h.ttt_steps + 1)]
     steps = max(n for n, s in enumerate(need_s) if s <= h.eval_budget_s or not n)
     log(f"ttt_steps:{steps} of {h.ttt_steps}, about {need_s[steps]:.0f}s of "
@@ -5408,7 +5327,6 @@ def legality(h: Hyperparameters) -> list[str]:
     ]
 
 
-
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
                   log: Log) -> tuple[dict[str, float], Ledger]:
     """One of SCORES over the whole validation set: its result and the ledger; all ranks take part.
@@ -5416,22 +5334,17 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
     Each score has a Ledger of its own, so none of them can learn from what another has booked. The
     plan is always the looped one.
     """
-    h, watch, ledger = model.h, Stopwatch(world), Ledger(val, world)
-    plan, T, N = depth_plan(h, looped=True), h.eval_seq_len, len(val.bytes)
-    nats_of = functools.partial(model.run_nats, plan=plan)
-    share = slice(world.rank, None, world.size)
+    h, watch, ledger = model.h, Clock(world), Ledger(val, world)
+    T, size = h.eval_seq_len, h.eval_batch_tokens
     if name == "ttt":
         adapt(model, ledger, name, log)
     elif name == "stream":
         score_documents(model, ledger, val.documents, "stream", 0, name, log)
-    elif name == "documents":
-        spans = document_spans(val.documents, T, h.eval_stride)
-        score(ledger, watched(bucketed(spans, h.eval_batch_tokens, T)[share], name, log),
-              nats_of)
     else:
-        spans = sliding(0, N, T, h.eval_stride if name == "sliding" else T)
-        score(ledger, watched(batched(spans, h.eval_batch_tokens, T)[share], name, log),
-              nats_of)
+        stride = T if name in ("prequant", "quantized") else h.eval_stride
+        batches = (bucketed(document_spans(val.documents, T, stride), size, T)
+                   if name == "documents" else batched(sliding(0, len(ledger), T, stride), size, T))
+        score_windows(model, ledger, batches, name, log)
     return ledger.result(watch.read_s()), ledger
 
 
@@ -5822,7 +5735,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
     is put back from the snapshot: a run with a rehearsal trains as one without it would, but for
     the reserve that was measured.
     """
-    h, watch, before = t.h, Stopwatch(t.world), t.snapshot()
+    h, watch, before = t.h, Clock(t.world), t.snapshot()
     # every plan, context and rounding that training will come to: each compiles to its own graphs
     points = {end for end, _ in h.contexts} if h.train_seq_schedule or h.late_qat_threshold else {}
     for looped in sorted({False, h.num_loops > 0}):
@@ -5831,7 +5744,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
                 t.step(number, progress, looped)
     adaptation_s = rehearse_adaptation(t, data, held) if h.prequant_ttt_epochs else 0.0
     for _ in range(2):    # the first time compiles
-        calibration = Stopwatch(t.world)
+        calibration = Clock(t.world)
         moments = second_moments(t.model, t.world, t.loader, t.world.size)
         # one turn was timed, a batch on each rank; all further ones are reckoned from it
         rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
@@ -5841,9 +5754,8 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
         if t.h.bias_correction_steps:
             fit_corrected(t, factors, damage, 0, Log(t.world, quiet=True))
         calibration_s = moments_s + calibration.read_s()
-    # rank 0's time for all, so that all stop at one step; 1.3, because a late stop breaks the rule
-    # and an early one costs a few steps
-    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
+    # 1.3, because a late stop breaks the rule and an early one costs a few steps
+    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
@@ -5889,11 +5801,11 @@ def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor
 
     Moments come after the adaptation, because they must be those of the weights that are rounded.
     """
-    h, watch = t.h, Stopwatch(t.world)
+    h, watch = t.h, Clock(t.world)
     if h.prequant_ttt_epochs and h.prequant_ttt_data != "after":
         adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
     clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))
-    watch = Stopwatch(t.world)
+    watch = Clock(t.world)
     moments = second_moments(t.model, t.world, t.loader, h.gptq_calibration_batches)
     clock.pause(watch.read_s() * (h.calibration == "self"))
     return moments
@@ -5904,7 +5816,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     result.json holds."""
     begin_s, seconds = time.perf_counter() - data_s, dict(data=round(data_s, 3))
 
-    def stage(name: str, watch: Stopwatch) -> None:
+    def stage(name: str, watch: Clock) -> None:
         """Books the seconds of a stage."""
         seconds[name] = round(watch.read_s(), 3)
 
@@ -5913,7 +5825,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     announce(h, model, world, data, log)
     source, code = running_source(__file__, h) if world.main else (None, b"")
     model.compile(compile_mode(h, world.device, log))
-    trainer, watch = Trainer.of(h, world, model, data), Stopwatch(world)
+    trainer, watch = Trainer(h, world, model, data), Clock(world)
     reserve_s = rehearse(trainer, data, log, held) if h.rehearsal_steps else h.gptq_reserve_seconds
     if h.rehearsal_steps:
         h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
@@ -5938,11 +5850,11 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     scores = {n: measured_score(n, model, data, world, log)
               for n in wanted_scores(h) if n == "prequant"}
 
-    watch = Stopwatch(world)
+    watch = Clock(world)
     blob, ledger = fitted or (fit_budget(model, factors, damage, len(code), log)
                               if world.main else (b"", {}))
     stage("quantise", watch)
-    watch = Stopwatch(world)
+    watch = Clock(world)
     if world.main:
         blob = keep(blob, ledger, code, h, log)
     blob = world.share(blob)
@@ -6147,7 +6059,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             h = replace(h, fused_kernels=False)
         if small:
             log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
-        watch = Stopwatch(world)
+        watch = Clock(world)
         data = preflight(h, world, log)
         h = named_run(h, world)
         log.claim(Path(h.logs_dir) / h.run_id)
