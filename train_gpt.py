@@ -741,8 +741,7 @@ def brief(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """This process: rank, number of ranks, device. The collectives below are the only ones in the
-    file."""
+    """This process: rank, number of ranks, device; and all collectives that the file knows."""
 
     rank: int = 0
     size: int = 1
@@ -750,8 +749,7 @@ class World:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
-        """Joins the process group that torchrun describes: NCCL on GPUs, gloo on CPUs. Raises
-        `Refusal` if it fails."""
+        """Joins the group that torchrun describes: NCCL on GPUs, gloo on CPUs; else `Refusal`."""
         try:
             rank, size, local = (int(env.get(name, default)) for name, default in (
                 ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -884,8 +882,7 @@ class Clock:
             torch.full((1,), own_s, dtype=torch.float64, device=self.world.device))
 
     def tick(self) -> float:
-        """The mean of the ranks' seconds, on GPUs that of `lag` steps ago; inf if one was asked to
-        stop."""
+        """The mean of the ranks' seconds, on GPUs `lag` steps ago; inf if one was asked to stop."""
         now = self.mean_s(self.asked)
         if not self.lag:
             return now.item()
@@ -910,8 +907,7 @@ class Clock:
 # is atomic only within one file system, hence in the same folder; two processes never share a
 # temporary file; without fsync a power cut could leave the name without the bytes.
 def write_atomically(path: Path, *parts: bytes) -> None:
-    """Writes the whole file or nothing: a temporary file beside it, then a rename. Raises `Refusal`
-    on a full disk."""
+    """Writes the whole file or nothing; raises `Refusal` on a full disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
@@ -3197,8 +3193,7 @@ class EMA:
 # learned from training data was read inside that clock; a rehearsal before it leaves no trace.
 # ==================================================================================================
 class Trainer:
-    """What a training run changes: model, optimiser, average, loader; and what it needs to run a
-    step."""
+    """What a training run changes: model, optimiser, average, loader; and what a step needs."""
 
     def __init__(self, h: Hyperparameters, world: World, model: GPT, data: Dataset):
         """Everything at step zero."""
@@ -3247,8 +3242,7 @@ class Trainer:
 
 
 def accumulation(h: Hyperparameters, world: World) -> int:
-    """Micro-batches per rank and step; raises `Refusal` where the batch holds no whole number of
-    them."""
+    """Micro-batches per rank and step; `Refusal` where the batch holds no whole number of them."""
     share = world.size * h.micro_batch_tokens
     if h.train_batch_tokens % share:
         raise Refusal(
@@ -3295,10 +3289,9 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
 
 
 class Checkpoints:
-    """The saves of one run: the two newest stay in its folder until the run is finished, so that a
+    """The saves of one run: the two newest stay in its folder until it is finished, so that a
     damaged one leaves another. None are made where the training clock is no longer than
-    CHECKPOINT_EVERY_S, as in the 10-minute track. Else SIGTERM and Ctrl-C let the step end, save it
-    and stop."""
+    CHECKPOINT_EVERY_S. Else SIGTERM and Ctrl-C let the step end, save it and stop."""
 
     def __init__(self, t: Trainer, clock: Clock, folder: Path | None):
         """Listens to the signals if it is on."""
@@ -4769,9 +4762,7 @@ def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, by
 class Windows(NamedTuple):
     """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
     the targets at places lo <= i < hi of each span are scored, the places before lo are context.
-
-    Target number i of the stream is token i + 1, the one that input i predicts. A row without a
-    span has lo = hi = 0 and scores nothing."""
+    Target i of the stream is token i + 1. A row without a span has lo = hi = 0."""
 
     start: np.ndarray
     length: np.ndarray
@@ -4811,16 +4802,14 @@ def document_spans(documents: np.ndarray, T: int, stride: int) -> list[Span]:
 
 
 def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
-    """Batches of equal shape (rows, T); missing rows are empty windows, so that one compiled graph
-    serves all."""
+    """Batches of one shape (rows, T), hence of one graph; missing rows are empty windows."""
     rows = max(1, batch_tokens // T)
     filled = np.array([*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)], np.int64)
     return [Windows(*batch.T, T) for batch in filled.reshape(-1, rows, 4)]
 
 
 def padded(tokens: int, T: int) -> int:
-    """The power of two from 64 up that holds so many tokens, T at most: few shapes, and for each a
-    compiled graph."""
+    """The power of two from 64 up that holds so many tokens, T at most: few shapes, few graphs."""
     return min(T, 1 << max(6, (tokens - 1).bit_length()))
 
 
@@ -4840,17 +4829,19 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> lis
     rows, so nothing has to be sent."""
     ticks = -(-np.diff(documents) // C)
     free = [(0, row) for row in range(rows * world.size)]
-    mine: list[list[tuple[int, int, int]]] = [[] for _ in range(rows)]    # start, tokens, age
+    # (chunks, 3) of each row: start, tokens, age
+    mine = [[np.empty((0, 3), np.int64)] for _ in range(rows)]
     # a heap of (ticks until free, row); ties go by row, so that all ranks assign alike
-    for d in np.argsort(-ticks, kind="stable"):
-        (busy, row), (begin, end) = free[0], documents[d:d + 2].tolist()
+    for d in np.argsort(-ticks, kind="stable").tolist():
+        busy, row = free[0]
         heapq.heapreplace(free, (busy + int(ticks[d]), row))
         if row % world.size == world.rank:
-            mine[row // world.size] += [
-                (start, min(C, end - start), n) for n, start in enumerate(range(begin, end, C))]
-    plan = np.array([*itertools.zip_longest(*mine, fillvalue=(0, 0, 0))], np.int64)
+            start = np.arange(*documents[d:d + 2], C)
+            mine[row // world.size].append(np.stack(
+                [start, np.minimum(C, documents[d + 1] - start), np.arange(len(start))], 1))
+    plan = nn.utils.rnn.pad_sequence([torch.from_numpy(np.concatenate(m)) for m in mine]).numpy()
     return [Windows(start, count, np.zeros_like(count), count, C, age)
-            for start, count, age in plan.reshape(-1, rows, 3).transpose(0, 2, 1)]
+            for start, count, age in plan.transpose(0, 2, 1)]
 
 
 def widened(w: Windows, T: int) -> Windows:
@@ -4889,8 +4880,7 @@ class Ledger:
         return len(self._scored)
 
     def inputs(self, w: Windows) -> tuple[Tensor, Tensor]:
-        """Token ids and targets (B, T); what lies beyond a window's end is the pad token 0,
-        whatever the stream holds."""
+        """Token ids and targets (B, T); beyond a window's end they are the pad token 0."""
         self.refuse_sealed()
         place = np.arange(w.width)
         # zeroed, not only masked later: what a scorer was never handed, it cannot leak
@@ -4999,10 +4989,8 @@ class Learners:
     drives it: `follow` makes rows ready, `nats_of` predicts, `learn` comes after the booking."""
 
     def __init__(self, model: GPT, rows: int, C: int, form: str, steps: int):
-        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters.
-
-        Learner i has the rate TTT_LORA_LR / SPREAD^i. No one rate suits all documents; which
-        one does is found out token by token, by the mixture."""
+        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters. Learner
+        i has the rate TTT_LORA_LR / SPREAD^i: the mixture finds out which one suits a document."""
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
         self.plan = depth_plan(h, looped=True)
         self.device = device = model.bank["embed"].device
@@ -5015,10 +5003,9 @@ class Learners:
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
-        """Each batch, once its rows are ready: a row that begins a document starts afresh.
-
-        Adapters go back to the same values, their optimiser and the belief to none, and the cache
-        shows no token of the document before, so that the order of documents cannot matter."""
+        """Each batch, once its rows are ready: in a row that begins a document adapters go back to
+        the same values, their optimiser and the belief to none, and the cache shows no token of the
+        document before, so that the order of documents cannot matter."""
         # only adapters learn here: no gradient of a weight is computed, and none is kept
         self.model.requires_grad_(False)
         for w in batches:
@@ -5152,10 +5139,9 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
 @torch.no_grad()
 def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> None:
     """One step in which layer l moves at TTT_LR_RAMP + (1 - that) * l / (L - 1) of the rate, not at
-    all where frozen (#1351), and what is in no layer at the full rate.
-
-    While scoring, gradients are scaled, and frozen layers freeze the embedding too. `early`, the
-    step itself is, since AdamW does not feel the size of a gradient."""
+    all where frozen (#1351), and what is in no layer at the full rate. Gradients are scaled, and
+    frozen layers freeze the embedding too; `early`, the step itself is scaled, since AdamW does not
+    feel the size of a gradient."""
     h, embed = model.h, model.bank["embed"]
     ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
@@ -5175,10 +5161,8 @@ def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> 
 def learn_chunk(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
                 world: World, early: bool = False) -> None:
     """TTT_EPOCHS passes over one scored chunk of (n,) tokens in sequences of TRAIN_SEQ_LEN, or
-    `early` a single one; leftovers are not used.
-
-    Ranks share the sequences of a batch and add up their gradients of its mean, so that all of
-    them make the same step and weights stay equal on all."""
+    `early` a single one; leftovers are not used. Ranks share the sequences of a batch and add up
+    their gradients of its mean, so that weights stay equal on all."""
     h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
@@ -5229,19 +5213,6 @@ def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
                 0.55 + 0.45 * math.cos(math.pi * epoch / h.prequant_ttt_epochs))
         learn_chunk(model, optimiser, tokens[:-1], tokens[1:], world, True)
     model.zero_grad(set_to_none=True)
-
-
-def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
-    """Adapts to one batch of training text; returns seconds of the clock that `held` will take,
-    none where it is validation text."""
-    h = t.h
-    few = torch.from_numpy(data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
-    for _ in range(2):    # the first one compiles
-        watch = Clock(t.world)
-        adapt_early(t.model, few, t.world, 1)
-    if h.prequant_ttt_data != "train":
-        return 0.0
-    return 1.3 * h.prequant_ttt_epochs * watch.read_s() * len(held) / len(few)
 
 
 def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
@@ -5645,8 +5616,7 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
 def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     """The beginning of the training shards in the place of a validation set: one chunk and a
-    window more, so that chunk learns once and scores with what it learned. Bytes are ones, since
-    nobody reads its BPB."""
+    window more, so that chunk learns once and scores with what it learned. Nobody reads its BPB."""
     count = h.ttt_chunk_tokens + h.eval_seq_len
     tokens = np.concatenate([shard[:2 * count] for shard in data.train[:8]])[:count + 1]
     # It opens with a document of every width that `bucketed` makes, so that each is compiled; no
@@ -5669,8 +5639,15 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
     for looped, progress, number in itertools.product(
             sorted({False, h.num_loops > 0}), sorted({0.0, *points}), range(h.rehearsal_steps)):
         t.step(number, progress, looped)
-    adaptation_s = rehearse_adaptation(t, data, held) if h.prequant_ttt_epochs else 0.0
-    for _ in range(2):    # the first time compiles
+    adaptation_s = 0.0
+    for _ in range(2 if h.prequant_ttt_epochs else 0):    # the first time compiles
+        adaptation = Clock(t.world)
+        few = torch.from_numpy(
+            data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
+        adapt_early(t.model, few, t.world, 1)
+        if h.prequant_ttt_data == "train":    # else it is off the clock
+            adaptation_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
+    for _ in range(2):
         calibration = Clock(t.world)
         moments = second_moments(t.model, t.world, t.loader, t.world.size)
         # one turn was timed, a batch on each rank; all further ones are reckoned from it
@@ -5696,8 +5673,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
 
 
 def build_model(h: Hyperparameters, world: World) -> GPT:
-    """The initialised model on the device, equal on all ranks: of one seed, and sent by rank 0 in
-    case two machines draw differently."""
+    """The initialised model on the device, sent by rank 0 in case machines draw differently."""
     torch.manual_seed(h.seed)
     model = GPT(h, compute_dtype(h, world.device), attention_kernel(h, world.device))
     model.to(world.device)
@@ -5740,9 +5716,8 @@ def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor
 
 
 def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float) -> dict[str, Any]:
-    """The pipeline: rehearse, train, calibrate, quantise, pack, read back, score. Returns what
-    result.json holds."""
-    begin_s, seconds = time.perf_counter() - data_s, dict(data=round(data_s, 3))
+    """The pipeline, from the rehearsal to the scores; returns what result.json holds."""
+    begin_s, seconds = time.perf_counter() - data_s, dict(data=data_s)
     data, held = hold_out(h, data, log) if h.prequant_ttt_epochs else (data, None)
     model = build_model(h, world)
     announce(h, model, world, data, log)
@@ -5753,7 +5728,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
         reserve_s = rehearse(trainer, data, log, held)
         h = model.retune(ttt_steps=affordable_steps(
             model, rehearsal_text(h, data), len(data.val.bytes), world, log))
-    seconds["rehearsal"] = round(watch.read_s(), 3)
+    seconds["rehearsal"] = watch.read_s()
     graphs = [model.graphs()]
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
@@ -5766,33 +5741,31 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     graphs.append(model.graphs())
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)")
-    seconds |= dict(train=round(trained.seconds, 3),
-                    calibration=round(clock_s - trained.seconds, 3))
+    seconds |= dict(train=trained.seconds, calibration=clock_s - trained.seconds)
     scores = measured_scores(model, data, world, log, packed=False)
 
     watch = Clock(world)
     blob, ledger = fitted or (fit_budget(model, factors, damage, len(code), log)
                               if world.main else (b"", {}))
-    seconds["quantise"] = round(watch.read_s(), 3)
+    seconds["quantise"] = watch.read_s()
     watch = Clock(world)
     if world.main:
         blob = keep(blob, ledger, code, h, log)
     blob = world.share(blob)
     load_stored(model, unpack(blob)[1])
-    seconds["pack"] = round(watch.read_s(), 3)
+    seconds["pack"] = watch.read_s()
     scores |= measured_scores(model, data, world, log, packed=True)
     log(f"graphs:{graphs[0]} compiled before the clock, {graphs[1] - graphs[0]} inside, "
         f"{model.graphs() - graphs[1]} after")
     sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
-    seconds["total"] = round(time.perf_counter() - begin_s, 3)
+    seconds["total"] = time.perf_counter() - begin_s
     return conclude(h, world, model, trained, clock_s, sizes, scores, seconds, log)
 
 
 def keep(blob: bytes, ledger: Mapping[str, int], code: bytes, h: Hyperparameters,
          log: Log) -> bytes:
-    """Writes artifact and packed code into the run's folder, the bytes of every part and their
-    total in the official form into its log; returns the artifact as it is read from there, since
-    that is what gets scored."""
+    """Writes artifact and packed code into the run's folder, and their bytes, of every part and in
+    all, into its log; returns the artifact as read from there, since that is what gets scored."""
     write_atomically(log.folder / "model.bin", blob)
     write_atomically(log.folder / "train_gpt.py", code)
     table = roles(h)
@@ -5840,9 +5813,8 @@ def device_name(device: torch.device) -> str:
 def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clock_s: float,
              sizes: dict[str, int], scores: dict[str, dict[str, float]], seconds: dict[str, float],
              log: Log) -> dict[str, Any]:
-    """Writes result.json and the table of scores; raises `Refusal` afterwards if the artifact is
-    over the budget. A run that breaks a rule is kept, marked with what it breaks; `submit` refuses
-    it."""
+    """Writes the table of scores and result.json, marked with the rules that the run breaks; raises
+    `Refusal` afterwards if the artifact is over the budget."""
     tokens = trained.steps * h.train_batch_tokens
     violations = [sentence for broken, sentence in (
         (h.prequant_ttt_epochs and h.prequant_ttt_data != "train",
@@ -5861,7 +5833,8 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
         params=sum(p.numel() for p in model.parameters()), steps=trained.steps,
         train_seconds=round(trained.seconds, 3), train_tokens=tokens,
         tokens_per_second=round(tokens / max(trained.seconds, 1e-9), 1), bytes=sizes, scores=scores,
-        seconds=seconds, compliant=not violations, violations=violations)
+        seconds={name: round(s, 3) for name, s in seconds.items()}, compliant=not violations,
+        violations=violations)
     if world.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(world.device)
     log("score          val_loss     val_bpb      seconds")
@@ -5882,9 +5855,8 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
 
 
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
-    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings.
-    Raises `Refusal` where this rank's knobs are not those of rank 0, as two nodes may be started
-    with different variables."""
+    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings;
+    `Refusal` where this rank's knobs are not those of rank 0, as nodes may be started apart."""
     fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
     run_id, theirs = world.share([h.run_id or fresh, h.changed()])
     if odd := h.changed().items() ^ theirs.items():
@@ -5935,8 +5907,7 @@ def start(world: World, env: Mapping[str, str]) -> None:
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The command line; returns the exit status. A `Refusal` is one sentence on standard error and
-    status 2."""
+    """The command line; returns the exit status: 2 after a `Refusal`, told on standard error."""
     try:
         if arguments and arguments[0] in ("--help", "-h", "help"):
             print(help_text(*arguments[1:2]))
