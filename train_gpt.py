@@ -326,8 +326,8 @@ class Hyperparameters:
             if not finite or not f.metadata["check"](value):
                 raise Refusal(
                     f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
-        # A step is whole micro-batches and a micro-batch whole rows: equal weight per token. Learning
-        # cuts a chunk into such rows and drops what is left over.
+        # A step is whole micro-batches and a micro-batch whole rows, so that tokens weigh alike;
+        # learning cuts a chunk into such rows and drops what is left over.
         h, F_ = self, self.mlp_mult * self.model_dim
         for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
                             ("train_batch_tokens", "micro_batch_tokens"),
@@ -660,8 +660,8 @@ def help_text(topic: str = "") -> str:
 # ==================================================================================================
 # 3. World and log
 # Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one
-# process every collective is the identity. Gives `World`, the run's folder and `Log`, whose lines
-# keep the forms that leaderboard tools parse.
+# process every collective is the identity. Gives `World`, `Clock`, the run's folder and `Log`,
+# whose lines keep the forms that leaderboard tools parse.
 # Every decision that all ranks must take alike (stop, save, steps per chunk) is taken from a number
 # that a collective gave to all of them: a rank that decides by its own clock leaves the others
 # waiting in the next collective.
@@ -673,8 +673,7 @@ def brief(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """This process: rank, number of ranks, device. The collectives below are the only ones in the
-    file."""
+    """This process: rank, number of ranks, device; and all collectives that the file knows."""
 
     rank: int = 0
     size: int = 1
@@ -682,17 +681,14 @@ class World:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
-        """Joins the process group that torchrun describes: NCCL on GPUs, gloo on CPUs. Raises
-        `Refusal` if it fails."""
+        """Joins the group that torchrun describes: NCCL on GPUs, gloo on CPUs; else `Refusal`."""
         try:
-            names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-            rank, size, local = (int(env.get(name, default)) for name, default in names.items())
+            rank, size, local = (int(env.get(name, default)) for name, default in (
+                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
             device = cls.claim_device(local)
-            if size > 1:
-                backend = "nccl" if device.type == "cuda" else "gloo"
-                # Long enough for what rank 0 does alone while the others wait for it in a
-                # collective: building a corpus, searching steps, packing.
-                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+            if size > 1:    # 10 minutes: rank 0 builds a corpus, searches steps, packs alone
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                        timeout=datetime.timedelta(minutes=10))
         except (ValueError, RuntimeError) as error:
             raise Refusal(
                 f"RANK={env.get('RANK')} WORLD_SIZE={env.get('WORLD_SIZE')}: this group of ranks "
@@ -716,10 +712,10 @@ class World:
         """True on the rank that writes files and log lines."""
         return self.rank == 0
 
-    def together(self, collective: Callable, *arguments: Any, **options: Any) -> None:
-        """Runs a collective; raises `Refusal` naming the ranks that no longer answer."""
+    def together(self, collective: Callable, *arguments: Any, **options: Any) -> Any:
+        """What a collective of several ranks returns; `Refusal` names those that are silent."""
         try:
-            collective(*arguments, **options)
+            return collective(*arguments, **options) if self.size > 1 else None
         except RuntimeError as error:
             raise Refusal(f"another rank was lost: {self.silent()} ({brief(error)}); see its own "
                           "messages") from None
@@ -737,8 +733,7 @@ class World:
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t` over the ranks, in place."""
-        if self.size > 1:
-            self.together(dist.all_reduce, t)
+        self.together(dist.all_reduce, t)
         return t
 
     def mean(self, t: Tensor) -> Tensor:
@@ -748,11 +743,10 @@ class World:
     def begun(self, collective: Callable, out: Tensor, *source: Tensor) -> Callable[[], Tensor]:
         """Starts a collective that fills `out`, and returns at once; what it returns waits for it
         (on GPUs the stream does, not the host) and gives `out`."""
-        work = []
-        self.together(lambda: work.append(collective(out, *source, async_op=True)))
+        work = self.together(collective, out, *source, async_op=True)
         # `source` stays in this closure: freed earlier, its memory could be given to another tensor
         # while the collective still reads it.
-        return lambda: (self.together(work[0].wait), out, source)[1]
+        return lambda: (self.together(work.wait), out, source)[1]
 
     def scatter_mean(self, rows: Tensor) -> Callable[[], Tensor]:
         """(size * n, ...) -> this rank's (n, ...) rows of the mean over the ranks, once called."""
@@ -763,8 +757,7 @@ class World:
         return lambda: ready().div_(self.size)
 
     def gathered(self, mine: Tensor) -> Callable[[], Tensor]:
-        """(n, ...) of each rank -> (size * n, ...) in the order of ranks, on every rank, once
-        called."""
+        """(n, ...) of each rank -> (size * n, ...) in the order of ranks, once called."""
         if self.size == 1:
             return lambda: mine
         rows = mine.new_empty(mine.size(0) * self.size, *mine.shape[1:])
@@ -774,15 +767,13 @@ class World:
         """Rank 0's value (bytes, numbers, text) on every rank; nothing in it came from outside."""
         # torch pickles the value on its way, which is safe among processes of one script only
         box = [value]
-        if self.size > 1:
-            self.together(dist.broadcast_object_list, box, src=0, device=self.device)
+        self.together(dist.broadcast_object_list, box, src=0, device=self.device)
         return box[0]
 
     def share_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites the tensors with rank 0's."""
-        if self.size > 1:
-            for t in tensors:
-                self.together(dist.broadcast, t, src=0)
+        for t in tensors:
+            self.together(dist.broadcast, t, src=0)
 
     def wait(self) -> None:
         """Returns when every rank has come here and this rank's device has finished its work."""
@@ -797,30 +788,58 @@ class World:
             dist.destroy_process_group()
 
 
-class Stopwatch:
-    """Seconds since the start, with the device's queue drained first: for stages, never inside the
-    training loop."""
+class Clock:
+    """Seconds since the start that all ranks agree on: `read_s` ends a stage, `tick` is for each
+    step of training. On GPUs the host runs ahead of the device there; reading a number of `lag`
+    steps ago hardly waits, and bounds that lead."""
 
     def __init__(self, world: World):
-        """Starts it once every rank is here."""
-        self.world = world
+        """Starts when every rank is here."""
         world.wait()
-        self.begin_s = time.perf_counter()
+        self.world, self.queue, self.begin_s = world, [], time.perf_counter()
+        self.agreed_s, self.asked, self.lag = 0.0, False, 2 * (world.device.type == "cuda")
+
+    def ask(self, *_: Any) -> None:
+        """Asks every rank to stop, as a signal handler: a mean with an endless time is endless."""
+        self.asked = True
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that reads no training data, such as a validation score."""
+        self.begin_s += seconds
+
+    def mean_s(self, endless: bool = False) -> Tensor:
+        """(1,) the mean of the ranks' seconds, on the device; inf where one has no end."""
+        own_s = math.inf if endless else time.perf_counter() - self.begin_s
+        return self.world.mean(
+            torch.full((1,), own_s, dtype=torch.float64, device=self.world.device))
+
+    def tick(self) -> float:
+        """The mean of the ranks' seconds, on GPUs `lag` steps ago; inf if one was asked to stop."""
+        now = self.mean_s(self.asked)
+        if not self.lag:
+            return now.item()
+        host, event = torch.empty(1, dtype=torch.float64, pin_memory=True), torch.cuda.Event()
+        host.copy_(now, non_blocking=True)
+        event.record()
+        self.queue.append((host, event))
+        # the first ticks have nothing old enough to read: zero, or what a checkpoint said
+        if len(self.queue) <= self.lag:
+            return self.agreed_s
+        host, event = self.queue.pop(0)
+        event.synchronize()
+        return float(host)
 
     def read_s(self) -> float:
-        """Seconds since the start."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-        return time.perf_counter() - self.begin_s
+        """Agreed seconds once every rank is here and its device's queue is drained."""
+        self.world.wait()
+        return self.mean_s().item()
 
 
-# A run may be killed at any instant, so a file has its final name only when it is whole. The
-# temporary file lies in the same folder, for a rename is atomic only within one file system; its
-# name holds the process number, so that two processes of a machine never share it; fsync comes
-# before the rename, or a power cut could leave the name without the bytes.
+# A run may be killed at any instant, so a file has its final name only when it is whole. A rename
+# is atomic only within one file system, hence in the same folder; two processes never share a
+# temporary file; without fsync a power cut could leave the name without the bytes.
 def write_atomically(path: Path, *parts: bytes) -> None:
-    """Writes the whole file or nothing: a temporary file beside it, then a rename. Raises `Refusal`
-    on a full disk."""
+    """Writes the whole file or nothing; raises `Refusal` on a full disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
@@ -830,9 +849,9 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise Refusal(
-            f"{path}: {sum(map(len, parts)):,} bytes could not be written ({error.strerror}); "
-            "free space there or set LOGS_DIR / DATA_DIR to another disk") from None
+        raise Refusal(f"{path}: {sum(map(len, parts)):,} bytes could not be written "
+                      f"({error.strerror}); free space there or set LOGS_DIR / DATA_DIR to another "
+                      "disk") from None
 
 
 # >>> not packed
@@ -868,7 +887,8 @@ class Log:
 
     def __init__(self, world: World, folder: Path | None = None, quiet: bool = False):
         """With a folder, claims it at once. A quiet log says nothing at all."""
-        self.world, self.folder, self.width, self.quiet, self.early = world, None, 0, quiet, []
+        self.world, self.folder, self.width, self.early = world, None, 0, []
+        self.quiet = quiet or not world.main
         if folder:
             self.claim(folder)
 
@@ -876,30 +896,30 @@ class Log:
         """Makes the run's folder, locks it for as long as this process lives, and writes there what
         was said so far; raises `Refusal` where another run has it or one was finished."""
         self.folder = folder
-        if self.world.main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                # Kept open, since closing it would give the lock away. flock and not a POSIX lock:
-                # that one would go as soon as `write` closes the same file.
-                self.lock = open(folder / "log.txt", "a")
-                if fcntl:    # the system gives the lock back however this process ends
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}"
-                              ) from None
-            except OSError as error:
-                raise Refusal(
-                    f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
-            # Asked again now that the folder is locked: since `preflight` asked, another process
-            # may have finished a run of this name.
-            refuse_used(folder)
-            for path in folder.glob(".*.partial"):    # of a process that was killed
-                path.unlink()
-            self.write(self.early)
+        if not self.world.main:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Kept open, since closing it would give the lock away. flock and not a POSIX lock: that
+            # one would go as soon as `write` closes the same file.
+            self.lock = open(folder / "log.txt", "a")
+            if fcntl:    # the system gives the lock back however this process ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
+        except OSError as error:
+            raise Refusal(
+                f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+        # Asked again now that the folder is locked: since `preflight` asked, another process may
+        # have finished a run of this name.
+        refuse_used(folder)
+        for path in folder.glob(".*.partial"):    # of a process that was killed
+            path.unlink()
+        self.write(self.early)
 
     def write(self, lines: Sequence[str]) -> None:
-        """Appends lines to log.txt, opened anew each time, so that what was said is on its way to
-        the disk whatever becomes of this process. Raises `Refusal` where that fails."""
+        """Appends lines to log.txt, opened anew each time, so that what was said outlives this
+        process. Raises `Refusal` where that fails."""
         try:
             with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
                 f.writelines(line + "\n" for line in lines)
@@ -909,7 +929,7 @@ class Log:
 
     def __call__(self, line: str) -> None:
         """One line on the terminal and in log.txt."""
-        if self.quiet or not self.world.main:
+        if self.quiet:
             return
         print("\r" + " " * self.width + "\r" + line if self.width else line, flush=True)
         self.width = 0
@@ -919,15 +939,12 @@ class Log:
             self.early.append(line)
 
     def progress(self, line: str) -> None:
-        """One updating line on a terminal, an ordinary line in a file; the caller says it sparsely.
-        """
-        if self.quiet or not self.world.main:
-            return
+        """One updating line on a terminal, an ordinary one in a file; callers say it sparsely."""
         if not sys.stdout.isatty():
             self(line)
-            return
-        print("\r" + line.ljust(self.width), end="", flush=True)
-        self.width = max(self.width, len(line))
+        elif not self.quiet:
+            print("\r" + line.ljust(self.width), end="", flush=True)
+            self.width = max(self.width, len(line))
 
 
 # ==================================================================================================
@@ -2888,107 +2905,32 @@ class EMA:
 
 # ==================================================================================================
 # 9. Training
-# The loop inside the clock. Ranks agree on the time by a device-side mean that the host reads steps
-# later, so the loop never waits for the device. Nothing of a rehearsal survives it: weights,
-# optimiser, average and loader are rewound.
-# What enters is a model at step zero; what leaves are its averaged weights and the clock, which
-# runs on through calibration. Everything learned from training data was read inside that clock.
+# The loop inside the clock, which never waits for the device. What enters is a model at step zero;
+# what leaves are its averaged weights and the clock, which runs on through calibration. Everything
+# learned from training data was read inside that clock; a rehearsal before it leaves no trace.
 # ==================================================================================================
-class Clock:
-    """Training seconds that all ranks agree on; `tick` is called once a step by every rank.
-
-    Ranks must agree on the step at which to stop, to loop and to change context: one that went on
-    alone would wait for the others in its next collective for ever. On GPUs the host runs ahead of
-    the device; reading a number of LAG steps ago hardly waits, and bounds that lead.
-    """
-
-    # steps between taking the time and reading the agreed value on GPUs, so that no step waits
-    LAG = 2
-
-    def __init__(self, world: World):
-        """Starts when every rank is here."""
-        world.wait()
-        self.world, self.queue, self.begin_s = world, [], time.perf_counter()
-        self.agreed_s, self.asked = 0.0, False
-
-    def ask(self, *_: Any) -> None:
-        """Asks every rank to stop: the mean of a time without end has none either. A signal
-        handler."""
-        self.asked = True
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that reads no training data, such as a validation score."""
-        self.begin_s += seconds
-
-    def tick(self) -> float:
-        """The mean of the ranks' seconds: now on a CPU, LAG steps ago on GPUs; inf if one was
-        asked to stop."""
-        now = torch.full((1, ),
-                         math.inf if self.asked else time.perf_counter() - self.begin_s,
-                         dtype=torch.float64,
-                         device=self.world.device)
-        self.world.mean(now)
-        if self.world.device.type != "cuda":
-            return now.item()
-        host, event = torch.empty(1, dtype=torch.float64, pin_memory=True), torch.cuda.Event()
-        host.copy_(now, non_blocking=True)
-        event.record()
-        self.queue.append((host, event))
-        # the first ticks have nothing old enough to read: zero, or what a checkpoint said
-        if len(self.queue) <= self.LAG:
-            return self.agreed_s
-        host, event = self.queue.pop(0)
-        event.synchronize()
-        return float(host)
-
-    def read_s(self) -> float:
-        """Agreed seconds with the device's queue drained; ends a stage."""
-        self.world.wait()
-        now = torch.tensor([time.perf_counter() - self.begin_s],
-                           dtype=torch.float64,
-                           device=self.world.device)
-        return self.world.mean(now).item()
-
-
-@dataclass
 class Trainer:
-    """What a training run changes: model, optimiser, average, loader; and what it needs to run a
-    step."""
+    """What a training run changes: model, optimiser, average, loader; and what a step needs."""
 
-    h: Hyperparameters
-    world: World
-    model: GPT
-    loader: Loader
-    optimiser: Optimiser
-    ema: EMA
-    rounded_steps: int = 0    # that used the matrices as the exporter rounds them
-
-    @classmethod
-    def of(cls, h: Hyperparameters, world: World, model: GPT, data: Dataset) -> Trainer:
+    def __init__(self, h: Hyperparameters, world: World, model: GPT, data: Dataset):
         """Everything at step zero."""
-        return cls(h, world, model, Loader(h, world, data.train), Optimiser(model, world),
-                   EMA(model))
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of one rank in one step."""
-        return accumulation(self.h, self.world)
+        self.h, self.world, self.model, self.ema = h, world, model, EMA(model)
+        self.loader, self.optimiser = Loader(h, world, data.train), Optimiser(model, world)
+        self.rounded_steps = 0    # that used the matrices as the exporter rounds them
 
     def step(self, number: int, progress: float, looped: bool) -> Tensor:
         """One optimiser step; returns this rank's mean loss in nats, still on the device."""
-        h, loss = self.h, 0.0
+        h, loss, count = self.h, 0.0, accumulation(self.h, self.world)
         rounded = warmdown(h, number, progress) < h.late_qat_threshold
         # The rates rise again over 32 steps where the context changes (#2014).
-        since = self.loader.cut(
-            next((T for end, T in h.contexts if progress <= end), h.train_seq_len))
-        ramp = min(1.0, (since / self.accumulation + 1) / 32)
+        context = next((T for end, T in h.contexts if progress <= end), h.train_seq_len)
+        ramp = min(1.0, (self.loader.cut(context) / count + 1) / 32)
         plan = depth_plan(h, looped, rounded)
         # All micro-batches have one size, so a mean of their means, over the ranks too (by the
         # optimiser), is the mean over all tokens of the step.
-        for _ in range(self.accumulation):
+        for _ in range(count):
             batch = self.loader.next()
-            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs)
-            nats = nats.mean() / self.accumulation
+            nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs).mean() / count
             nats.backward()
             loss = loss + nats.detach()
         self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number))
@@ -2997,24 +2939,18 @@ class Trainer:
         return loss
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the state: all that can change a later number.
-
-        What is missing may differ without harm: compiled graphs and tuned kernels, which a
-        rehearsal is there to leave behind, and the loader's order, drawn again from its seed.
-        Training draws no random numbers on a device, so the CPU's generator is enough.
-        """
-        return dict(weights=[p.detach().clone() for p in self.model.bank.values()],
-                    mean=[t.clone() for t in self.ema.mean],
-                    optimiser=self.optimiser.state(),
-                    loader=(self.loader.position, self.loader.context, self.loader.since),
-                    rounded_steps=self.rounded_steps,
-                    random=torch.get_rng_state())
+        """A copy of the state: all that can change a later number. The loader's order is drawn
+        again from its seed; training draws no random numbers on a device."""
+        loader = self.loader
+        return dict(weights=[p.clone() for p in self.ema.live],
+                    mean=[p.clone() for p in self.ema.mean], optimiser=self.optimiser.state(),
+                    loader=(loader.position, loader.context, loader.since),
+                    rounded_steps=self.rounded_steps, random=torch.get_rng_state())
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Back to the snapshot, bit for bit."""
-        torch._foreach_copy_(list(self.model.bank.values()), state["weights"])
-        torch._foreach_copy_(self.ema.mean, state["mean"])
+        torch._foreach_copy_([*self.ema.live, *self.ema.mean], [*state["weights"], *state["mean"]])
         self.rounded_steps = state["rounded_steps"]
         self.model.zero_grad(set_to_none=True)
         self.optimiser.restore(state["optimiser"])
@@ -3023,8 +2959,7 @@ class Trainer:
 
 
 def accumulation(h: Hyperparameters, world: World) -> int:
-    """Micro-batches per rank and step; raises `Refusal` where the batch does not divide into whole
-    ones."""
+    """Micro-batches per rank and step; `Refusal` where the batch holds no whole number of them."""
     share = world.size * h.micro_batch_tokens
     if h.train_batch_tokens % share:
         raise Refusal(
@@ -3034,8 +2969,7 @@ def accumulation(h: Hyperparameters, world: World) -> int:
 
 
 class Trained(NamedTuple):
-    """What the loop did: optimiser steps, seconds of the clock, the step at which it was resumed.
-    """
+    """What the loop did: optimiser steps, seconds of the clock, the step it was resumed at."""
 
     steps: int
     seconds: float
@@ -3052,31 +2986,29 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
     file; raises `Refusal` where all are damaged."""
     for path in reversed(paths := checkpoints(folder)):
         blob = path.read_bytes()
-        if hashlib.sha256(blob[:-32]).digest() == blob[-32:]:
-            # Tensors lie in the file in the order in which the JSON names them, and the parser
-            # meets them in that order, so that no place of any has to be stored.
-            file = io.BytesIO(blob)
+        if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+            continue
+        # The parser meets the tensors in the order in which their bytes follow, so that no place of
+        # any has to be stored.
+        file = io.BytesIO(blob)
 
-            def thaw(found: dict[str, Any]) -> Any:
-                """The tensor described, its bytes being the next of the file; else the dict."""
-                if "dtype" not in found:    # JSON turned the whole numbers among the keys to text
-                    return {int(k) if k.isdigit() else k: v for k, v in found.items()}
-                dtype, shape = getattr(torch, found["dtype"]), found["shape"]
-                raw = file.read(math.prod(shape) * dtype.itemsize)
-                return torch.tensor(np.frombuffer(raw, np.uint8)).view(dtype).view(shape)
+        def thaw(found: dict[str, Any]) -> Any:
+            """The tensor described, its bytes being the next of the file; else the dict."""
+            if "dtype" not in found:    # JSON turned the whole numbers among the keys to text
+                return {int(k) if k.isdigit() else k: v for k, v in found.items()}
+            dtype, shape = getattr(torch, found["dtype"]), found["shape"]
+            raw = file.read(math.prod(shape) * dtype.itemsize)
+            return torch.tensor(np.frombuffer(raw, np.uint8)).view(dtype).view(shape)
 
-            return json.loads(file.readline(), object_hook=thaw)
+        return json.loads(file.readline(), object_hook=thaw)
     if paths:
         raise Refusal(f"{path}: damaged, as is every checkpoint there; choose another RUN_ID")
 
 
 class Checkpoints:
-    """The saves of one run: the two newest stay in its folder until the run is finished, so that a
-    damaged one leaves another to begin from.
-
-    None are made where the training clock is no longer than CHECKPOINT_EVERY_S, as in the 10-minute
-    track. Else SIGTERM and Ctrl-C let the step end, save it and stop.
-    """
+    """The saves of one run: the two newest stay in its folder until it is finished, so that a
+    damaged one leaves another. None are made where the training clock is no longer than
+    CHECKPOINT_EVERY_S. Else SIGTERM and Ctrl-C let the step end, save it and stop."""
 
     def __init__(self, t: Trainer, clock: Clock, folder: Path | None):
         """Listens to the signals if it is on."""
@@ -3089,7 +3021,7 @@ class Checkpoints:
     def resume(self, log: Log) -> int:
         """Restores the newest checkpoint on every rank; returns its step, 0 without any."""
         world = self.t.world
-        found = world.share(read_checkpoint(self.folder) if self.folder and world.main else None)
+        found = self.on and world.share(read_checkpoint(self.folder) if world.main else None)
         if not found:
             return 0
         step, self.saved_s, *_, state = found
@@ -3121,9 +3053,8 @@ class Checkpoints:
 
         self.saved_s, state = self.clock.read_s(), t.snapshot()
         if t.world.main:
-            head = json.dumps([step, self.saved_s, t.world.size, t.h.changed(), state],
-                              default=freeze)
-            body = b"".join([head.encode(), b"\n", *parts])
+            head = [step, self.saved_s, t.world.size, t.h.changed(), state]
+            body = b"".join([json.dumps(head, default=freeze).encode() + b"\n", *parts])
             write_atomically(self.folder / f"checkpoint{step:09}.bin", body,
                              hashlib.sha256(body).digest())
             for old in checkpoints(self.folder)[:-2]:
@@ -3140,37 +3071,31 @@ class Checkpoints:
 def train(t: Trainer, reserve_s: float, log: Log,
           validate: Callable[[], str]) -> tuple[Trained, Clock]:
     """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the
-    average.
-
-    Raises `Refusal` when the loss is not finite.
-    """
+    average. Raises `Refusal` when the loss is not finite."""
     # The clock starts here, after the rehearsal; every read of training data from now on counts.
     h, clock, looped = t.h, Clock(t.world), False
-    saves = Checkpoints(t, clock, log.folder) if h.checkpoint_every_s else None
-    step = resumed = saves.resume(log) if h.checkpoint_every_s else 0
+    saves = Checkpoints(t, clock, log.folder)
+    step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
                       f"{reserve_s:.1f} s are kept for calibration")
     last = h.iterations or sys.maxsize
-    ahead = 1 + (clock.LAG if t.world.device.type == "cuda" else 0)    # steps under way at the stop
+    ahead = 1 + clock.lag    # steps under way at the stop
     while True:
         elapsed_s = clock.tick()
-        if h.checkpoint_every_s:
-            saves.visit(step, elapsed_s)
-        # The time is that of some steps ago: what is under way is added, at the mean pace so far,
-        # so that the last step ends before the budget does.
+        saves.visit(step, elapsed_s)
+        # what is under way is added, at the mean pace so far: the last step ends inside the budget
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
             # a validation score reads no training data, so it is off the clock
-            watch = Stopwatch(t.world)
+            watch = Clock(t.world)
             log(f"step:{step}/{last} {validate()} train_time:{elapsed_s * 1e3:.0f}ms "
                 f"step_avg:{elapsed_s * 1e3 / max(step, 1):.2f}ms")
             clock.pause(watch.read_s())
         progress = min(1.0, elapsed_s / budget_s if math.isfinite(budget_s) else step / last)
-        # Both plans were compiled in the rehearsal, so the change costs no pause. Until then a step
-        # of training runs 11 blocks for 17, so that more steps fit the clock.
+        # Until then a step of training runs 11 blocks for 17, so that more steps fit the clock.
         begins = (step >= h.recur_start_step if h.recur_start_step else
                   progress >= h.enable_looping_at)
         if not looped and h.num_loops and begins:
@@ -3186,8 +3111,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
         report_step(t, loss, step, last, seconds, log)
     if h.late_qat_threshold:
         log(f"rounded_steps:{t.rounded_steps}")
-    if h.checkpoint_every_s:
-        saves.close(step)
+    saves.close(step)
     t.ema.export()
     return Trained(step, seconds, resumed), clock
 
@@ -4374,24 +4298,20 @@ def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, by
 
 # ==================================================================================================
 # 12. Scoring
-# Plain, sliding and document scores differ only in a list of spans. `Ledger` alone owns the
-# validation tokens: it refuses a target that was scored before, lends only what has been scored,
-# and gives no result until all of it is.
-# Enters: the validation set and a function that gives nats. Leaves: nats of every target and BPB =
-# nats / bytes of text / ln 2. A score is legal by four conditions (#1017). C1, a prediction depends
-# on earlier tokens only, and C2, it is a distribution over all of V fixed before its target is
-# looked at: both by the model, whose attention is causal and whose loss is a softmax (section 13
-# mixes softmaxes, by weights that past losses fix). C3, a target is booked before anything learns
-# from it, and C4, each exactly once: both by `Ledger` and `score`, through which every score of the
-# file goes. No closure can be kept from remembering what it is handed; so `verify` also replaces
-# later tokens and looks whether earlier scores move.
+# Plain, sliding and document scores differ only in a list of spans. Enters: the validation set and
+# a function that gives nats. Leaves: nats of every target and BPB = nats / bytes of text / ln 2.
+# A score is legal by four conditions (#1017). C1, a prediction depends on earlier tokens only, and
+# C2, it is a distribution over all of V fixed before its target is looked at: both by the model,
+# whose attention is causal and whose loss is a softmax (section 13 mixes softmaxes, by weights that
+# past losses fix). C3, a target is booked before anything learns from it, and C4, each exactly
+# once: both by `Ledger` and `score`, through which every score of the file goes. No closure can be
+# kept from remembering what it is handed; so `verify` also replaces later tokens and looks whether
+# earlier scores move.
 # ==================================================================================================
 class Windows(NamedTuple):
     """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
     the targets at places lo <= i < hi of each span are scored, the places before lo are context.
-
-    Target number i of the stream is token i + 1, the one that input i predicts. A row without a
-    span has lo = hi = 0 and scores nothing."""
+    Target i of the stream is token i + 1. A row without a span has lo = hi = 0."""
 
     start: np.ndarray
     length: np.ndarray
@@ -4413,12 +4333,8 @@ Span = tuple[int, int, int, int]
 
 def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[Span]:
     """Spans that score targets [begin, end) once each, `stride` at a time, with up to T - stride
-    tokens of context, none before `floor`. At `floor` the first span scores T targets; stride == T
-    is the plain score.
-
-    Targets of a span share one forward pass of T tokens, so a smaller stride buys context for
-    T / stride times the work. Weights are fixed here: tokens may be context many times, a target
-    is scored in one span only."""
+    tokens of context, none before `floor`, where the first span scores T targets. A smaller stride
+    buys context for T / stride times the work; stride == T is the plain score."""
     spans, lo = [], begin
     while lo < end:
         hi = min(end, lo + (T if lo == floor else stride))
@@ -4429,83 +4345,68 @@ def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[S
 
 
 def document_spans(documents: np.ndarray, T: int, stride: int) -> list[Span]:
-    """Spans that score each document by itself: in one pass where it fits into T, by windows where
-    it does not."""
-    return [
-        span for b, e in zip(documents[:-1].tolist(), documents[1:].tolist())
-        for span in sliding(b, e, T, stride, floor=b)
-    ]
+    """Spans that score each document by itself, in one pass where it fits into T."""
+    return [span for b, e in itertools.pairwise(documents.tolist())
+            for span in sliding(b, e, T, stride, floor=b)]
 
 
 def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
-    """Batches of equal shape (rows, T); missing rows are empty windows, so that one compiled graph
-    serves all."""
+    """Batches of one shape (rows, T), hence of one graph; missing rows are empty windows."""
     rows = max(1, batch_tokens // T)
-    padded = [*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)]
-    return [
-        Windows(*np.array(padded[i:i + rows], np.int64).T, T) for i in range(0, len(padded), rows)
-    ]
+    filled = np.array([*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)], np.int64)
+    return [Windows(*batch.T, T) for batch in filled.reshape(-1, rows, 4)]
+
+
+def padded(tokens: int, T: int) -> int:
+    """The power of two from 64 up that holds so many tokens, T at most: few shapes, few graphs."""
+    return min(T, 1 << max(6, (tokens - 1).bit_length()))
 
 
 def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
-    """Batches of spans of about one length, padded to powers of two from 64 to T; order does not
-    matter to fixed weights."""
-    groups: dict[int, list[Span]] = {}
-    for span in spans:
-        groups.setdefault(min(T, 1 << max(6, (span[1] - 1).bit_length())), []).append(span)
-    return [
-        w for width in sorted(groups, reverse=True)
-        for w in batched(groups[width], batch_tokens, width)
-    ]
+    """Batches of spans of about one length; order does not matter to fixed weights."""
+    width = lambda span: padded(span[1], T)
+    groups = itertools.groupby(sorted(spans, key=width, reverse=True), width)
+    return [w for T, group in groups for w in batched([*group], batch_tokens, T)]
 
 
 def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> list[Windows]:
     """The chunks of C tokens that this rank scores, one batch (rows, C) per tick.
 
-    The longest document goes first, each to the row of any rank that is free first; documents do
-    not know of each other, so their order cannot matter to a score. Inside a document chunks come
-    in order, one per tick, in one row: that is all that C4 needs. Every rank computes the whole
-    assignment and keeps its own rows, so nothing has to be sent.
-    """
-    begin, size = documents[:-1], np.diff(documents)
-    ticks = -(-size // C)
+    The longest document goes first, each to the row of any rank that is free first. Inside a
+    document chunks come in order, one per tick, in one row: that is all that C4 needs, since
+    documents do not know of each other. Every rank computes the whole assignment and keeps its own
+    rows, so nothing has to be sent."""
+    ticks = -(-np.diff(documents) // C)
     free = [(0, row) for row in range(rows * world.size)]
-    mine: list[list[int]] = [[] for _ in range(rows)]
+    # (chunks, 3) of each row: start, tokens, age
+    mine = [[np.empty((0, 3), np.int64)] for _ in range(rows)]
     # a heap of (ticks until free, row); ties go by row, so that all ranks assign alike
     for d in np.argsort(-ticks, kind="stable").tolist():
         busy, row = free[0]
         heapq.heapreplace(free, (busy + int(ticks[d]), row))
         if row % world.size == world.rank:
-            mine[row // world.size].append(d)
-    start, hi, age = np.zeros((3, max(int(ticks[m].sum()) for m in mine), rows), np.int64)
-    for row, ds in enumerate(mine):
-        document = np.repeat(np.array(ds, np.int64), ticks[ds])
-        n = np.arange(len(document))
-        # number of each chunk within its document: its place in the row less that of chunk 0
-        n = n - np.maximum.accumulate(np.where(np.diff(document, prepend=-1) != 0, n, 0))
-        start[:len(n), row], age[:len(n), row] = begin[document] + n * C, n
-        hi[:len(n), row] = np.minimum(C, size[document] - n * C)
-    return [Windows(b, e, np.zeros_like(e), e, C, n) for b, e, n in zip(start, hi, age)]
+            start = np.arange(*documents[d:d + 2], C)
+            mine[row // world.size].append(np.stack(
+                [start, np.minimum(C, documents[d + 1] - start), np.arange(len(start))], 1))
+    plan = nn.utils.rnn.pad_sequence([torch.from_numpy(np.concatenate(m)) for m in mine]).numpy()
+    return [Windows(start, count, np.zeros_like(count), count, C, age)
+            for start, count, age in plan.transpose(0, 2, 1)]
 
 
 def widened(w: Windows, T: int) -> Windows:
-    """The same targets with up to T tokens of their documents in view, padded to a power of two: a
-    few shapes, a compiled graph for each."""
+    """The same targets with up to T tokens of their documents in view."""
     end = w.start + w.hi
     start = np.maximum(w.start - w.age * w.width, end - T)
-    width = min(T, 1 << max(6, int((end - start).max() - 1).bit_length()))
+    width = padded(int((end - start).max()), T)
     return Windows(start, end - start, w.start - start, end - start, width, w.age)
 
 
 class Ledger:
-    """Owner of the validation tokens: scores go in, training data comes out, and only in that
-    order.
+    """Owner of the validation tokens: scores go in, training data comes out, in that order only.
 
     Nats stay on the device; which targets are scored is known on the host, so that no check waits
-    for the device. Each rank books the targets of its own spans; `lend` and `targets_nats` add up
-    what all of them have booked. What it refuses is a bug of a plan, not an input, hence
-    RuntimeError and no `Refusal`.
-    """
+    for the device. Each rank books the targets of its own spans. What is refused is a bug of a
+    plan, not an input, hence RuntimeError and no `Refusal`."""
 
     def __init__(self, val: Validation, world: World):
         """Nothing scored yet."""
@@ -4528,14 +4429,12 @@ class Ledger:
         return len(self._scored)
 
     def inputs(self, w: Windows) -> tuple[Tensor, Tensor]:
-        """Token ids and targets (B, T); what lies beyond a window's end is the pad token 0,
-        whatever the stream holds."""
+        """Token ids and targets (B, T); beyond a window's end they are the pad token 0."""
         self.refuse_sealed()
         place = np.arange(w.width)
         # zeroed, not only masked later: what a scorer was never handed, it cannot leak
         inside = sent(place < w.hi[:, None], self.world.device)
-        index = sent(np.minimum(w.start[:, None] + place, len(self._scored) - 1),
-                     self.world.device)
+        index = sent(np.minimum(w.start[:, None] + place, len(self) - 1), self.world.device)
         return self._tokens[index] * inside, self._tokens[index + 1] * inside
 
     def refuse_sealed(self) -> None:
@@ -4546,58 +4445,50 @@ class Ledger:
     def record(self, w: Windows, nats: Tensor) -> None:
         """Books the nats (B, T) of the scored places; raises RuntimeError if a target would be
         scored twice, by an earlier batch or within this one. There is no way to unbook."""
-        mask = w.scored
-        targets = (w.start[:, None] + np.arange(w.width))[mask]
+        row, place = np.nonzero(w.scored)
+        targets = w.start[row] + place
         if self._scored[targets].any() or len(np.unique(targets)) != len(targets):
             raise RuntimeError(
                 f"a target between {targets.min()} and {targets.max()} would be scored twice")
         self._scored[targets] = True
         # numbers instead of a mask: counting a mask would make the host wait for the device
-        to, of = (sent(i, nats.device) for i in (targets, np.flatnonzero(mask)))
+        to, of = (sent(i, nats.device) for i in (targets, row * w.width + place))
         self._nats[to] = nats.detach().float().flatten()[of]
+
+    def booked(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) how often each target was scored by any rank, once every rank is here."""
+        mine = torch.from_numpy(self._scored[begin:end].astype(np.int32))
+        return self.world.sum(mine.to(self.world.device))
 
     def lend(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [begin, end) for learning, once every rank is here; RuntimeError
         unless all are scored. In a score nothing else hands text to weights that all rows share."""
         self.refuse_sealed()
-        done = self.world.sum(
-            torch.tensor(int(self._scored[begin:end].sum()), device=self.world.device))
-        if int(done) != end - begin:
-            raise RuntimeError(
-                f"{end - begin - int(done)} of the targets {begin} to {end} are not scored yet")
+        if missing := int((self.booked(begin, end) == 0).sum()):
+            raise RuntimeError(f"{missing} of the targets {begin} to {end} are not scored yet")
         return self._tokens[begin:end], self._tokens[begin + 1:end + 1]
 
     def targets_nats(self) -> np.ndarray:
         """Nats (N,) of all ranks' targets; RuntimeError unless each was scored exactly once, which
         also finds a target that two ranks scored."""
-        times = self.world.sum(
-            torch.from_numpy(self._scored.astype(np.int32)).to(self.world.device))
-        if bool((times != 1).any()):
-            raise RuntimeError(
-                f"{int((times == 0).sum())} targets were never scored, "
-                f"{int((times > 1).sum())} twice"
-            )
+        times = self.booked(0, len(self))
+        never, twice = int((times == 0).sum()), int((times > 1).sum())
+        if never or twice:
+            raise RuntimeError(f"{never} targets were never scored, {twice} twice")
         return self.world.sum(self._nats.clone()).cpu().numpy()
 
     def result(self, seconds: float) -> dict[str, float]:
         """val_loss in nats per token and val_bpb in bits per byte of text, over all targets."""
         nats, size = float(self.targets_nats().sum(dtype=np.float64)), int(self._bytes.sum())
-        return dict(val_loss=nats / len(self._scored),
-                    val_bpb=nats / size / math.log(2),
-                    tokens=len(self._scored),
-                    bytes=size,
-                    seconds=round(seconds, 3))
+        return dict(val_loss=nats / len(self), val_bpb=nats / size / math.log(2), tokens=len(self),
+                    bytes=size, seconds=round(seconds, 3))
 
 
-def score(ledger: Ledger,
-          batches: Iterable[Windows],
-          nats_of: Callable[[Tensor, Tensor], Tensor],
+def score(ledger: Ledger, batches: Iterable[Windows], nats_of: Callable[[Tensor, Tensor], Tensor],
           learn: Callable[[Tensor, Tensor], None] | None = None) -> None:
     """The one scoring loop. `learn` can only change what later batches see: it runs when the ledger
-    has the score, and is handed the batch that was scored, nothing else.
-
-    `batches` may be a generator that prepares its owner between two of them. Both calls run with
-    the ledger sealed, so tokens come in as arguments or not at all."""
+    has the score, and is handed the batch that was scored, nothing else. Both calls run with the
+    ledger sealed. `batches` may be a generator that prepares its owner between two of them."""
     for w in batches:
         ids, targets = ledger.inputs(w)
         with torch.no_grad(), ledger.sealed():
@@ -4629,9 +4520,9 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 #              part; the new weights score the next one
 #   chunk      sliding windows in the place of adapters, else as phased (#549, #1493)
 # Enters: the artifact's weights and a Ledger. Leaves: nats in the Ledger, the weights as they were.
-# Then the adaptation before rounding of some published systems (`hold_out`, `adapt_early`): on text
-# held out of training inside the clock, or on validation text, which breaks C3 and is marked so.
-# Last, how many steps the time for scoring affords, and `score_by_name`, the door to all scores.
+# Then the adaptation before rounding of some published systems (`adapt_early`): on text held out of
+# training inside the clock, or on validation text, which breaks C3 and is marked so. Last,
+# `score_by_name`, the door to all scores.
 # ==================================================================================================
 SPREAD = 2.0    # ratio of the rates of neighbouring learners
 MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
@@ -4641,19 +4532,17 @@ HELD_OUT_TOKENS = 1 << 23    # most training tokens kept aside for adaptation be
 
 class Learners:
     """Rows that walk through documents, N learners each: adapters of their own, Adam rates a
-    factor apart, a prediction that mixes them. A chunk is scored, then learned from; nothing
-    crosses from one document to the next.
+    factor apart, a prediction that mixes them. Nothing crosses from one document to the next.
 
     Rows of the model's batch are (row, learner) pairs, learners of a row side by side. `score`
     drives it: `follow` makes rows ready, `nats_of` predicts, `learn` comes after the booking."""
 
     def __init__(self, model: GPT, rows: int, C: int, form: str, steps: int):
-        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters.
-
-        Learner i has the rate TTT_LORA_LR / SPREAD^i. No one rate suits all documents; which
-        one does is found out token by token, by the mixture."""
+        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters. Learner
+        i has the rate TTT_LORA_LR / SPREAD^i: the mixture finds out which one suits a document."""
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
-        self.plan, device = depth_plan(h, looped=True), model.bank["embed"].device
+        self.plan = depth_plan(h, looped=True)
+        self.device = device = model.bank["embed"].device
         self.N = N = learners_of(h, form, steps)
         rates = h.ttt_lora_lr * SPREAD**-torch.arange(N)
         rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
@@ -4661,14 +4550,11 @@ class Learners:
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
         self.cache = Cache(model, rows * N, C, self.plan) if form == "stream" else None
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
-        self.device, self.C = device, C
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
-        """Each batch, once its rows are ready: a row that begins a document starts afresh.
-
-        Adapters go back to the same values, their optimiser and the belief to none, and the cache
-        shows no token of the document before. So what is learned from the last chunk of a document
-        is never used, and the order of documents cannot matter."""
+        """Each batch, once its rows are ready: in a row that begins a document adapters go back to
+        the same values, their optimiser and the belief to none, and the cache shows no token of the
+        document before, so that the order of documents cannot matter."""
         # only adapters learn here: no gradient of a weight is computed, and none is kept
         self.model.requires_grad_(False)
         for w in batches:
@@ -4680,15 +4566,15 @@ class Learners:
                 self.bank.reset(sent(np.flatnonzero(ages == 0), self.device))
             self.belief = self.belief * (age > 0).view(self.rows, self.N)
             if self.cache:
-                self.cache.open(age * self.C)
+                self.cache.open(age * self.cache.C)
             yield w
         self.model.requires_grad_(True)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats (rows * N, T) of every learner."""
-        ids, targets = (t.repeat_interleave(self.N, 0) for t in (ids, targets))
         lora = self.bank.adapters(self.model.dtype) if self.bank else None
-        return self.model.run_nats(ids, targets, self.plan, lora=lora, cache=self.cache)
+        return self.model.run_nats(*(t.repeat_interleave(self.N, 0) for t in (ids, targets)),
+                                   self.plan, lora=lora, cache=self.cache)
 
     def nats_of(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only.
@@ -4711,11 +4597,9 @@ class Learners:
         return -(known[..., :-1].log_softmax(1) + logs).logsumexp(1)
 
     def learn(self, ids: Tensor, targets: Tensor) -> None:
-        """TTT_STEPS updates of every row on its chunk, then the chunk moves into the cache.
-
-        The sum of the rows' means: each row has adapters of its own, so none feels how many others
-        there are. The cache gets the keys and values of the scoring pass; they stay as the adapters
-        of that moment made them, for making them anew would cost the whole past at every step."""
+        """TTT_STEPS updates of every row on its chunk, by the sum of the rows' means, of which none
+        feels how many others there are. Then the chunk moves into the cache, with the keys and
+        values of the scoring pass: making them anew would cost the whole past at every step."""
         inside = self.inside.repeat_interleave(self.N, 0)
         for step in range(self.steps):
             with torch.enable_grad():
@@ -4734,10 +4618,8 @@ def learners_of(h: Hyperparameters, form: str, steps: int) -> int:
 def tiles(h: Hyperparameters, documents: np.ndarray, form: str, steps: int,
           world: World) -> tuple[int, int]:
     """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
-    has, divided by the learners; fewer where documents are too few to fill them.
-
-    Short chunks learn sooner and cost more passes. Without steps chunks have nothing to wait for,
-    so they are as long as a stride of the sliding windows."""
+    has, divided by the learners; fewer where documents are too few to fill them. Without steps
+    chunks have nothing to wait for, so they are as long as a stride of the sliding windows."""
     C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
     rows = max(1, h.eval_batch_tokens // h.eval_seq_len // learners_of(h, form, steps))
     if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
@@ -4757,78 +4639,79 @@ def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str
     score(ledger, learners.follow(watched(batches, name, log)), learners.nats_of, learners.learn)
 
 
-def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
-    """The score `ttt`, in the form that TTT names.
+def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: str,
+                  log: Log) -> None:
+    """Scores batches of windows, which the ranks share, by weights that stay as they are."""
+    world = ledger.world
+    score(ledger, watched(batches[world.rank::world.size], name, log),
+          functools.partial(model.run_nats, plan=depth_plan(model.h, looped=True)))
 
-    stream, recompute: adapters of each document's own. chunk, phased: parts of the stream are
-    scored (by sliding windows, or by stream), then all weights learn from them by SGD with momentum
-    at a rate that falls as a cosine; the last part trains nobody. The weights are restored.
+
+def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
+    """The score `ttt`, in the form that TTT names. chunk and phased learn from a part by SGD with
+    momentum at a rate that falls as a cosine; the last part trains nobody.
 
     In every form text is booked before anything learns from it: for adapters by the order within
-    `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored;
-    what has learned from a part scores later ones only. phased cuts at starts of documents, because
-    its rows are documents.
-    """
-    h, world, N = model.h, ledger.world, len(ledger)
+    `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored.
+    phased cuts at starts of documents, because its rows are documents."""
+    h, world, N, starts = model.h, ledger.world, len(ledger), ledger.documents
     if h.ttt in ("stream", "recompute"):
-        return score_documents(model, ledger, ledger.documents, h.ttt, h.ttt_steps, name, log)
-    starts = ledger.documents
-    edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else sorted(
-        set(starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))].tolist()))
-    parts = len(edges) - 1
-    last = min(parts, h.ttt_max_chunks or parts)
-    weights, ema = list(model.bank.values()), EMA(model)
+        return score_documents(model, ledger, starts, h.ttt, h.ttt_steps, name, log)
+    edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else np.unique(
+        starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))]).tolist()
+    parts, quiet, ema = [*itertools.pairwise(edges)], Log(world, quiet=True), EMA(model)
+    last = min(len(parts), h.ttt_max_chunks or len(parts))
     # `before`: the artifact's weights. `raw`: SGD's own, which go on where they stopped while the
     # model itself holds their average for scoring (#578); without TTT_EMA_DECAY both are the same.
-    before, raw = ([p.detach().clone() for p in weights] for _ in range(2))
-    sgd = torch.optim.SGD(weights, lr=h.ttt_lr, momentum=SGD_MOMENTUM)
-    for part in watched(range(parts), name, log):
-        begin, end = edges[part:part + 2]
+    before, raw = ([p.clone() for p in ema.live] for _ in range(2))
+    sgd = torch.optim.SGD(model.bank.values(), lr=h.ttt_lr, momentum=SGD_MOMENTUM)
+    for part, (begin, end) in enumerate(watched(parts, name, log)):
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            quiet = Log(world, quiet=True)
             score_documents(model, ledger, inside, "stream", h.ttt_steps, name, quiet)
         else:
-            batches = batched(sliding(begin, end, h.eval_seq_len, h.eval_stride),
-                              h.eval_batch_tokens, h.eval_seq_len)
-            score(ledger, batches[world.rank::world.size],
-                  functools.partial(model.run_nats, plan=depth_plan(h, looped=True)))
-        if part + 1 < parts and part < last:
+            spans = sliding(begin, end, h.eval_seq_len, h.eval_stride)
+            score_windows(model, ledger, batched(spans, h.eval_batch_tokens, h.eval_seq_len), name,
+                          quiet)
+        if part + 1 < len(parts) and part < last:
             sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (
                 1 + math.cos(math.pi * part / max(1, last - 1)))
-            with torch.no_grad():
-                torch._foreach_copy_(weights, raw)
+            torch._foreach_copy_(ema.live, raw)
             learn_chunk(model, sgd, *ledger.lend(begin, end), world)
-            torch._foreach_copy_(raw, [p.detach() for p in weights])
+            torch._foreach_copy_(raw, ema.live)
             ema.update(h.ttt_ema_decay)
             ema.export()
-    with torch.no_grad():
-        torch._foreach_copy_(weights, before)
+    torch._foreach_copy_(ema.live, before)
     model.zero_grad(set_to_none=True)
 
 
-def sgd_shares(model: GPT) -> list[Tensor]:
-    """Share of TTT_LR that each bank gets: by depth from TTT_LR_RAMP to 1, none where frozen. What
-    is in no layer moves at the full rate, the embedding only if no layer is frozen."""
-    h, device = model.h, model.bank["embed"].device
-    ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=device)
+@torch.no_grad()
+def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> None:
+    """One step in which layer l moves at TTT_LR_RAMP + (1 - that) * l / (L - 1) of the rate, not at
+    all where frozen (#1351), and what is in no layer at the full rate. Gradients are scaled, and
+    frozen layers freeze the embedding too; `early`, the step itself is scaled, since AdamW does not
+    feel the size of a gradient."""
+    h, embed = model.h, model.bank["embed"]
+    ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
-    whole = torch.ones(2, device=device)
-    whole[1] = float(h.ttt_freeze_blocks == 0)
-    return [
-        ramp.view(-1, *[1] * (p.dim() - 1)) if name in Layer._fields else
-        whole[int(name == "embed")]
-        for name, p in model.bank.items()
-    ]
+    shares = [(p, ramp.view(-1, *[1] * (p.dim() - 1)))
+              for name, p in model.bank.items() if name in Layer._fields]
+    if early:
+        before = [p.clone() for p, _ in shares]
+        optimiser.step()
+        for (p, share), old in zip(shares, before):
+            p.copy_(old.lerp(p, share))
+    else:
+        for p, share in shares + [(embed, 0.0)] * (h.ttt_freeze_blocks > 0):
+            p.grad.mul_(share)
+        optimiser.step()
 
 
-def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
-                world: World, epochs: int | None = None) -> None:
-    """`epochs`, else TTT_EPOCHS, passes over one scored chunk of (n,) tokens in sequences of
-    TRAIN_SEQ_LEN; leftovers are not used.
-
-    Ranks share the sequences of a batch and add up their gradients of its mean, so that all of
-    them make the same step and weights stay equal on all."""
+def learn_chunk(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
+                world: World, early: bool = False) -> None:
+    """TTT_EPOCHS passes over one scored chunk of (n,) tokens in sequences of TRAIN_SEQ_LEN, or
+    `early` a single one; leftovers are not used. Ranks share the sequences of a batch and add up
+    their gradients of its mean, so that weights stay equal on all."""
     h, plan, T = model.h, depth_plan(model.h, looped=True), min(model.h.train_seq_len, len(ids))
     rows = len(ids) // T
     ids, targets = ids[:rows * T].view(rows, T), targets[:rows * T].view(rows, T)
@@ -4836,110 +4719,67 @@ def learn_chunk(model: GPT, sgd: torch.optim.Optimizer, ids: Tensor, targets: Te
     # every pass has the same number of sequences, padded where they are fewer: one graph for all
     each, most = -(-h.ttt_batch_seqs // world.size), max(1, h.micro_batch_tokens // T)
     width = -(-each // -(-each // most))
-    shares = sgd_shares(model) if epochs is None else [1.0] * len(weights)
-    for _ in range(h.ttt_epochs if epochs is None else epochs):
-        for lo in range(0, rows, h.ttt_batch_seqs):
-            count = min(h.ttt_batch_seqs, rows - lo)
-            sgd.zero_grad(set_to_none=True)
-            mine = slice(lo + world.rank, lo + count, world.size)
-            for x, y in zip(ids[mine].split(width), targets[mine].split(width)):
-                if own := len(x):    # fewer sequences than ranks leave some without
-                    x, y = (F.pad(t, (0, 0, 0, width - own)) for t in (x, y))
-                    (model.run_nats(x, y, plan).mean(1)[:own].sum() / count).backward()
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-            flat = world.sum(torch.cat([g.flatten() for g in grads]))
-            for p, g in zip(weights, flat.split([p.numel() for p in weights])):
-                p.grad = g.view_as(p)
-            torch.nn.utils.clip_grad_norm_(weights, SGD_CLIP)
-            for p, share in zip(weights, shares):
-                p.grad.mul_(share)
-            sgd.step()
+    for lo in [*range(0, rows, h.ttt_batch_seqs)] * (1 if early else h.ttt_epochs):
+        count = min(h.ttt_batch_seqs, rows - lo)
+        optimiser.zero_grad(set_to_none=True)
+        mine = slice(lo + world.rank, lo + count, world.size)
+        for x, y in zip(ids[mine].split(width), targets[mine].split(width)):
+            if own := len(x):    # fewer sequences than ranks leave some without
+                x, y = (F.pad(t, (0, 0, 0, width - own)) for t in (x, y))
+                (model.run_nats(x, y, plan).mean(1)[:own].sum() / count).backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        flat = world.sum(torch.cat([g.flatten() for g in grads]))
+        for p, g in zip(weights, flat.split([p.numel() for p in weights])):
+            p.grad = g.view_as(p)
+        torch.nn.utils.clip_grad_norm_(weights, SGD_CLIP)
+        step_by_layer(model, optimiser, early)
 
 
 def hold_out(h: Hyperparameters, data: Dataset, log: Log) -> tuple[Dataset, Tensor]:
     """(data without it, (n + 1,) tokens) of the text that weights adapt to before GPTQ: the end of
-    the last training shard, or validation, which breaks rule C3.
-
-    Training never reads what is held out, or there would be nothing new in it to adapt to."""
+    the last training shard, which training then never reads, or validation, which breaks C3."""
     if h.prequant_ttt_data != "train":
         log(f"compliant:false rule C3 (PREQUANT_TTT_DATA={h.prequant_ttt_data} learns what it will "
             "score)")
         return data, data.val.tokens
-    count = min(HELD_OUT_TOKENS, len(data.train[-1]) // 2)
     *shards, last = data.train
-    kept = len(last) - count
-    return data._replace(train=[*shards, last[:kept]]), torch.from_numpy(
-        last[kept:].astype(np.int64))
+    kept = len(last) - min(HELD_OUT_TOKENS, len(last) // 2)
+    held = torch.from_numpy(last[kept:].astype(np.int64))
+    return data._replace(train=[*shards, last[:kept]]), held
 
 
 def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
-    """Trains all weights on `tokens` (n + 1,) before GPTQ (#1364), or by SGD after it (#398).
-
-    Steps of TTT_BATCH_SEQS sequences clipped to SGD_CLIP; the rate of layer l is that of the epoch
-    times TTT_LR_RAMP + (1 - that) * l / (L - 1), zero if frozen (#1351).
-    """
+    """Trains all weights on `tokens` (n + 1,) before GPTQ (#1364), or by SGD after it (#398), in
+    steps of TTT_BATCH_SEQS sequences clipped to SGD_CLIP; AdamW's rate falls by the epoch."""
     h, weights, lr = model.h, list(model.bank.values()), model.h.prequant_ttt_lr
     adamw = h.prequant_ttt_data != "after"
     optimiser = (torch.optim.AdamW(weights, lr, weight_decay=0.0) if adamw else
                  torch.optim.SGD(weights, lr, SGD_MOMENTUM))
-    rates = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=world.device)
-    rates[:h.ttt_freeze_blocks] = 0
-    layered = [model.bank[name] for name in Layer._fields if name in model.bank]
-    before: list[Tensor] = []
-
-    def remember(*_: Any) -> None:
-        """Keeps the weights before a step."""
-        before[:] = [p.detach().clone() for p in layered]
-
-    @torch.no_grad()
-    def move_by_layer(*_: Any) -> None:
-        """Takes back a share of the step just made."""
-        for p, old in zip(layered, before):
-            p.copy_(old.lerp(p, rates.view(-1, *[1] * (p.dim() - 1))))
-
-    optimiser.register_step_pre_hook(remember)
-    optimiser.register_step_post_hook(move_by_layer)
     tokens = tokens.to(world.device)
     for epoch in range(epochs):
         if adamw:
             optimiser.param_groups[0]["lr"] = lr * (
                 0.55 + 0.45 * math.cos(math.pi * epoch / h.prequant_ttt_epochs))
-        learn_chunk(model, optimiser, tokens[:-1], tokens[1:], world, 1)
+        learn_chunk(model, optimiser, tokens[:-1], tokens[1:], world, True)
     model.zero_grad(set_to_none=True)
-
-
-def rehearse_adaptation(t: Trainer, data: Dataset, held: Tensor) -> float:
-    """Adapts to one batch of training text; returns seconds of the clock that `held` will take.
-
-    On validation text it reads no training data, so nothing of the clock is kept for it."""
-    h = t.h
-    few = torch.from_numpy(data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
-    for _ in range(2):    # the first one compiles
-        watch = Stopwatch(t.world)
-        adapt_early(t.model, few, t.world, 1)
-    if h.prequant_ttt_data != "train":
-        return 0.0
-    return 1.3 * h.prequant_ttt_epochs * t.world.share(watch.read_s()) * len(held) / len(few)
 
 
 def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
     """The steps per chunk, TTT_STEPS at most, with which `targets` targets are scored within
-    EVAL_BUDGET_S, by the seconds that training text takes here.
-
-    Decided before any validation text is scored, of which only the length counts here. The number
-    then goes into the artifact with the other knobs, so that `eval` takes as many."""
+    EVAL_BUDGET_S, by the seconds that training text takes here. The number goes into the artifact
+    with the other knobs, so that `eval` takes as many."""
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
     took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
-    took_s = world.share(took["seconds"])
     rows, C = tiles(h, text.documents, h.ttt, h.ttt_steps, world)
     # the sample is short and leaves rows idle, so its time counts per place of a batch, full or not
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
-    need_s = [1.1 * targets / cells * took_s * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
+    need_s = [1.1 * targets / cells * took["seconds"] * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
               for n in range(h.ttt_steps + 1)]
-    steps = max(n for n, s in enumerate(need_s) if s <= h.eval_budget_s or not n)
+    # rank 0's, since the plans of the ranks may differ by a tick
+    steps = world.share(max(n for n, s in enumerate(need_s) if s <= h.eval_budget_s or not n))
     log(f"ttt_steps:{steps} of {h.ttt_steps}, about {need_s[steps]:.0f}s of "
         f"EVAL_BUDGET_S={h.eval_budget_s:g}")
     return steps
@@ -4947,40 +4787,29 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
 
 def legality(h: Hyperparameters) -> list[str]:
     """What enforces the conditions C1 to C4 (#1017) in these scores, a line each."""
-    return [
-        "C1 causal: attention looks back; ids past a chunk's end are pads",
-        "C2 normalised: softmax over all of V; mixtures are sum of w_i p_i, w from past losses",
-        "C3 score first: the ledger is sealed while learners run on what it has booked",
-        "C4 one pass: no target is booked twice or never; " +
-        ("documents share no state" if h.ttt in ("stream", "recompute") else
-         "weights learn in stream order")
-    ]
-
+    alone = h.ttt in ("stream", "recompute")
+    return ["C1 causal: attention looks back; ids past a chunk's end are pads",
+            "C2 normalised: softmax over all of V; mixtures are sum of w_i p_i, w from past losses",
+            "C3 score first: the ledger is sealed while learners run on what it has booked",
+            "C4 one pass: no target is booked twice or never; " + (
+                "documents share no state" if alone else "weights learn in stream order")]
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
                   log: Log) -> tuple[dict[str, float], Ledger]:
     """One of SCORES over the whole validation set: its result and the ledger; all ranks take part.
-
-    Each score has a Ledger of its own, so none of them can learn from what another has booked. The
-    plan is always the looped one.
-    """
-    h, watch, ledger = model.h, Stopwatch(world), Ledger(val, world)
-    plan, T, N = depth_plan(h, looped=True), h.eval_seq_len, len(val.bytes)
-    nats_of = functools.partial(model.run_nats, plan=plan)
-    share = slice(world.rank, None, world.size)
+    Each score has a Ledger of its own, so none can learn from what another has booked."""
+    h, watch, ledger = model.h, Clock(world), Ledger(val, world)
+    T, size = h.eval_seq_len, h.eval_batch_tokens
     if name == "ttt":
         adapt(model, ledger, name, log)
     elif name == "stream":
         score_documents(model, ledger, val.documents, "stream", 0, name, log)
-    elif name == "documents":
-        spans = document_spans(val.documents, T, h.eval_stride)
-        score(ledger, watched(bucketed(spans, h.eval_batch_tokens, T)[share], name, log),
-              nats_of)
     else:
-        spans = sliding(0, N, T, h.eval_stride if name == "sliding" else T)
-        score(ledger, watched(batched(spans, h.eval_batch_tokens, T)[share], name, log),
-              nats_of)
+        stride = T if name in ("prequant", "quantized") else h.eval_stride
+        batches = (bucketed(document_spans(val.documents, T, stride), size, T)
+                   if name == "documents" else batched(sliding(0, len(ledger), T, stride), size, T))
+        score_windows(model, ledger, batches, name, log)
     return ledger.result(watch.read_s()), ledger
 
 
@@ -5229,14 +5058,11 @@ def kernels_trouble() -> str:
 
 # ==================================================================================================
 # 15. Pipeline
-# The whole run in the order of its stages; each is one call and one line of the log. Enters: the
-# command line and the environment. Leaves: the run's folder with log.txt, model.bin, the packed
-# train_gpt.py, the nats of every document, and result.json, which appears last.
-# Before the clock: `preflight`, the packing of the script, the rehearsal and the choice of
-# TTT_STEPS, none of which leaves a trace in the weights. On it, for all of these read training
-# data: training, adaptation to held-out text, second moments, damage, bias correction. Behind it:
-# rounding, coding, reading back, scoring. Validation text meets the model in the scores only,
-# the ones of VAL_LOSS_EVERY included, unless a knob that breaks C3 asks for more.
+# The whole run in the order of its stages; each is one call and one line of the log. Leaves the
+# run's folder with log.txt, model.bin, the packed train_gpt.py, the nats of every document, and
+# result.json, which appears last. What comes before the clock leaves no trace in the weights; on it
+# is all that reads training data, from training to bias correction; behind it are rounding, coding,
+# reading back and scoring, the only stage that sees validation text, unless a knob breaks C3.
 # Rank 0 alone rounds, codes and writes. All ranks then load the bytes that it read back from its
 # disk, so what is scored is what is submitted, not the tensors that were meant to be in it.
 # ==================================================================================================
@@ -5246,46 +5072,39 @@ def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], 
         return h.compile
     if device.type == "cuda":
         return "full"
-    compiler = os.environ.get("CXX") or "g++ clang++ c++"
-    if any(shutil.which(name) for name in compiler.split()):
+    if any(map(shutil.which, (os.environ.get("CXX") or "g++ clang++ c++").split())):
         return "block"
     log("compile:off (no C++ compiler was found; install g++ for several times the speed)")
     return "off"
 
 
 def tune_process(device: torch.device) -> None:
-    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs a heap that stays.
-
-    glibc gives large blocks back to the system at each free, and getting zeroed pages again took up
-    to two thirds of a step. So the heap is grown once, in huge pages, and never trimmed.
-    """
+    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs a heap that is grown
+    once, in huge pages, and never trimmed, since getting zeroed pages again and again from the
+    system took up to two thirds of a step."""
     torch.set_float32_matmul_precision("high")
     if device.type == "cuda" or sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
         libc, size, page, huge = ctypes.CDLL("libc.so.6"), 4 << 30, 1 << 21, 14
+        address, libc.malloc.restype = ctypes.c_void_p, ctypes.c_void_p
         trim_threshold, mmap_max, arena_max = -1, -4, -8
-        if (libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0)
-                and libc.mallopt(arena_max, 1)):    # the backward pass has a thread of its own
-            libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-            libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-            libc.free.argtypes = [ctypes.c_void_p]
-            if block := libc.malloc(size):    # address space only, no page of it is touched
-                libc.madvise(-(-block // page) * page, size - page, huge)
-                libc.free(block)
+        # one arena, since the backward pass has a thread of its own
+        if all(map(libc.mallopt, (trim_threshold, mmap_max, arena_max), (-1, 0, 1))) and (
+                block := libc.malloc(ctypes.c_size_t(size))):    # of which no page is touched
+            libc.madvise(address(-(-block // page) * page), ctypes.c_size_t(size - page), huge)
+            libc.free(address(block))
 
 
 def wanted_scores(h: Hyperparameters) -> list[str]:
     """The scores that this run computes, in the order of the pipeline."""
-    return [
-        name for name in SCORES if name in h.scores.split(",") and (h.ttt_enabled or name != "ttt")
-    ]
+    return [name for name in SCORES
+            if name in h.scores.split(",") and (h.ttt_enabled or name != "ttt")]
 
 
 def least_gpu_bytes(h: Hyperparameters) -> int:
-    """Memory that training cannot do without: weights, gradient, average, optimiser and the
-    rehearsal's copies of them; q, k, v and the MLP's input of every step of one micro-batch. A
-    lower bound: it shall refuse what cannot work, not promise what will."""
+    """Memory that training cannot do without: weights, gradient, average, optimiser, the
+    rehearsal's copies of them; q, k, v and the MLP's input of every step of one micro-batch."""
     weights = sum(math.prod(r.shape) for r in roles(h).values())
     width = 3 * h.model_dim + h.mlp_dim
     return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
@@ -5315,26 +5134,23 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
                          f"{found[3]}, not by {world.size} with {h.changed()}")
     while not folder.exists():
         folder = folder.parent
-    need_bytes = 4 * h.budget_bytes
-    if (free_bytes := shutil.disk_usage(folder).free) < need_bytes:
-        wrong.append(
-            f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}"
-        )
+    need_bytes, free_bytes = 4 * h.budget_bytes, shutil.disk_usage(folder).free
+    if free_bytes < need_bytes:
+        wrong.append(f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}")
     if not os.access(folder, os.W_OK):
         wrong.append(f"LOGS_DIR={h.logs_dir}: {folder} cannot be written")
     if 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds:
         wrong.append(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
                      f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}")
+    kernel = check(attention_kernel, h, world.device)
     if world.device.type == "cuda":
         need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
         if free_bytes < need_bytes:
             wrong.append(f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than "
                          f"{need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
-        if (kernel := check(attention_kernel, h, world.device)) not in ("fa3", None):
+        if kernel not in ("fa3", None):
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
-    elif h.attention != "auto":
-        check(attention_kernel, h, world.device)
     check(accumulation, h, world)
 # >>> not packed (a packed script builds no corpus)
     if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
@@ -5348,11 +5164,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
 
 def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     """The beginning of the training shards in the place of a validation set: one chunk and a
-    window more, so that chunk learns once and scores with what it learned. Bytes are ones, since
-    nobody reads its BPB."""
-    tokens = np.concatenate(
-        [shard[:2 * (h.ttt_chunk_tokens + h.eval_seq_len)] for shard in data.train[:8]])
-    tokens = tokens[:h.ttt_chunk_tokens + h.eval_seq_len + 1]
+    window more, so that chunk learns once and scores with what it learned. Nobody reads its BPB."""
+    count = h.ttt_chunk_tokens + h.eval_seq_len
+    tokens = np.concatenate([shard[:2 * count] for shard in data.train[:8]])[:count + 1]
     # It opens with a document of every width that `bucketed` makes, so that each is compiled; no
     # other one is so long that rows would lack documents (`tiles`).
     widths = [h.eval_seq_len >> n for n in range(16) if h.eval_seq_len >> n >= 64]
@@ -5366,37 +5180,38 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
     for calibration and for adapting to `held` tokens.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
-    touched. What the stages leave behind in weights, optimiser, average, loader and random state
-    is put back from the snapshot: a run with a rehearsal trains as one without it would, but for
-    the reserve that was measured.
-    """
-    h, watch, before = t.h, Stopwatch(t.world), t.snapshot()
+    touched. The snapshot puts back all that the stages changed, so training goes as without."""
+    h, watch, before, quiet = t.h, Clock(t.world), t.snapshot(), Log(t.world, quiet=True)
     # every plan, context and rounding that training will come to: each compiles to its own graphs
     points = {end for end, _ in h.contexts} if h.train_seq_schedule or h.late_qat_threshold else {}
-    for looped in sorted({False, h.num_loops > 0}):
-        for progress in sorted({0.0, *points}):
-            for number in range(h.rehearsal_steps):
-                t.step(number, progress, looped)
-    adaptation_s = rehearse_adaptation(t, data, held) if h.prequant_ttt_epochs else 0.0
-    for _ in range(2):    # the first time compiles
-        calibration = Stopwatch(t.world)
+    for looped, progress, number in itertools.product(
+            sorted({False, h.num_loops > 0}), sorted({0.0, *points}), range(h.rehearsal_steps)):
+        t.step(number, progress, looped)
+    adaptation_s = 0.0
+    for _ in range(2 if h.prequant_ttt_epochs else 0):    # the first time compiles
+        adaptation = Clock(t.world)
+        few = torch.from_numpy(
+            data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
+        adapt_early(t.model, few, t.world, 1)
+        if h.prequant_ttt_data == "train":    # else it is off the clock
+            adaptation_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
+    for _ in range(2):
+        calibration = Clock(t.world)
         moments = second_moments(t.model, t.world, t.loader, t.world.size)
         # one turn was timed, a batch on each rank; all further ones are reckoned from it
         rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
         moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
         factors = inverse_factors(h, moments)
         damage = step_damage(t.model, t.world, t.loader, factors)
-        if t.h.bias_correction_steps:
-            fit_corrected(t, factors, damage, 0, Log(t.world, quiet=True))
+        if h.bias_correction_steps:
+            fit_corrected(t, factors, damage, 0, quiet)
         calibration_s = moments_s + calibration.read_s()
-    # rank 0's time for all, so that all stop at one step; 1.3, because a late stop breaks the rule
-    # and an early one costs a few steps
-    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * t.world.share(calibration_s))
+    # 1.3, because a late stop breaks the rule and an early one costs a few steps
+    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
     fake = rehearsal_text(h, data)
-    quiet = Log(t.world, quiet=True)
     for name in wanted_scores(h):
         score_by_name(name, t.model, fake, t.world, quiet)
     t.restore(before)
@@ -5406,8 +5221,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
 
 
 def build_model(h: Hyperparameters, world: World) -> GPT:
-    """The initialised model on the device, equal on all ranks: of one seed, and sent by rank 0 in
-    case two machines draw differently."""
+    """The initialised model on the device, sent by rank 0 in case machines draw differently."""
     torch.manual_seed(h.seed)
     model = GPT(h, compute_dtype(h, world.device), attention_kernel(h, world.device))
     model.to(world.device)
@@ -5415,128 +5229,121 @@ def build_model(h: Hyperparameters, world: World) -> GPT:
     return model
 
 
-def measured_score(name: str, model: GPT, data: Dataset, world: World,
-                   log: Log) -> dict[str, float]:
-    """`score_by_name` with its line of the log; a run keeps the nats of each document beside it."""
-    result, ledger = score_by_name(name, model, data.val, world, log)
-    log(f"final_{name}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
-        f"eval_time:{result['seconds'] * 1e3:.0f}ms")
-    starts = data.val.documents
-    nats = np.add.reduceat(ledger.targets_nats(), starts[:-1], dtype=float)
-    if log.folder and world.main:
-        write_atomically(
-            log.folder / f"documents_{name}.txt", b"targets bytes nats\n",
-            *(b"%d %d %.6f\n" % row for row in zip(
-                np.diff(starts), np.add.reduceat(data.val.bytes, starts[:-1]), nats)))
-    return result
+def measured_scores(model: GPT, data: Dataset, world: World, log: Log,
+                    packed: bool) -> dict[str, dict[str, float]]:
+    """Name -> result of the scores before packing or after it, the latter by weights adapted as
+    PREQUANT_TTT_DATA=after asks. A line of the log for each; a run keeps the nats of documents."""
+    h, starts, results = model.h, data.val.documents, {}
+    if packed and h.prequant_ttt_epochs and h.prequant_ttt_data == "after":
+        adapt_early(model, data.val.tokens, world, h.prequant_ttt_epochs)
+    for name in wanted_scores(h):
+        if packed == (name == "prequant"):
+            continue
+        results[name], ledger = score_by_name(name, model, data.val, world, log)
+        log("final_{}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} "
+            "eval_time:{:.0f}ms".format(name, results[name]["seconds"] * 1e3, **results[name]))
+        nats = np.add.reduceat(ledger.targets_nats(), starts[:-1], dtype=float)
+        sizes = np.add.reduceat(data.val.bytes, starts[:-1])
+        if log.folder and world.main:
+            write_atomically(log.folder / f"documents_{name}.txt", b"targets bytes nats\n", *(
+                b"%d %d %.6f\n" % row for row in zip(np.diff(starts), sizes, nats)))
+    return results
 
 
 def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor]:
     """Adapts the averaged weights to `held` where PREQUANT_TTT_EPOCHS asks for it, then returns the
-    second moments; what reads no training data is off the clock.
-
-    Moments come after the adaptation, because they must be those of the weights that are rounded.
-    """
-    h, watch = t.h, Stopwatch(t.world)
+    second moments of those weights; what reads no training data is off the clock."""
+    h, watch = t.h, Clock(t.world)
     if h.prequant_ttt_epochs and h.prequant_ttt_data != "after":
         adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
     clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))
-    watch = Stopwatch(t.world)
+    watch = Clock(t.world)
     moments = second_moments(t.model, t.world, t.loader, h.gptq_calibration_batches)
     clock.pause(watch.read_s() * (h.calibration == "self"))
     return moments
 
 
 def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float) -> dict[str, Any]:
-    """The pipeline: rehearse, train, calibrate, quantise, pack, read back, score. Returns what
-    result.json holds."""
-    begin_s, seconds = time.perf_counter() - data_s, dict(data=round(data_s, 3))
-
-    def stage(name: str, watch: Stopwatch) -> None:
-        """Books the seconds of a stage."""
-        seconds[name] = round(watch.read_s(), 3)
-
+    """The pipeline, from the rehearsal to the scores; returns what result.json holds."""
+    begin_s, seconds = time.perf_counter() - data_s, dict(data=data_s)
     data, held = hold_out(h, data, log) if h.prequant_ttt_epochs else (data, None)
     model = build_model(h, world)
     announce(h, model, world, data, log)
-    source, code = running_source(__file__, h) if world.main else (None, b"")
+    code = running_source(__file__, h)[1] if world.main else b""
     model.compile(compile_mode(h, world.device, log))
-    trainer, watch = Trainer.of(h, world, model, data), Stopwatch(world)
-    reserve_s = rehearse(trainer, data, log, held) if h.rehearsal_steps else h.gptq_reserve_seconds
+    trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), h.gptq_reserve_seconds
     if h.rehearsal_steps:
-        h = model.retune(ttt_steps=affordable_steps(model, rehearsal_text(
-            h, data), len(data.val.bytes), world, log))
-    stage("rehearsal", watch)
+        reserve_s = rehearse(trainer, data, log, held)
+        h = model.retune(ttt_steps=affordable_steps(
+            model, rehearsal_text(h, data), len(data.val.bytes), world, log))
+    seconds["rehearsal"] = watch.read_s()
     graphs = [model.graphs()]
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
-    moments = calibrate(trainer, held, clock)
-    factors = inverse_factors(h, moments)
+    factors = inverse_factors(h, calibrate(trainer, held, clock))
     damage = step_damage(model, world, trainer.loader, factors)
-    fitted = (fit_corrected(trainer, factors, damage, len(code), log)
-              if h.bias_correction_steps else None)
+    fitted = h.bias_correction_steps and fit_corrected(trainer, factors, damage, len(code), log)
     clock_s = clock.read_s()
     graphs.append(model.graphs())
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(calibration included)")
-    seconds |= dict(train=round(trained.seconds, 3),
-                    calibration=round(clock_s - trained.seconds, 3))
-    scores = {n: measured_score(n, model, data, world, log)
-              for n in wanted_scores(h) if n == "prequant"}
+    seconds |= dict(train=trained.seconds, calibration=clock_s - trained.seconds)
+    scores = measured_scores(model, data, world, log, packed=False)
 
-    watch = Stopwatch(world)
+    watch = Clock(world)
     blob, ledger = fitted or (fit_budget(model, factors, damage, len(code), log)
                               if world.main else (b"", {}))
-    stage("quantise", watch)
-    watch = Stopwatch(world)
+    seconds["quantise"] = watch.read_s()
+    watch = Clock(world)
     if world.main:
         blob = keep(blob, ledger, code, h, log)
     blob = world.share(blob)
     load_stored(model, unpack(blob)[1])
-    stage("pack", watch)
-    if h.prequant_ttt_epochs and h.prequant_ttt_data == "after":
-        adapt_early(model, held, world, h.prequant_ttt_epochs)
-    for name in wanted_scores(h):
-        if name != "prequant":
-            scores[name] = measured_score(name, model, data, world, log)
+    seconds["pack"] = watch.read_s()
+    scores |= measured_scores(model, data, world, log, packed=True)
     log(f"graphs:{graphs[0]} compiled before the clock, {graphs[1] - graphs[0]} inside, "
         f"{model.graphs() - graphs[1]} after")
     sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
-    seconds["total"] = round(time.perf_counter() - begin_s, 3)
+    seconds["total"] = time.perf_counter() - begin_s
     return conclude(h, world, model, trained, clock_s, sizes, scores, seconds, log)
 
 
 def keep(blob: bytes, ledger: Mapping[str, int], code: bytes, h: Hyperparameters,
          log: Log) -> bytes:
-    """Writes artifact and packed code into the run's folder and their sizes into its log; returns
-    the artifact as it is read from there, since that is what gets scored."""
+    """Writes artifact and packed code into the run's folder, and their bytes, of every part and in
+    all, into its log; returns the artifact as read from there, since that is what gets scored."""
     write_atomically(log.folder / "model.bin", blob)
     write_atomically(log.folder / "train_gpt.py", code)
-    report_bytes(ledger, roles(h), blob, code, h, log)
+    table = roles(h)
+    for name, size in ledger.items():
+        log(f"bytes:{name} {size}" + (
+            f" bits_per_weight:{8 * size / math.prod(table[name].shape):.3f}"
+            if name in table else ""))
+    log(f"Serialized model: {len(blob)} bytes")
+    log(f"Code size: {len(code)} bytes (packed)")
+    log(f"Total submission size {h.compressor}: {len(blob) + len(code)} bytes")
     return (log.folder / "model.bin").read_bytes()
 
 
 def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: Log) -> None:
     """The first lines of a log: everything that is needed to repeat the run."""
-    log(f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}")
-    log(f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
-        f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} "
-        f"attention:{attention_kernel(h, world.device)} "
-        f"kernels:{'fused' if h.fused_kernels else 'plain'}")
-    log(f"knobs:{json.dumps(asdict(h))}")
-    log(f"model_params:{sum(p.numel() for p in model.parameters())} "
-        f"steps_of_depth:{len(depth_plan(h, False))}->{len(depth_plan(h, True))}")
-    log(f"data: train_tokens:{sum(map(len, data.train))} shards:{len(data.train)} "
-        f"val_targets:{len(data.val.bytes)} "
-        f"val_bytes:{int(data.val.bytes.sum())} val_documents:{len(data.val.documents) - 1} "
-        f"bytes_by:{data.byte_rule}"
-        )
-    log(f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks x "
-        f"{h.micro_batch_tokens}"
-        )
-    for line in legality(h):
+    val = data.val
+    for line in (
+            f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}",
+            f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
+            f"python:{platform.python_version()} dtype:{str(model.dtype)[6:]} "
+            f"attention:{attention_kernel(h, world.device)} "
+            f"kernels:{'fused' if h.fused_kernels else 'plain'}",
+            f"knobs:{json.dumps(asdict(h))}",
+            f"model_params:{sum(p.numel() for p in model.parameters())} "
+            f"steps_of_depth:{len(depth_plan(h, False))}->{len(depth_plan(h, True))}",
+            f"data: train_tokens:{sum(map(len, data.train))} shards:{len(data.train)} "
+            f"val_targets:{len(val.bytes)} val_bytes:{int(val.bytes.sum())} "
+            f"val_documents:{len(val.documents) - 1} bytes_by:{data.byte_rule}",
+            f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks "
+            f"x {h.micro_batch_tokens}", *legality(h)):
         log(line)
 
 
@@ -5551,56 +5358,31 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or "cpu"
 
 
-def report_bytes(ledger: Mapping[str, int], table: Mapping[str, Role], blob: bytes, code: bytes,
-                 h: Hyperparameters, log: Log) -> None:
-    """The size ledger: bytes of every part and bits per weight, then the total in the official
-    form."""
-    for name, size in ledger.items():
-        bits = ""
-        if name in table:
-            bits = f" bits_per_weight:{8 * size / math.prod(table[name].shape):.3f}"
-        log(f"bytes:{name} {size}{bits}")
-    log(f"Serialized model: {len(blob)} bytes")
-    log(f"Code size: {len(code)} bytes (packed)")
-    log(f"Total submission size {h.compressor}: {len(blob) + len(code)} bytes")
-
-
 def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clock_s: float,
              sizes: dict[str, int], scores: dict[str, dict[str, float]], seconds: dict[str, float],
              log: Log) -> dict[str, Any]:
-    """Writes result.json and the table of scores; raises `Refusal` afterwards if the artifact is
-    over the budget. A run that breaks a rule is kept, marked with what it breaks; `submit` refuses
-    it."""
-    violations = []
-    if h.prequant_ttt_epochs and h.prequant_ttt_data != "train":
-        violations.append(f"rule C3: PREQUANT_TTT_DATA={h.prequant_ttt_data} learns validation "
-                          "text before its score")
-    if sizes["total"] > h.budget_bytes:
-        violations.append(f"bytes: {sizes['total']} is over BUDGET_BYTES={h.budget_bytes}")
-    if h.max_wallclock_seconds and clock_s > h.max_wallclock_seconds:
-        violations.append(f"time: {clock_s:.2f} s of training data is over MAX_WALLCLOCK_SECONDS="
-                          f"{h.max_wallclock_seconds:g}")
-    if trained.resumed and h.max_wallclock_seconds:
-        violations.append(f"time: resumed at step {trained.resumed}, which the clock cannot show")
+    """Writes the table of scores and result.json, marked with the rules that the run breaks; raises
+    `Refusal` afterwards if the artifact is over the budget."""
     tokens = trained.steps * h.train_batch_tokens
-    result = dict(run_id=h.run_id,
-                  seed=h.seed,
-                  recipe=h.recipe,
-                  changed_knobs=h.changed(),
-                  knobs=asdict(h),
-                  device=device_name(world.device),
-                  world_size=world.size,
-                  torch=torch.__version__,
-                  params=sum(p.numel() for p in model.parameters()),
-                  steps=trained.steps,
-                  train_seconds=round(trained.seconds, 3),
-                  train_tokens=tokens,
-                  tokens_per_second=round(tokens / max(trained.seconds, 1e-9), 1),
-                  bytes=sizes,
-                  scores=scores,
-                  seconds=seconds,
-                  compliant=not violations,
-                  violations=violations)
+    violations = [sentence for broken, sentence in (
+        (h.prequant_ttt_epochs and h.prequant_ttt_data != "train",
+         f"rule C3: PREQUANT_TTT_DATA={h.prequant_ttt_data} learns validation text before its "
+         "score"),
+        (sizes["total"] > h.budget_bytes,
+         f"bytes: {sizes['total']} is over BUDGET_BYTES={h.budget_bytes}"),
+        (0 < h.max_wallclock_seconds < clock_s,
+         f"time: {clock_s:.2f} s of training data is over MAX_WALLCLOCK_SECONDS="
+         f"{h.max_wallclock_seconds:g}"),
+        (trained.resumed and h.max_wallclock_seconds,
+         f"time: resumed at step {trained.resumed}, which the clock cannot show")) if broken]
+    result = dict(
+        run_id=h.run_id, seed=h.seed, recipe=h.recipe, changed_knobs=h.changed(), knobs=asdict(h),
+        device=device_name(world.device), world_size=world.size, torch=torch.__version__,
+        params=sum(p.numel() for p in model.parameters()), steps=trained.steps,
+        train_seconds=round(trained.seconds, 3), train_tokens=tokens,
+        tokens_per_second=round(tokens / max(trained.seconds, 1e-9), 1), bytes=sizes, scores=scores,
+        seconds={name: round(s, 3) for name, s in seconds.items()}, compliant=not violations,
+        violations=violations)
     if world.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(world.device)
     log("score          val_loss     val_bpb      seconds")
@@ -5621,9 +5403,8 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
 
 
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
-    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings.
-    Raises `Refusal` where this rank's knobs are not those of rank 0, as two nodes may be started
-    with different variables."""
+    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings;
+    `Refusal` where this rank's knobs are not those of rank 0, as nodes may be started apart."""
     fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
     run_id, theirs = world.share([h.run_id or fresh, h.changed()])
     if odd := h.changed().items() ^ theirs.items():
@@ -5634,30 +5415,20 @@ def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
     """The verb `eval ARTIFACT`: scores it again in this process; scoring knobs come from the
     artifact, then from the environment. Prints the same lines as the run that made it."""
-    if len(arguments) != 1 or not Path(arguments[0]).is_file():
-        raise Refusal(
-            f"eval needs one file, such as logs/<RUN_ID>/model.bin; got {' '.join(arguments)!r}"
-        )
-    log = Log(world)
-    path = Path(arguments[0])
-    shipped_h, stored = unpack(path.read_bytes(), str(path))
-    changed = shipped_h.changed()
-    h = Hyperparameters.from_env(env, base=changed)
+    if len(arguments) != 1 or not (path := Path(arguments[0])).is_file():
+        raise Refusal(f"eval needs one file, such as logs/<RUN_ID>/model.bin; got "
+                      f"{' '.join(arguments)!r}")
+    log, (shipped, stored) = Log(world), unpack(path.read_bytes(), str(path))
+    h = Hyperparameters.from_env(env, base=shipped.changed())
     for name in MODEL_KNOBS:
-        if getattr(h, name) != getattr(shipped_h, name):
-            raise Refusal(
-                f"{name.upper()}={getattr(h, name)} contradicts {path}, which was made with "
-                f"{getattr(shipped_h, name)}; leave it unset")
-    data = find_dataset(h, world, log)
-    model = build_model(h, world)
+        mine, made = getattr(h, name), getattr(shipped, name)
+        if mine != made:
+            raise Refusal(f"{name.upper()}={mine} contradicts {path}, which was made with {made}; "
+                          "leave it unset")
+    data, model = find_dataset(h, world, log), build_model(h, world)
     model.compile(compile_mode(h, world.device, log))
     load_stored(model, stored)
-    if h.prequant_ttt_epochs and h.prequant_ttt_data == "after":
-        adapt_early(model, data.val.tokens, world, h.prequant_ttt_epochs)
-    scores = {
-        name: measured_score(name, model, data, world, log)
-        for name in wanted_scores(h) if name != "prequant"
-    }
+    scores = measured_scores(model, data, world, log, packed=True)
     log("RESULT " + json.dumps(dict(artifact=str(path), bytes=path.stat().st_size, scores=scores)))
 
 
@@ -5665,9 +5436,26 @@ VERBS = ("data", "eval", "submit", "verify", "report", "sweep")
 TOOLS: dict[str, Callable[[list[str], Mapping[str, str]], int]] = {}    # section 16 fills it
 
 
+def start(world: World, env: Mapping[str, str]) -> None:
+    """A run of the knobs in the environment, from the choice of its recipe on."""
+    known = "run" in RECIPES or env.get("RECIPE")
+    small = world.device.type != "cuda" and not known
+    default = "run" if "run" in RECIPES else "demo" if small else "record"
+    h, log = Hyperparameters.from_env(env, default), Log(world)
+    if h.fused_kernels and (trouble := kernels_trouble()):
+        log(f"kernels:plain ({trouble})")
+        h = replace(h, fused_kernels=False)
+    if small:
+        log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
+    watch = Clock(world)
+    data = preflight(h, world, log)
+    h = named_run(h, world)
+    log.claim(Path(h.logs_dir) / h.run_id)
+    run(h, world, log, data, watch.read_s())
+
+
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The command line; returns the exit status. A `Refusal` is one sentence on standard error and
-    status 2."""
+    """The command line; returns the exit status: 2 after a `Refusal`, told on standard error."""
     try:
         if arguments and arguments[0] in ("--help", "-h", "help"):
             print(help_text(*arguments[1:2]))
@@ -5684,22 +5472,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         tune_process(world.device)
         if arguments:
             evaluate(arguments[1:], world, env)
-            world.leave()
-            return 0
-        known = "run" in RECIPES or env.get("RECIPE")
-        small = world.device.type != "cuda" and not known
-        default = "run" if "run" in RECIPES else "demo" if small else "record"
-        h, log = Hyperparameters.from_env(env, default), Log(world)
-        if h.fused_kernels and kernels_trouble():
-            log(f"kernels:plain ({kernels_trouble()})")
-            h = replace(h, fused_kernels=False)
-        if small:
-            log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
-        watch = Stopwatch(world)
-        data = preflight(h, world, log)
-        h = named_run(h, world)
-        log.claim(Path(h.logs_dir) / h.run_id)
-        run(h, world, log, data, watch.read_s())
+        else:
+            start(world, env)
         world.leave()
         return 0
     except (Refusal, OSError) as error:    # a full disk may meet standard output too

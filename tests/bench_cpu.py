@@ -29,7 +29,7 @@ def trainer(precision: str, mode: str, cache: str) -> tg.Trainer:
     data = tg.find_dataset(h, world, lambda line: None)
     model = tg.build_model(h, world)
     model.compile(mode)
-    return tg.Trainer.of(h, world, model, data)
+    return tg.Trainer(h, world, model, data)
 
 
 def step_seconds(t: tg.Trainer, steps: int) -> float:

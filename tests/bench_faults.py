@@ -51,7 +51,7 @@ class Site:
         self.data = write_dataset(root / "shards", h)
         files = {p.name: t.file_sha256(p) for p in self.data.iterdir()}
         (self.data / "manifest.json").write_text(json.dumps(dict(files=files)))
-        packed = t.pack_source(Path(t.__file__).read_text(), dict(run=h.changed()))
+        packed = t.pack_source(Path(t.__file__).read_text(), t.run_block(h.changed()))
         t.pack_source = lambda *_: packed    # takes longer than a whole run
 
     def start(self, name: str, size: int = 1, before=lambda: None, **knobs) -> list[int]:

@@ -137,7 +137,7 @@ def made_trainer(h: tg.Hyperparameters, world: tg.World, data: tg.Dataset, mode:
     """A trainer at step zero, compiled as a run is."""
     model = tg.build_model(h, world)
     model.compile(mode)
-    return tg.Trainer.of(h, world, model, data)
+    return tg.Trainer(h, world, model, data)
 
 
 def token_flops(h: tg.Hyperparameters, looped: bool, keys: float) -> float:
@@ -175,10 +175,10 @@ def split(b: Bench) -> dict[str, Any]:
             marks, begin_s = Marks(b.world.device), time.perf_counter()
             object.__setattr__(b.world, "marks", marks)    # World is frozen
             marks("begin")
-            for _ in range(t.accumulation):
+            for _ in range(tg.accumulation(t.h, t.world)):
                 batch = t.loader.next()
                 marks("data")
-                loss = t.model.run_nats(batch.ids, batch.targets, plan, batch.docs, ahead=0).mean() / t.accumulation
+                loss = t.model.run_nats(batch.ids, batch.targets, plan, batch.docs).mean() / tg.accumulation(t.h, t.world)
                 marks("forward")
                 loss.backward()
                 marks("backward")
@@ -276,12 +276,12 @@ def export(b: Bench) -> dict[str, Any]:
     """Seconds of each stage from the averaged weights to the artifact and back."""
     model, world, h, log = b.trainer.model, b.world, b.h, tg.Log(b.world, quiet=True)
     seconds: dict[str, Any] = dict(parameters=sum(p.numel() for p in model.parameters()))
-    watch = tg.Stopwatch(world)
+    watch = tg.Clock(world)
 
     def booked(name: str, value: Any) -> Any:
         """Books the seconds since the last stage."""
         nonlocal watch
-        seconds[name + "_s"], watch = watch.read_s(), tg.Stopwatch(world)
+        seconds[name + "_s"], watch = watch.read_s(), tg.Clock(world)
         return value
 
     moments = booked("calibration", tg.second_moments(model, world, b.trainer.loader, h.gptq_calibration_batches))

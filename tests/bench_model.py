@@ -84,7 +84,7 @@ def bench_model(seed: int = 1, steps: int = STEPS, V: int = 4096) -> Bench:
                 model.bank[name].copy_(w)
         return Bench(h, model, data, kept["moments"], kept["position"])
     model.compile(tg.compile_mode(h, world.device, print))
-    trainer, begin_s = tg.Trainer.of(h, world, model, data), time.perf_counter()
+    trainer, begin_s = tg.Trainer(h, world, model, data), time.perf_counter()
     tg.train(trainer, 0.0, log, str)
     moments = tg.second_moments(model, world, trainer.loader, h.gptq_calibration_batches)
     kept = dict(weights={n: p.detach().clone() for n, p in model.bank.items()}, moments=moments,

@@ -40,7 +40,7 @@ def trainer(**knobs):
     torch.manual_seed(0)
     tokens = torch.from_numpy(stream(4096, V=h.vocab_size, document=50)).numpy().astype("uint16")
     model = t.GPT(h)
-    return t.Trainer(h, WORLD, model, t.Loader(h, WORLD, [tokens]), t.Optimiser(model, WORLD), t.EMA(model))
+    return t.Trainer(h, WORLD, model, t.Dataset([tokens], None, ""))
 
 
 @pytest.mark.parametrize("knobs", [{}, dict(grad_clip_norm=0.0), dict(late_qat_threshold=1.0, trellis_states=0),
@@ -61,7 +61,7 @@ def test_nothing_waits_on_cuda():
     h = settings(train_seq_len=32, eval_seq_len=32, eval_batch_tokens=256)
     tokens = stream(4096, V=h.vocab_size, document=50)
     model = t.build_model(h, world)
-    run = t.Trainer.of(h, world, model, t.Dataset([tokens.astype("uint16")], None, ""))
+    run = t.Trainer(h, world, model, t.Dataset([tokens.astype("uint16")], None, ""))
     run.step(0, 0.0, looped=False)
     ledger, rows, C = t.Ledger(validation(tokens), world), 2, 16
     ticks = t.document_plan(ledger.documents, C, rows, world)

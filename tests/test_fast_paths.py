@@ -31,7 +31,7 @@ def losses(world: t.World = WORLD, **knobs) -> np.ndarray:
     h = settings(**PLAIN | knobs)
     model = t.build_model(h, world)
     model.compile(h.compile)
-    run = t.Trainer.of(h, world, model, t.Dataset([chain(STEPS * 256 + 1, h.vocab_size)], None, ""))
+    run = t.Trainer(h, world, model, t.Dataset([chain(STEPS * 256 + 1, h.vocab_size)], None, ""))
     found = [world.mean(run.step(n, 0.4 * n / STEPS, looped=2 * n >= STEPS)) for n in range(STEPS)]
     return torch.stack(found).double().numpy()
 

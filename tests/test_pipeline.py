@@ -352,7 +352,7 @@ def test_an_unfinished_run_goes_on_only_as_it_was(tmp_path):
     folder, h = tmp_path / "logs" / "r", settings(checkpoint_every_s=1e-9, iterations=1)
     world = t.World()
     data = write_dataset(tmp_path / "shards", h)
-    trained = t.Trainer.of(h, world, t.build_model(h, world), t.find_dataset(
+    trained = t.Trainer(h, world, t.build_model(h, world), t.find_dataset(
         dataclasses.replace(h, data_path=str(data)), world, print))
     log = t.Log(world, folder, quiet=True)
     t.train(trained, 0.0, log, lambda: "")

@@ -442,7 +442,7 @@ def test_a_corrected_artifact_keeps_to_the_budget(monkeypatch):
     model = model_of(h)
     factors, log = factors_of(model), Lines()
     damage = measured(h, model, factors)
-    trainer = lambda: t.Trainer.of(h, WORLD, model, dataset(stream(3000)))
+    trainer = lambda: t.Trainer(h, WORLD, model, dataset(stream(3000)))
     plain, _ = t.fit_budget(model, factors, damage, 0, log)
     blob, ledger = t.fit_corrected(trainer(), factors, damage, 0, log)
     assert sum(ledger.values()) == len(blob) and "bias_correction:4 steps" in log.lines[-1]

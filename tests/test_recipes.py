@@ -114,7 +114,7 @@ def print_of_loss(h: t.Hyperparameters) -> list:
 def print_of_step(h: t.Hyperparameters) -> list:
     """Schedules at many points, and the weights and averages after a few steps at the end of training."""
     points = [(0, 0.0), (9, 0.2), (9, 0.5), (20, 0.9), (24, 1.0)]
-    trainer = t.Trainer.of(h, WORLD, named_model(h), dataset(stream(3000)))
+    trainer = t.Trainer(h, WORLD, named_model(h), dataset(stream(3000)))
     for number in (30, 31, 32, 33):
         trainer.step(number, 0.97, True)
     return [*(torch.tensor(t.rate_factor(h, *p)) for p in points), torch.tensor(trainer.rounded_steps),
@@ -419,7 +419,7 @@ def test_each_loader_visits_every_block_once(loader):
 def test_contexts_change_with_the_clock():
     """Documents are cut at the stage's length, the rates rise again, and a restored run goes on the same way."""
     h = tiny_of("pr2014")
-    trainer = t.Trainer.of(h, WORLD, t.build_model(h, WORLD), dataset(stream(3000)))
+    trainer = t.Trainer(h, WORLD, t.build_model(h, WORLD), dataset(stream(3000)))
     seen, factors = [], []
     step = trainer.optimiser.step
     trainer.optimiser.step = lambda factor, *rest: (factors.append(factor), step(factor, *rest))
@@ -448,7 +448,7 @@ def test_warmdown_by_measured_steps():
 def test_the_recurrence_begins_at_its_step():
     """RECUR_START_STEP, whatever the clock says."""
     h, log = tiny_of("pr1539"), Lines()
-    trainer = t.Trainer.of(h, WORLD, t.build_model(h, WORLD), dataset(stream(3000)))
+    trainer = t.Trainer(h, WORLD, t.build_model(h, WORLD), dataset(stream(3000)))
     t.train(trainer, 0.0, log, lambda: "")
     assert any(line.startswith("recurrence:on step:6 ") for line in log.lines)
 

@@ -16,7 +16,7 @@ from support import Lines, WORLD, dataset, repetitive, settings, stream, t
 def trainer(h: t.Hyperparameters, tokens: np.ndarray | None = None) -> tuple[t.Trainer, t.Dataset]:
     """A trainer at step zero, and its data."""
     data = dataset(stream(3000) if tokens is None else tokens)
-    return t.Trainer.of(h, WORLD, t.build_model(h, WORLD), data), data
+    return t.Trainer(h, WORLD, t.build_model(h, WORLD), data), data
 
 
 def tensors(value) -> list[torch.Tensor]:
@@ -48,7 +48,7 @@ def test_a_rehearsal_is_rewound_bit_for_bit(steps, corrections):
     log = Lines()
     reserve_s = t.rehearse(trained, data, log)
     assert same(before,
-                trained.snapshot()) and trained.loader.position == steps * trained.accumulation
+                trained.snapshot()) and trained.loader.position == steps * t.accumulation(h, WORLD)
     assert all(p.grad is None for p in trained.model.parameters())
     assert reserve_s > 0 and re.match(r"rehearsal:[\d.]+s .*reserve:[\d.]+s", log.lines[-1])
 
@@ -428,7 +428,7 @@ def resumed_on_ranks(world, folder) -> None:
     tokens = stream(3000)
     for name, stop in (("whole", None), ("cut", 3), ("cut", None)):
         h = settings(checkpoint_every_s=1e-9)
-        trained = t.Trainer.of(h, world, t.build_model(h, world), dataset(tokens))
+        trained = t.Trainer(h, world, t.build_model(h, world), dataset(tokens))
         make_mortal(trained, stop)
         log = t.Log(world, folder / name, quiet=True)
         try:

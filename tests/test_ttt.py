@@ -356,7 +356,7 @@ def test_a_cheat_that_warms_up_on_validation_tokens_is_seen(honest, monkeypatch)
     validation text does not."""
     h = settings(scores="quantized,sliding,documents,stream,ttt", eval_budget_s=1.0)
     data = t.Dataset([stream(3000).astype(np.uint16)], Untouchable(), "test")
-    trainer = t.Trainer.of(h, WORLD, model_of(h), data)
+    trainer = t.Trainer(h, WORLD, model_of(h), data)
     if not honest:
         monkeypatch.setattr(t, "rehearsal_text", lambda h, data: data.val)
         with pytest.raises(AssertionError, match="was read"):

@@ -20,7 +20,7 @@ def rehearsed_run(world: tg.World, folder: Path) -> None:
     h = tg.Hyperparameters(**dict(TINY, data_path=str(folder / "data")))
     silent = tg.Log(world, None, quiet=True)
     data = tg.find_dataset(h, world, silent)
-    trainer = tg.Trainer.of(h, world, tg.build_model(h, world), data)
+    trainer = tg.Trainer(h, world, tg.build_model(h, world), data)
     initial = [p.detach().clone() for p in trainer.model.bank.values()]
     losses = [trainer.world.mean(trainer.step(n, n / STEPS, looped=n > 1)).item() for n in range(STEPS)]
     trained = [p.detach().clone() for p in trainer.model.bank.values()]
