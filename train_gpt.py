@@ -969,12 +969,11 @@ def read_shard(path: Path) -> np.ndarray:
     require(len(header) == 256,
             f"{place}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte header")
     magic, version, count = map(int, header[:3])
-    whole_bytes = HEADER_BYTES + 2 * count
     require(magic == SHARD_MAGIC, f"{place}: magic number {magic}, expected {SHARD_MAGIC}")
     require(version == SHARD_VERSION, f"{place}: version {version}, expected {SHARD_VERSION}")
     require(count > 0, f"{place}: the header promises {count} tokens, expected at least 1")
-    require(size_bytes == whole_bytes, f"{place}: {size_bytes} bytes, but a header of {count} "
-            f"tokens asks for {whole_bytes}")
+    require(size_bytes == HEADER_BYTES + 2 * count, f"{place}: {size_bytes} bytes, but a header of "
+            f"{count} tokens asks for {HEADER_BYTES + 2 * count}")
     # Mapped, not read: 80 shards are 16 GB, of which a rank needs one block at a time.
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
 
@@ -1171,12 +1170,10 @@ def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int) ->
             require(theirs == mine, f"{manifest}: {name} is {theirs}, the model's is {mine}")
     if h.caseops_enabled:
         whole = manifest.exists() or h.short_val_allowed or count >= CASEOPS_VAL_TOKENS
-        require(
-            sidecars and whole,
-            f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation tokens and {sidecars} files "
-            f"fineweb_val_bytes_*.bin; the published set has {CASEOPS_VAL_TOKENS:,} and one for "
-            "each shard. Of a set cut short the rest may be training text, so it is taken only "
-            "with SHORT_VAL_ALLOWED=1")
+        require(sidecars and whole, f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation "
+                f"tokens and {sidecars} files fineweb_val_bytes_*.bin; the published set has "
+                f"{CASEOPS_VAL_TOKENS:,} and one for each shard. Of a set cut short the rest may "
+                "be training text, so it is taken only with SHORT_VAL_ALLOWED=1")
 
 
 def shards_folder(h: Hyperparameters) -> Path:
@@ -1199,13 +1196,11 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
             log(f"corpus: no shards in {folder}; CORPUS=embedded is used "
                 "(set DATA_PATH for shards)")
         if world.main:
-            cache = Path(h.data_dir) / "cache"
-            folder = corpus_path(cache, V, h.caseops_enabled)
+            folder = corpus_path(Path(h.data_dir) / "cache", V, h.caseops_enabled)
             require(build_corpus or intact(folder), f"CORPUS=embedded: {folder} is not there and "
-                    "this packed script cannot build it; run the readable script once, or set "
-                    "DATA_PATH")
+                    "this packed script cannot build it; run the readable one, or set DATA_PATH")
             if build_corpus:
-                folder = build_corpus(cache, V, log, h.caseops_enabled)
+                folder = build_corpus(folder.parent, V, log, h.caseops_enabled)
         folder = Path(world.share(str(folder)))
     train, held, sidecars = (sorted(folder.glob(f"fineweb_{side}_*.bin"))
                              for side in ("train", "val", "val_bytes"))
@@ -1268,8 +1263,7 @@ def target_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProce
 
     A byte piece is 1 byte; control, unknown and unused ids are boundaries of 0 bytes; any other
     piece is its UTF-8 length. Its leading space counts unless the token before it is a boundary:
-    after one, official tokenizers put a mark of their own, which is no byte of the text.
-    """
+    after one, official tokenizers put a mark of their own, which is no byte of the text."""
     ids = list(range(len(tokenizer)))
     kinds = tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)
     boundary, byte = np.any(kinds, axis=0), np.array(tokenizer.is_byte(ids))
@@ -1302,8 +1296,7 @@ def intact(folder: Path, skipped: str = "/") -> bool:
 
 def corpus_path(folder: Path, V: int, caseops: bool = False) -> Path:
     """Where the embedded corpus of this Python and vocabulary lies inside the cache `folder`."""
-    case = "_caseops" * caseops
-    return folder / f"embedded_py{platform.python_version()}_sp{V}{case}_b{BUILDER}"
+    return folder / f"embedded_py{platform.python_version()}_sp{V}{'_caseops' * caseops}_b{BUILDER}"
 
 
 # The packed script reads data but makes none: the code up to the end of this section stays behind.
@@ -1312,7 +1305,7 @@ build_corpus: Callable[..., Path] | None = None
 
 # >>> not packed
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes `tokens` (T,) as one official shard of uint16."""
+    """Writes `tokens` (T,) as one official shard."""
     header = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens)] + [0] * 253, "<i4")
     write_atomically(path, header.tobytes(), np.asarray(tokens, "<u2").tobytes())
 
@@ -1322,7 +1315,7 @@ class ShardWriter(contextlib.AbstractContextManager):
     on: `paths`, of `limit` tokens each, the last one of the rest. `count` tokens came so far."""
 
     def __init__(self, stem: Path, limit: int = 100_000_000):
-        """Writes nothing yet; the published export has as many tokens in a file."""
+        """Writes nothing yet; the limit is that of the published export."""
         self.stem, self.limit = stem, limit
         self.count, self.paths, self.rest = 0, [], bytearray()
 
@@ -1405,7 +1398,6 @@ def held_out(key: str) -> bool:
 # Linux distributions package these apart from the library, so they are left out everywhere.
 OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize",
                     "tkinter", "turtle", "turtledemo", "venv"}
-EMBEDDED_MINIMUM_BYTES = 2_000_000
 
 
 def embedded_documents() -> list[tuple[str, str]]:
@@ -1430,21 +1422,20 @@ def embedded_documents() -> list[tuple[str, str]]:
                for name, text in documents]
     kept = [(name, text) for name, text in cleaned if len(text.encode()) >= 200]
     size_bytes = sum(len(text.encode()) for _, text in kept)
-    require(size_bytes >= EMBEDDED_MINIMUM_BYTES,
-            f"CORPUS=embedded: the library of this Python ({library}) holds {size_bytes} bytes of "
-            f"documentation, expected at least {EMBEDDED_MINIMUM_BYTES}; install the complete "
-            "library or make shards with the verb data")
+    require(size_bytes >= 2_000_000, f"CORPUS=embedded: the library of this Python ({library}) "
+            f"holds {size_bytes} bytes of documentation, expected at least 2000000; install the "
+            "complete library or make shards with the verb data")
     return kept
 
 
 def module_text(name: str, source: bytes) -> str:
     """Documentation strings and comment blocks of one module in the order of its lines."""
     text = importlib.util.decode_source(source)
+    scopes = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes, found = [ast.parse(text)], []
-    for node in nodes:    # to which the definitions inside are added on the way
+    for node in nodes:    # which grows by what stands inside
         nodes += [child for child in node.body if hasattr(child, "body")]
-        defines = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if defines and (prose := ast.get_docstring(node)):
+        if isinstance(node, scopes) and (prose := ast.get_docstring(node)):
             signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             title = getattr(node, "name", name) + signature
             found.append((getattr(node, "lineno", 0), f"{title}\n\n{prose}"))
@@ -1452,12 +1443,6 @@ def module_text(name: str, source: bytes) -> str:
         prose = re.sub(r"^[ \t]*#+[ \t]?", "", block[0], flags=re.M).strip()
         found.append((text.count("\n", 0, block.start()) + 1, prose))
     return "\n\n".join(prose for _, prose in sorted(found, key=lambda piece: piece[0]))
-
-
-# SentencePiece writes a space as U+2581. A lossless tokenizer must tell a real U+2581 from a space:
-# the normaliser spells U+2581 as U+10FFFD "_" and U+10FFFD twice, and the denormaliser undoes it.
-ESCAPE_RULES = "10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n"
-UNESCAPE_RULES = "10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n"
 
 
 def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[str] = ()) -> None:
@@ -1475,8 +1460,10 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
         # that it can be blotted out and equal texts make equal bytes.
         rules, unrules = (folder + name.rjust(160 - len(folder), "/")
                           for name in ("escape.tsv", "restore.tsv"))
-        Path(rules).write_text(ESCAPE_RULES)
-        Path(unrules).write_text(UNESCAPE_RULES)
+        # SentencePiece writes a space as U+2581. To tell a real U+2581 from a space, the normaliser
+        # spells it as U+10FFFD "_" and U+10FFFD twice, and the denormaliser undoes that.
+        Path(rules).write_text("10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n")
+        Path(unrules).write_text("10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n")
         try:
             # For losslessness: own rules in place of NFKC, which rewrites characters; no prefix and
             # no merged spaces; bytes for what the alphabet lacks. For equal models: one thread.
@@ -1502,14 +1489,11 @@ def utf8_widths(text: str) -> np.ndarray:
 
 def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int], text: str,
               weights: np.ndarray) -> np.ndarray:
-    """Original bytes int64 (T,) that each of the tokens `ids` of `text` stands for, where `weights`
-    (characters,) are those of its characters.
-
-    They sum to weights.sum() for any normaliser, since every token ends where the next begins: what
-    the normaliser drops goes to the token in front of it, at a document's start to the first one.
-    """
-    # Each cut between tokens is followed from normalised bytes, where a space is U+2581, back to
-    # characters and their bytes.
+    """Original bytes int64 (T,) that each of the tokens `ids` of `text` stands for, if `weights`
+    (characters,) are those of its characters. They sum to weights.sum() for any normaliser, since
+    every token ends where the next begins: what the normaliser drops goes to the token in front of
+    it, at a document's start to the first one."""
+    # Cuts between tokens go from normalised bytes, where a space is U+2581, back to characters.
     normalised, offsets = tokenizer.normalize(text, with_offsets=True)
     sizes, pieces = utf8_widths(normalised), tokenizer.id_to_piece(ids)
     widths = np.where(tokenizer.is_byte(ids), 1, [len(piece.encode()) for piece in pieces])
@@ -1531,8 +1515,8 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int], t
 # A word and its capitalised form then share their pieces. A run ends where ASCII letters end, so no
 # marker needs a closing one. A marker stands for no byte and a letter for that of its capital: BPB
 # divides by the original, never by this text, whose greater length flattered #2138.
+CAPITALS = {code: CAP_NEXT + chr(code).lower() for code in range(ord("A"), ord("Z") + 1)}
 CASED = re.compile(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{MARKERS}]")
-MARKED = re.compile(f"{ESCAPE}([{MARKERS}])|[{TITLE}{CAP_NEXT}]([a-z])|{ALL_CAPS}([a-z]+)")
 
 
 def caseops_spell(match: re.Match) -> str:
@@ -1540,26 +1524,15 @@ def caseops_spell(match: re.Match) -> str:
     run = match[0]
     if run in MARKERS:
         return ESCAPE + run
-    # before isupper, which a single capital is too
-    if run.istitle():
-        return TITLE + run.lower()
-    if run.isupper():
+    if run.isupper() and len(run) > 1:
         return ALL_CAPS + run.lower()
-    spelled = re.sub("[A-Z]", lambda capital: CAP_NEXT + capital[0].lower(), run)
+    spelled = run.translate(CAPITALS)
     return TITLE + spelled[1:] if run[0].isupper() else spelled
 
 
 def caseops_encode(text: str) -> str:
-    """`text` with its ASCII capitals spelled as markers and lower case; inverse caseops_decode."""
+    """`text` with its ASCII capitals spelled as markers and lower case; it can be undone."""
     return CASED.sub(caseops_spell, text)
-
-
-def caseops_decode(text: str) -> str:
-    """The original of a CaseOps text; raises Refusal for text that caseops_encode cannot give."""
-    original = MARKED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
-    require(caseops_encode(original) == text,
-            "CaseOps text: a marker stands where the transform never puts one")
-    return original
 
 
 def caseops_weights(text: str) -> np.ndarray:
@@ -1677,9 +1650,8 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
             load_tokenizer(tokenizer_path, V, caseops)
             shutil.copyfile(tokenizer_path, model)
         else:
-            sample = sample_texts(
-                text for batch in batches(corpus(), "sampling for the tokenizer", say)
-                for held, text in batch if not held)
+            runs = batches(corpus(), "sampling for the tokenizer", say)
+            sample = sample_texts(text for run in runs for held, text in run if not held)
             texts = map(caseops_encode, sample) if caseops else sample
             train_tokenizer(texts, V, model, MARKERS if caseops else ())
         counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, say)
@@ -1692,8 +1664,7 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
 
 def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print,
                     caseops: bool = False) -> Path:
-    """The folder of the embedded corpus in the cache `folder`, built there when it is not intact.
-    """
+    """The folder of the embedded corpus in the cache `folder`, built where it is not intact."""
     path = corpus_path(folder, V, caseops)
     if intact(path):
         return path
