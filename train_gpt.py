@@ -866,9 +866,12 @@ def appearing(out: Path, option: str = "--to") -> Iterator[Path]:
         folder = Path(workshop) / out.name
         folder.mkdir()
         yield folder
-        if out.exists():    # empty, and some systems rename nothing onto a folder
-            out.rmdir()
-        os.rename(folder, out)
+        try:
+            if out.exists():    # empty, and some systems rename nothing onto a folder
+                out.rmdir()
+            os.rename(folder, out)
+        except OSError as error:    # where another process was faster, too
+            raise Refusal(f"{option} {out}: cannot be put in place ({error})") from error
 # <<< not packed
 
 
@@ -949,12 +952,10 @@ class Log:
 
 # ==================================================================================================
 # 4. Data
-# Shards are the challenge's own: 256 int32 of header, then uint16 tokens, token 1 opens each
-# document. First how they are read (training batches, validation set), then how they are made from
-# documents, then the embedded corpus.
-# What enters are files of strangers: whatever is wrong with them is refused here with its file and
-# place, before the clock starts where it can be. No token of the validation set is cut off, and no
-# function here hands one to the model: that is the business of section 12.
+# Reads the challenge's shards (256 int32 of header, then uint16 tokens, token 1 opens a document)
+# as training batches and validation set, of which no token is cut off; then makes such shards of
+# documents, or of Python's own documentation. What enters are files of strangers: whatever is wrong
+# with them is refused here with its file and place, before the clock starts where it can be.
 # ==================================================================================================
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1    # fixed by the published export
 HEADER_BYTES = 256 * 4
@@ -976,23 +977,19 @@ def read_shard(path: Path) -> np.ndarray:
     require(len(header) == 256,
             f"{place}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte header")
     magic, version, count = map(int, header[:3])
-    whole_bytes = HEADER_BYTES + 2 * count
     require(magic == SHARD_MAGIC, f"{place}: magic number {magic}, expected {SHARD_MAGIC}")
     require(version == SHARD_VERSION, f"{place}: version {version}, expected {SHARD_VERSION}")
     require(count > 0, f"{place}: the header promises {count} tokens, expected at least 1")
-    require(size_bytes == whole_bytes, f"{place}: {size_bytes} bytes, but a header of {count} "
-            f"tokens asks for {whole_bytes}")
+    require(size_bytes == HEADER_BYTES + 2 * count, f"{place}: {size_bytes} bytes, but a header of "
+            f"{count} tokens asks for {HEADER_BYTES + 2 * count}")
     # Mapped, not read: 80 shards are 16 GB, of which a rank needs one block at a time.
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
 
 
 class Docs(NamedTuple):
-    """Where documents lie in a batch of rows, so that attention stays inside each of them.
-
-    One fact in two forms: `start` for kernels that take a mask, `bounds` for those that take the
-    ends of sequences of any length. `longest` is a bound and not a measurement, since a number that
-    differed from batch to batch would compile a graph for each.
-    """
+    """Where documents lie in a batch of rows, so that attention stays inside each of them: `start`
+    for kernels that take a mask, `bounds` for those that take the ends of sequences. `longest` is
+    no measurement: a number that differed from batch to batch would compile a graph for each."""
 
     start: Tensor    # (B, T) int64: place in the row of the first token of this token's piece
     bounds: Tensor | None    # (n,) int32 ends of the pieces of the flattened batch
@@ -1007,25 +1004,17 @@ class Batch(NamedTuple):
     docs: Docs
 
 
-def pieces(ids: np.ndarray, longest: int) -> np.ndarray:
-    """(B, T) tokens -> (B, T) place of the first token of each token's piece; a document longer
-    than `longest` is cut."""
+def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
+    """The document pieces of (B, T) tokens; a document longer than `longest` is cut."""
     # A row's first token opens a piece too, whatever document it continues: what came before lies
     # in another row. The cuts bound how far training looks back, as windows do in scoring.
     place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     opens = np.maximum.accumulate(np.where(ids == BOS, place, 0), axis=1)
-    return opens + (place - opens) // longest * longest
-
-
-def locate(ids: np.ndarray, longest: int, device: torch.device) -> Docs:
-    """The document pieces of (B, T) tokens; ends are padded to a power of two so that shapes
-    repeat."""
-    start = pieces(ids, longest)
-    bounds = None
+    start, bounds = opens + (place - opens) // longest * longest, None
     if device.type == "cuda":
-        # A token that is its own start opens a piece. The padding repeats the end of the batch:
-        # the first copy ends the last piece, the others are pieces of no tokens.
-        ends = np.flatnonzero(start == np.arange(ids.shape[1])).astype(np.int32)
+        # A token that is its own start opens a piece. The end of the batch is repeated up to a
+        # power of two, so that shapes repeat: the first copy ends the last piece.
+        ends = np.flatnonzero(start == place).astype(np.int32)
         room = max(ids.size // 64, 1 << len(ends).bit_length())
         bounds = torch.from_numpy(np.pad(ends, (0, room - len(ends)), constant_values=ids.size))
     return Docs(torch.from_numpy(np.ascontiguousarray(start)), bounds, min(longest, ids.shape[1]))
@@ -1048,12 +1037,10 @@ def sent(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 class Loader:
     """Endless micro-batches of the training shards; `position` is its whole state.
 
-    One epoch lays the shards end to end in a seeded order and cuts the stream into blocks of
-    MICRO_BATCH_TOKENS; blocks are shuffled within stretches of 1024, and no block comes twice
-    before all have come. Block number position * size + rank belongs to this rank, so that any
-    world size sees the same steps. A block is one long row where attention takes variable lengths,
-    else rows of TRAIN_SEQ_LEN. The next one is read ahead, by a worker.
-    """
+    One epoch lays the shards end to end in a seeded order, cuts the stream into blocks of
+    MICRO_BATCH_TOKENS and shuffles them; no block comes twice before all have come. Block number
+    position * size + rank belongs to this rank, so that any world size sees the same steps. A block
+    is one long row where attention takes variable lengths, else rows of TRAIN_SEQ_LEN."""
 
     def __init__(self, h: Hyperparameters, world: World, shards: Sequence[np.ndarray]):
         """Raises `Refusal` where the shards hold less than one micro-batch for each rank."""
@@ -1064,7 +1051,7 @@ class Loader:
                 f"the training shards hold {count:,} tokens, too few for one of "
                 f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} on each of {world.size} ranks")
         self.epoch = -1    # `arrange` draws each from (SEED, epoch), so it is no state
-        # One worker reads all blocks, in the order of asking: `arrange` never runs twice at once.
+        # One worker reads ahead, in the order of asking: `arrange` never runs twice at once.
         self.worker, self.ahead = concurrent.futures.ThreadPoolExecutor(1), {}
         self.side = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.packed = attention_kernel(h, world.device) not in ("blocks", "sdpa")
@@ -1082,8 +1069,7 @@ class Loader:
         self.position, self.context, self.since = position, context, since
 
     def arrange(self, epoch: int) -> None:
-        """Draws the order of shards and blocks of one epoch."""
-        # Nothing is carried over from earlier epochs, so a resumed run can begin with any of them.
+        """Draws the order of shards and blocks of one epoch, from nothing of the epochs before."""
         rng = np.random.default_rng((self.h.seed, epoch))
         shards, order = rng.permutation(len(self.shards)), np.arange(self.blocks)
         if self.h.loader == "stream":
@@ -1147,11 +1133,8 @@ class Loader:
 
 @dataclass(frozen=True)
 class Validation:
-    """The whole validation set: no truncated tail, every token but the first is a target.
-
-    Target i is token i + 1. So a document's first target has the index of its opening token, which
-    is itself the last target of the document before and stands for no bytes.
-    """
+    """The whole validation set: target i is token i + 1. So a document's first target has the index
+    of its opening token, which is itself the last target of the document before, of no bytes."""
 
     tokens: Tensor    # (N + 1,) int64 on the CPU
     bytes: np.ndarray    # (N,) bytes of text that each target stands for
@@ -1195,12 +1178,10 @@ def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int) ->
             require(theirs == mine, f"{manifest}: {name} is {theirs}, the model's is {mine}")
     if h.caseops_enabled:
         whole = manifest.exists() or h.short_val_allowed or count >= CASEOPS_VAL_TOKENS
-        require(
-            sidecars and whole,
-            f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation tokens and {sidecars} files "
-            f"fineweb_val_bytes_*.bin; the published set has {CASEOPS_VAL_TOKENS:,} and one for "
-            "each shard. Of a set cut short the rest may be training text, so it is taken only "
-            "with SHORT_VAL_ALLOWED=1")
+        require(sidecars and whole, f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation "
+                f"tokens and {sidecars} files fineweb_val_bytes_*.bin; the published set has "
+                f"{CASEOPS_VAL_TOKENS:,} and one for each shard. Of a set cut short the rest may "
+                "be training text, so it is taken only with SHORT_VAL_ALLOWED=1")
 
 
 def shards_folder(h: Hyperparameters) -> Path:
@@ -1220,21 +1201,18 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     folder, V = shards_folder(h), h.vocab_size
     if must_build(h):
         if not h.corpus:
-            log(f"corpus: no shards in {folder}; CORPUS=embedded is used (set DATA_PATH for shards)"
-                )
+            log(f"corpus: no shards in {folder}; CORPUS=embedded is used "
+                "(set DATA_PATH for shards)")
         if world.main:
-            cache = Path(h.data_dir) / "cache"
-            folder = corpus_path(cache, V, h.caseops_enabled)
+            folder = corpus_path(Path(h.data_dir) / "cache", V, h.caseops_enabled)
+            require(build_corpus or intact(folder), f"CORPUS=embedded: {folder} is not there and "
+                    "this packed script cannot build it; run the readable one, or set DATA_PATH")
             if build_corpus:
-                folder = build_corpus(cache, V, log, h.caseops_enabled)
-            else:
-                require(intact(folder), f"CORPUS=embedded: {folder} is not there and this packed "
-                        "script cannot build it; run the readable script once, or set DATA_PATH")
+                folder = build_corpus(folder.parent, V, log, h.caseops_enabled)
         folder = Path(world.share(str(folder)))
     train, held, sidecars = (sorted(folder.glob(f"fineweb_{side}_*.bin"))
                              for side in ("train", "val", "val_bytes"))
-    # the pattern of the validation shards fits their sidecars as well
-    held = [path for path in held if not path.name.startswith("fineweb_val_bytes")]
+    held = [path for path in held if path not in sidecars]    # whose names fit its pattern as well
     for side, paths in (("train", train), ("val", held)):
         require(paths, f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
     shards = [read_shard(path) for path in train]
@@ -1256,7 +1234,7 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
         rule = f"sidecar {sidecars[0].name}"
     else:
         path = Path(h.tokenizer_path or Path(h.data_dir) / "tokenizers" / f"fineweb_{V}_bpe.model")
-        sizes = target_bytes(tokens, piece_bytes(load_tokenizer(path, V, False), V))
+        sizes = target_bytes(tokens, load_tokenizer(path, V, False))
         rule = f"tokenizer {path.name}"
     return Dataset(shards, Validation.of(tokens, sizes), rule)
 
@@ -1288,31 +1266,21 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     return tokenizer
 
 
-def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor, V: int) -> tuple[np.ndarray, ...]:
-    """The challenge's byte tables: base bytes int16 (V,), leading space (V,), boundary (V,).
+def target_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
 
     A byte piece is 1 byte; control, unknown and unused ids are boundaries of 0 bytes; any other
-    piece is its UTF-8 length without a leading space mark. Further marks inside a piece stand for
-    one byte each; official vocabularies have none, lossless ones spell runs of spaces with them.
-    """
-    size, ids = len(tokenizer), list(range(V))
-    require(size == V, f"the tokenizer has {size} pieces, expected VOCAB_SIZE {V}")
+    piece is its UTF-8 length. Its leading space counts unless the token before it is a boundary:
+    after one, official tokenizers put a mark of their own, which is no byte of the text."""
+    ids = list(range(len(tokenizer)))
     kinds = tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)
     boundary, byte = np.any(kinds, axis=0), np.array(tokenizer.is_byte(ids))
     texts = tokenizer.id_to_piece(ids)
     spaced = np.array([text.startswith(SPACE_MARK) for text in texts]) & ~boundary & ~byte
+    # Without the leading space: counted in both places it made the bytes of #1698 about 14% too
+    # many. Marks inside a piece are a byte each, with which lossless vocabularies spell runs.
     sizes = [len(text.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for text in texts]
-    return np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16), spaced, boundary
-
-
-def target_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
-
-    A leading space counts one byte unless the token before it is a boundary: after one, official
-    tokenizers put a mark of their own, which is no byte of the text. `base` leaves the space out;
-    counted in both places it made the bytes of #1698 about 14% too many.
-    """
-    base, spaced, boundary = tables
+    base = np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16)
     previous, target = tokens[:-1], tokens[1:]
     return (base[target] + (spaced[target] & ~boundary[previous])).astype(np.uint16)
 
@@ -1336,8 +1304,7 @@ def intact(folder: Path, skipped: str = "/") -> bool:
 
 def corpus_path(folder: Path, V: int, caseops: bool = False) -> Path:
     """Where the embedded corpus of this Python and vocabulary lies inside the cache `folder`."""
-    case = "_caseops" * caseops
-    return folder / f"embedded_py{platform.python_version()}_sp{V}{case}_b{BUILDER}"
+    return folder / f"embedded_py{platform.python_version()}_sp{V}{'_caseops' * caseops}_b{BUILDER}"
 
 
 # The packed script reads data but makes none: the code up to the end of this section stays behind.
@@ -1345,53 +1312,39 @@ build_corpus: Callable[..., Path] | None = None
 
 
 # >>> not packed
-SHARD_TOKENS = 100_000_000    # what the published export puts in one file
-
-
-def shard_header(count: int) -> bytes:
-    """256 little-endian int32: magic, version, token count, zeros."""
-    return np.array([SHARD_MAGIC, SHARD_VERSION, count] + [0] * 253, "<i4").tobytes()
-
-
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes `tokens` (T,) as one official shard of uint16."""
-    write_atomically(path, shard_header(len(tokens)), np.asarray(tokens, "<u2").tobytes())
+    """Writes `tokens` (T,) as one official shard."""
+    header = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens)] + [0] * 253, "<i4")
+    write_atomically(path, header.tobytes(), np.asarray(tokens, "<u2").tobytes())
 
 
 class ShardWriter(contextlib.AbstractContextManager):
     """A context that cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so
     on: `paths`, of `limit` tokens each, the last one of the rest. `count` tokens came so far."""
 
-    def __init__(self, stem: Path, limit: int = SHARD_TOKENS):
-        """Writes nothing yet: a writer without tokens leaves no file behind."""
+    def __init__(self, stem: Path, limit: int = 100_000_000):
+        """Writes nothing yet; the limit is that of the published export."""
         self.stem, self.limit = stem, limit
         self.count, self.paths, self.rest = 0, [], bytearray()
 
     def __exit__(self, error_type, *_) -> None:
-        """Writes the last shard, unless the block failed."""
-        if self.rest and error_type is None:
-            self.seal(len(self.rest))
+        """Writes the last shard, unless there is nothing for it or the block failed."""
+        if error_type is None:
+            self.append([], last=True)
 
-    def append(self, tokens: Sequence[int]) -> None:
+    def append(self, tokens: Sequence[int], last: bool = False) -> None:
         """Adds `tokens` (T,), cut at shard ends wherever they fall, as the official export does."""
         self.count += len(tokens)
         self.rest += np.asarray(tokens, "<u2").tobytes()
-        while len(self.rest) >= 2 * self.limit:
-            self.seal(2 * self.limit)
-
-    def seal(self, size_bytes: int) -> None:
-        """Writes the oldest `size_bytes` of the rest as the next shard."""
-        self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
-        write_shard(self.paths[-1], np.frombuffer(self.rest[:size_bytes], "<u2"))
-        del self.rest[:size_bytes]
+        while len(self.rest) >= 2 * self.limit or last and self.rest:
+            self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
+            write_shard(self.paths[-1], np.frombuffer(self.rest[:2 * self.limit], "<u2"))
+            del self.rest[:2 * self.limit]
 
 
 def read_documents(paths: Sequence[Path]) -> Iterator[str]:
-    """The texts of `.jsonl` and `.jsonl.zst` (field `text`) and `.txt` files (one document each).
-
-    Streams: one line is held at a time. Raises Refusal for a missing file, an unknown suffix,
-    bytes that are not UTF-8, bad JSON or a line without `text`.
-    """
+    """The texts of `.jsonl` and `.jsonl.zst` (field `text`) and `.txt` files (one document each),
+    of which one line is held at a time; raises Refusal for a missing or damaged file."""
     for path in paths:
         require(path.is_file(), f"documents {path}: there is no such file")
         require(path.name.endswith((".txt", ".jsonl", ".jsonl.zst")),
@@ -1453,20 +1406,16 @@ def held_out(key: str) -> bool:
 # Linux distributions package these apart from the library, so they are left out everywhere.
 OPTIONAL_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sitecustomize",
                     "tkinter", "turtle", "turtledemo", "venv"}
-EMBEDDED_MINIMUM_BYTES = 2_000_000
 
 
 def embedded_documents() -> list[tuple[str, str]]:
-    """(name, text) of real prose that every Python carries: its library's own documentation.
-
-    One document per module (documentation strings under their signatures, comment blocks) and per
-    topic of the language reference. Sources are parsed, never imported: importing may open a
-    browser or print. Raises Refusal where the library comes without sources.
-    """
+    """(name, text) of real prose that every Python carries: one document per module of its library
+    (documentation strings under their signatures, comment blocks) and per topic of the language
+    reference. Raises Refusal where the library comes without sources."""
     library = Path(sysconfig.get_path("stdlib"))
     documents = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")    # old sources carry invalid escapes
+    # Sources are parsed, never imported: importing may open a browser or print.
+    with warnings.catch_warnings(action="ignore"):    # old sources carry invalid escapes
         for module in sorted(sys.stdlib_module_names - OPTIONAL_MODULES):
             for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
                 inside = path.relative_to(library).with_suffix("")
@@ -1481,47 +1430,33 @@ def embedded_documents() -> list[tuple[str, str]]:
                for name, text in documents]
     kept = [(name, text) for name, text in cleaned if len(text.encode()) >= 200]
     size_bytes = sum(len(text.encode()) for _, text in kept)
-    require(size_bytes >= EMBEDDED_MINIMUM_BYTES,
-            f"CORPUS=embedded: the library of this Python ({library}) holds {size_bytes} bytes of "
-            f"documentation, expected at least {EMBEDDED_MINIMUM_BYTES}; install the complete "
-            "library or make shards with the verb data")
+    require(size_bytes >= 2_000_000, f"CORPUS=embedded: the library of this Python ({library}) "
+            f"holds {size_bytes} bytes of documentation, expected at least 2000000; install the "
+            "complete library or make shards with the verb data")
     return kept
 
 
 def module_text(name: str, source: bytes) -> str:
     """Documentation strings and comment blocks of one module in the order of its lines."""
     text = importlib.util.decode_source(source)
-    found = [*documented(ast.parse(text), name)]
+    scopes = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    nodes, found = [ast.parse(text)], []
+    for node in nodes:    # which grows by what stands inside
+        nodes += [child for child in node.body if hasattr(child, "body")]
+        if isinstance(node, scopes) and (prose := ast.get_docstring(node)):
+            signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+            title = getattr(node, "name", name) + signature
+            found.append((getattr(node, "lineno", 0), f"{title}\n\n{prose}"))
     for block in re.finditer(r"^[ \t]*#.*(?:\n[ \t]*#.*)+", text, re.M):
         prose = re.sub(r"^[ \t]*#+[ \t]?", "", block[0], flags=re.M).strip()
         found.append((text.count("\n", 0, block.start()) + 1, prose))
     return "\n\n".join(prose for _, prose in sorted(found, key=lambda piece: piece[0]))
 
 
-def documented(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
-    """(line, signature and documentation string) of `node` and of every definition inside it."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        if prose := ast.get_docstring(node):
-            signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
-            yield getattr(node, "lineno", 0), f"{name}{signature}\n\n{prose}"
-    for child in node.body:
-        if hasattr(child, "body"):
-            yield from documented(child, getattr(child, "name", name))
-
-
-# SentencePiece writes a space as U+2581. A lossless tokenizer must tell a real U+2581 from a space:
-# the normaliser spells U+2581 as U+10FFFD "_" and U+10FFFD twice, and the denormaliser undoes it.
-ESCAPE_RULES = "10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n"
-RULES_PATH = 160
-UNESCAPE_RULES = "10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n"
-
-
 def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[str] = ()) -> None:
     """Writes a SentencePiece BPE model of V pieces to `path`; decode(encode(x)) == x for every x.
-
     Ids as in the official tokenizers: pad 0, bos 1, eos 2, unk 3, then `markers`, then 256 bytes.
-    Trains on lines, so a newline is always the byte piece. Raises Refusal when V does not fit.
-    """
+    Trains on lines, so a newline is always the byte piece. Raises Refusal when V does not fit."""
     require(sentencepiece, f"VOCAB_SIZE {V}: training a tokenizer needs the package sentencepiece "
             "(pip install sentencepiece)")
     model = io.BytesIO()
@@ -1531,10 +1466,12 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
     with tempfile.TemporaryDirectory() as folder:
         # The model records where its rules lay: slashes give that path one length everywhere, so
         # that it can be blotted out and equal texts make equal bytes.
-        rules, unrules = (folder + name.rjust(RULES_PATH - len(folder), "/")
+        rules, unrules = (folder + name.rjust(160 - len(folder), "/")
                           for name in ("escape.tsv", "restore.tsv"))
-        Path(rules).write_text(ESCAPE_RULES)
-        Path(unrules).write_text(UNESCAPE_RULES)
+        # SentencePiece writes a space as U+2581. To tell a real U+2581 from a space, the normaliser
+        # spells it as U+10FFFD "_" and U+10FFFD twice, and the denormaliser undoes that.
+        Path(rules).write_text("10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n")
+        Path(unrules).write_text("10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n")
         try:
             # For losslessness: own rules in place of NFKC, which rewrites characters; no prefix and
             # no merged spaces; bytes for what the alphabet lacks. For equal models: one thread.
@@ -1558,25 +1495,17 @@ def utf8_widths(text: str) -> np.ndarray:
     return 1 + np.searchsorted([0x80, 0x800, 0x10000], codes, "right")
 
 
-def piece_widths(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-    """UTF-8 bytes (V,) that each piece covers in normalised text, where a space is U+2581."""
-    ids = list(range(len(tokenizer)))
-    return np.where(tokenizer.is_byte(ids), 1,
-                    [len(text.encode()) for text in tokenizer.id_to_piece(ids)])
-
-
-def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarray, ids: np.ndarray,
-              text: str, weights: np.ndarray) -> np.ndarray:
-    """Original bytes int64 (T,) that each of the tokens `ids` of `text` stands for.
-
-    `weights` (characters,) are the original bytes of each character of `text`; the result sums to
-    weights.sum() for any normaliser, since every token ends where the next begins: what the
-    normaliser drops goes to the token in front of it, at a document's start to the first one.
-    Follows each cut between tokens from normalised bytes back to characters and their bytes.
-    """
+def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int], text: str,
+              weights: np.ndarray) -> np.ndarray:
+    """Original bytes int64 (T,) that each of the tokens `ids` of `text` stands for, if `weights`
+    (characters,) are those of its characters. They sum to weights.sum() for any normaliser, since
+    every token ends where the next begins: what the normaliser drops goes to the token in front of
+    it, at a document's start to the first one."""
+    # Cuts between tokens go from normalised bytes, where a space is U+2581, back to characters.
     normalised, offsets = tokenizer.normalize(text, with_offsets=True)
-    sizes = utf8_widths(normalised)
-    ends = np.cumsum(widths[ids])
+    sizes, pieces = utf8_widths(normalised), tokenizer.id_to_piece(ids)
+    widths = np.where(tokenizer.is_byte(ids), 1, [len(piece.encode()) for piece in pieces])
+    ends = np.cumsum(widths)
     require(ends[-1] == sizes.sum(), f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} "
             "bytes of a document; without byte pieces the sidecar cannot be exact")
     starts = np.concatenate([[0], np.cumsum(weights)])
@@ -1592,11 +1521,10 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, widths: np.ndarra
 # ASCII letters that had capitals. A marker that stands in the original is escaped.
 #     Hello -> TITLE hello     NASA -> ALL_CAPS nasa     iPhone -> i CAP_NEXT phone
 # A word and its capitalised form then share their pieces. A run ends where ASCII letters end, so no
-# marker needs a closing one, and `caseops_decode` gives back every byte. A marker stands for no
-# byte and a letter for that of its capital: BPB divides by the original, never by this text, whose
-# greater length flattered #2138.
+# marker needs a closing one. A marker stands for no byte and a letter for that of its capital: BPB
+# divides by the original, never by this text, whose greater length flattered #2138.
+CAPITALS = {code: CAP_NEXT + chr(code).lower() for code in range(ord("A"), ord("Z") + 1)}
 CASED = re.compile(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{MARKERS}]")
-MARKED = re.compile(f"{ESCAPE}([{MARKERS}])|[{TITLE}{CAP_NEXT}]([a-z])|{ALL_CAPS}([a-z]+)")
 
 
 def caseops_spell(match: re.Match) -> str:
@@ -1604,26 +1532,15 @@ def caseops_spell(match: re.Match) -> str:
     run = match[0]
     if run in MARKERS:
         return ESCAPE + run
-    # before isupper, which a single capital is too
-    if run.istitle():
-        return TITLE + run.lower()
-    if run.isupper():
+    if run.isupper() and len(run) > 1:
         return ALL_CAPS + run.lower()
-    spelled = re.sub("[A-Z]", lambda capital: CAP_NEXT + capital[0].lower(), run)
+    spelled = run.translate(CAPITALS)
     return TITLE + spelled[1:] if run[0].isupper() else spelled
 
 
 def caseops_encode(text: str) -> str:
-    """`text` with its ASCII capitals spelled as markers and lower case; inverse caseops_decode."""
+    """`text` with its ASCII capitals spelled as markers and lower case; it can be undone."""
     return CASED.sub(caseops_spell, text)
-
-
-def caseops_decode(text: str) -> str:
-    """The original of a CaseOps text; raises Refusal for text that caseops_encode cannot give."""
-    original = MARKED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
-    require(caseops_encode(original) == text,
-            "CaseOps text: a marker stands where the transform never puts one")
-    return original
 
 
 def caseops_weights(text: str) -> np.ndarray:
@@ -1641,10 +1558,7 @@ SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
 
 def split_documents(paths: Sequence[Path], val_paths: Sequence[Path]) -> Iterator[Document]:
     """(held out, text) of all documents: by file, or 95/5 by content where `val_paths` is empty.
-
-    Copies of one document land on one side: equal content hashes equally, and a train document
-    that is also in a validation file is left out.
-    """
+    Copies of one document land on one side, or are left out of training."""
     # What training has seen is no test: of 34 audited submissions 15 had documents of the
     # validation set among their training shards (#2127).
     seen = set()
@@ -1659,10 +1573,8 @@ def split_documents(paths: Sequence[Path], val_paths: Sequence[Path]) -> Iterato
 
 
 def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[str]:
-    """The documents of smallest hash, cut to SAMPLE_DOCUMENT characters, up to `limit_bytes`.
-
-    A sample that does not depend on the order of the corpus, and memory that does not grow with it.
-    """
+    """The documents of smallest hash, cut to SAMPLE_DOCUMENT characters, up to `limit_bytes`: a
+    sample that does not depend on the order of the corpus."""
     # Negative hashes make a heap whose top is the largest: the next to go. Once one has gone,
     # nothing at or beyond it can come in again.
     heap, size_bytes, lowest = [], 0, -(1 << 64)
@@ -1678,11 +1590,8 @@ def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[
 
 
 def batches(corpus: Iterable[Document], title: str, say: Callable) -> Iterator[list[Document]]:
-    """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory.
-
-    Says at the end, and at most once a second before, how many were taken and how fast; a run
-    counts once the next one is asked for. The last one may be empty.
-    """
+    """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory. Says
+    at the end, and at most once a second before, how many were taken and how fast."""
     start_s = said_s = time.monotonic()
     documents, millions, batch, size = 0, 0.0, [], 0
     for document in itertools.chain(corpus, [None]):    # None: the end
@@ -1704,13 +1613,9 @@ def batches(corpus: Iterable[Document], title: str, say: Callable) -> Iterator[l
 def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
                  caseops: bool, say: Callable[[str], None]) -> dict[str, int]:
     """Writes train, val and val_bytes shards of `corpus` into `folder`; returns what it counted.
-
-    A document for which the normaliser leaves no token is left out, so that every byte of the
-    documents that stay has a token to stand on. Raises Refusal when one side stays empty.
-    """
+    Raises Refusal when one side stays empty."""
     counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
                             "train_bytes", "val_documents_decoded_exactly"], 0)
-    widths = piece_widths(tokenizer)
     with (ShardWriter(folder / "fineweb_train") as train,
           ShardWriter(folder / "fineweb_val") as val,
           ShardWriter(folder / "fineweb_val_bytes") as sidecar):
@@ -1719,7 +1624,7 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
             # SentencePiece encodes a batch on all cores, and keeps its order.
             encoded = tokenizer.encode(texts, num_threads=os.cpu_count() or 1)
             for (held, original), text, ids in zip(batch, texts, encoded):
-                if not ids:
+                if not ids:    # the normaliser left no token for its bytes to stand on
                     counts["empty_documents"] += 1
                     continue
                 side, writer = ("val", val) if held else ("train", train)
@@ -1729,7 +1634,7 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
                 writer.append([BOS, *ids])
                 if held:
                     weights = caseops_weights(text) if caseops else utf8_widths(text)
-                    exact = raw_bytes(tokenizer, widths, np.array(ids), text, weights)
+                    exact = raw_bytes(tokenizer, ids, text, weights)
                     require(exact.max() < 65536, f"documents: one token stands for {exact.max()} "
                             "bytes, a sidecar holds at most 65535; shorten the run of spaces")
                     sidecar.append(np.append(0, exact))
@@ -1742,29 +1647,19 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
 
 def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path, caseops: bool,
                   say: Callable[[str], None]) -> dict:
-    """Makes the folder `out` of shards, byte sidecar, tokenizer and manifest; returns the manifest.
-
-    Two passes over `corpus`: train a tokenizer on a bounded sample of its train side (unless
-    `tokenizer_path` brings one), then encode. The folder appears complete or not at all. Raises
-    Refusal when `out` already holds something else or V does not fit.
-    """
+    """Makes the folder `out` of shards, byte sidecar, tokenizer (`tokenizer_path`, or trained on a
+    bounded sample of the train side of `corpus`) and manifest, whole or not at all; returns the
+    manifest. Raises Refusal when `out` holds something else or V does not fit."""
     require(260 <= V <= 65536,
             f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
-    require(not out.exists() or out.is_dir() and not any(out.iterdir()),
-            f"--out {out}: already there and not empty, expected a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and renamed at the end: who finds the folder finds all of it.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
-        folder = Path(workshop) / "dataset"
-        folder.mkdir()
+    with appearing(out, "--out") as folder:
         model = folder / f"fineweb_{V}_bpe.model"
         if tokenizer_path:
             load_tokenizer(tokenizer_path, V, caseops)
             shutil.copyfile(tokenizer_path, model)
         else:
-            sample = sample_texts(
-                text for batch in batches(corpus(), "sampling for the tokenizer", say)
-                for held, text in batch if not held)
+            runs = batches(corpus(), "sampling for the tokenizer", say)
+            sample = sample_texts(text for run in runs for held, text in run if not held)
             texts = map(caseops_encode, sample) if caseops else sample
             train_tokenizer(texts, V, model, MARKERS if caseops else ())
         counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, say)
@@ -1772,20 +1667,12 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
         files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
         manifest = dict(builder=BUILDER, vocab_size=V, caseops=caseops, **counts, files=files)
         write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-        try:
-            os.rename(folder, out)
-        except OSError as error:
-            if not intact(out):    # another process may have finished the same folder first
-                raise Refusal(f"--out {out}: cannot be put in place ({error})") from error
     return manifest
 
 
 def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = print,
                     caseops: bool = False) -> Path:
-    """The folder of the embedded corpus in the cache `folder`, built there when it is not intact.
-
-    Processes that build at the same time make the same bytes, and the first to finish wins.
-    """
+    """The folder of the embedded corpus in the cache `folder`, built where it is not intact."""
     path = corpus_path(folder, V, caseops)
     if intact(path):
         return path
@@ -1793,7 +1680,11 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
         say(f"data: {path} is damaged and is built again")
         shutil.rmtree(path, ignore_errors=True)    # gone already when another process was faster
     documents = [(held_out(name), text) for name, text in embedded_documents()]
-    build_dataset(functools.partial(iter, documents), V, None, path, caseops, say)
+    try:
+        build_dataset(functools.partial(iter, documents), V, None, path, caseops, say)
+    except Refusal:
+        if not intact(path):    # of processes that build the same bytes, the first to finish wins
+            raise
     return path
 
 
