@@ -120,11 +120,9 @@ class Refusal(Exception):
 
 # ==================================================================================================
 # 2. Hyperparameters
-# One typed table is the only place where a setting is declared: its name in capitals is the
-# environment variable. Reads the environment; gives a frozen `Hyperparameters`. Defaults are the
-# submission; RECIPE changes many at once.
-# From weak to strong: defaults, recipes from left to right, single variables. No function below
-# reads a knob from the environment again, so the knobs that a run logs are those it used.
+# One typed table declares every setting once: its name in capitals is the environment variable.
+# From weak to strong: defaults (the submission), recipes from left to right, single variables. No
+# function below reads a knob from the environment again: what a run logs is what it used.
 # ==================================================================================================
 def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
     """One setting: its default, what it means with its unit, and which values are allowed."""
@@ -659,12 +657,10 @@ def help_text(topic: str = "") -> str:
 
 # ==================================================================================================
 # 3. World and log
-# Where this process stands among its peers, the only reader of RANK and WORLD_SIZE; with one
-# process every collective is the identity. Gives `World`, `Clock`, the run's folder and `Log`,
-# whose lines keep the forms that leaderboard tools parse.
-# Every decision that all ranks must take alike (stop, save, steps per chunk) is taken from a number
-# that a collective gave to all of them: a rank that decides by its own clock leaves the others
-# waiting in the next collective.
+# Where this process stands among its peers (`World`; alone, every collective is the identity), the
+# `Clock`, the run's folder and `Log`, whose lines have the forms that leaderboard tools parse.
+# What all ranks must decide alike (stop, save, steps per chunk) is decided by a number that a
+# collective gave to all: a rank that goes by its own clock leaves the others waiting.
 # ==================================================================================================
 def brief(error: Exception) -> str:
     """The first line of an error's text."""
@@ -4189,15 +4185,11 @@ def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, by
 
 # ==================================================================================================
 # 12. Scoring
-# Plain, sliding and document scores differ only in a list of spans. Enters: the validation set and
-# a function that gives nats. Leaves: nats of every target and BPB = nats / bytes of text / ln 2.
-# A score is legal by four conditions (#1017). C1, a prediction depends on earlier tokens only, and
-# C2, it is a distribution over all of V fixed before its target is looked at: both by the model,
-# whose attention is causal and whose loss is a softmax (section 13 mixes softmaxes, by weights that
-# past losses fix). C3, a target is booked before anything learns from it, and C4, each exactly
-# once: both by `Ledger` and `score`, through which every score of the file goes. No closure can be
-# kept from remembering what it is handed; so `verify` also replaces later tokens and looks whether
-# earlier scores move.
+# Plain, sliding and document scores differ only in a list of spans; BPB = nats / bytes / ln 2. A
+# score is legal by four conditions (#1017). By the model: C1, a prediction depends on earlier tokens
+# only; C2, it is a distribution over all of V, fixed before its target is looked at. By `Ledger` and
+# `score`, through which every score goes: C3, a target is booked before anything learns from it; C4,
+# each exactly once. `verify` also replaces later tokens and looks whether earlier scores move.
 # ==================================================================================================
 class Windows(NamedTuple):
     """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
@@ -4407,13 +4399,10 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 #   stream     each document by itself: low-rank adapters of its own, a cache of keys and values,
 #              and a mixture of learners; a chunk is scored, then learned from (`Learners`)
 #   recompute  the same with one learner and whole windows in the place of the cache
-#   phased     the documents of one part of the stream as in stream, then SGD of all weights on that
-#              part; the new weights score the next one
+#   phased     as stream, but between parts of the stream SGD moves all weights
 #   chunk      sliding windows in the place of adapters, else as phased (#549, #1493)
-# Enters: the artifact's weights and a Ledger. Leaves: nats in the Ledger, the weights as they were.
-# Then the adaptation before rounding of some published systems (`adapt_early`): on text held out of
-# training inside the clock, or on validation text, which breaks C3 and is marked so. Last,
-# `score_by_name`, the door to all scores.
+# Then the adaptation before rounding of some published systems (`adapt_early`), and `score_by_name`,
+# the door to all scores.
 # ==================================================================================================
 SPREAD = 2.0    # ratio of the rates of neighbouring learners
 MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
@@ -4949,13 +4938,10 @@ def kernels_trouble() -> str:
 
 # ==================================================================================================
 # 15. Pipeline
-# The whole run in the order of its stages; each is one call and one line of the log. Leaves the
-# run's folder with log.txt, model.bin, the packed train_gpt.py, the nats of every document, and
-# result.json, which appears last. What comes before the clock leaves no trace in the weights; on it
-# is all that reads training data, from training to bias correction; behind it are rounding, coding,
-# reading back and scoring, the only stage that sees validation text, unless a knob breaks C3.
-# Rank 0 alone rounds, codes and writes. All ranks then load the bytes that it read back from its
-# disk, so what is scored is what is submitted, not the tensors that were meant to be in it.
+# The whole run in the order of its stages, each one call and one line of the log. What comes before
+# the clock leaves no trace in the weights; on it is all that reads training data; validation text
+# meets the model in the scores only, unless a knob breaks C3. Rank 0 alone rounds, codes and writes;
+# all ranks load what it read back from its disk, so what is scored is what is submitted.
 # ==================================================================================================
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
     """COMPILE, with auto resolved; says why where compilation cannot work."""
