@@ -118,6 +118,12 @@ class Refusal(Exception):
     refusal, for a full disk is a fault of the machine."""
 
 
+def require(holds: object, sentence: str) -> None:
+    """Raises `Refusal` with the sentence unless the condition holds."""
+    if not holds:
+        raise Refusal(sentence)
+
+
 # ==================================================================================================
 # 2. Hyperparameters
 # One typed table declares every setting once: its name in capitals is the environment variable.
@@ -957,12 +963,6 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1    # fixed by the published export
 HEADER_BYTES = 256 * 4
 BOS = 1
 CASEOPS_VAL_TOKENS = 47_851_520    # of the published CaseOps validation set, its tail cut off
-
-
-def require(holds: object, sentence: str) -> None:
-    """Raises `Refusal` with the sentence unless the condition holds."""
-    if not holds:
-        raise Refusal(sentence)
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -4186,10 +4186,11 @@ def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, by
 # ==================================================================================================
 # 12. Scoring
 # Plain, sliding and document scores differ only in a list of spans; BPB = nats / bytes / ln 2. A
-# score is legal by four conditions (#1017). By the model: C1, a prediction depends on earlier tokens
-# only; C2, it is a distribution over all of V, fixed before its target is looked at. By `Ledger` and
-# `score`, through which every score goes: C3, a target is booked before anything learns from it; C4,
-# each exactly once. `verify` also replaces later tokens and looks whether earlier scores move.
+# score is legal by four conditions (#1017). By the model: C1, a prediction depends on earlier
+# tokens only; C2, it is a distribution over all of V, fixed before its target is looked at. By
+# `Ledger` and `score`, through which every score goes: C3, a target is booked before anything
+# learns from it; C4, each exactly once. `verify` also replaces later tokens and looks whether
+# earlier scores move.
 # ==================================================================================================
 class Windows(NamedTuple):
     """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
@@ -4401,8 +4402,8 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 #   recompute  the same with one learner and whole windows in the place of the cache
 #   phased     as stream, but between parts of the stream SGD moves all weights
 #   chunk      sliding windows in the place of adapters, else as phased (#549, #1493)
-# Then the adaptation before rounding of some published systems (`adapt_early`), and `score_by_name`,
-# the door to all scores.
+# Then the adaptation before rounding of some published systems (`adapt_early`), and
+# `score_by_name`, the door to all scores.
 # ==================================================================================================
 SPREAD = 2.0    # ratio of the rates of neighbouring learners
 MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
@@ -4940,8 +4941,8 @@ def kernels_trouble() -> str:
 # 15. Pipeline
 # The whole run in the order of its stages, each one call and one line of the log. What comes before
 # the clock leaves no trace in the weights; on it is all that reads training data; validation text
-# meets the model in the scores only, unless a knob breaks C3. Rank 0 alone rounds, codes and writes;
-# all ranks load what it read back from its disk, so what is scored is what is submitted.
+# meets the model in the scores only, unless a knob breaks C3. Rank 0 alone rounds, codes and
+# writes; all ranks load what it read back from its disk, so what is scored is what is submitted.
 # ==================================================================================================
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
     """COMPILE, with auto resolved; says why where compilation cannot work."""
