@@ -1813,11 +1813,9 @@ build_corpus = embedded_corpus
 
 # ==================================================================================================
 # 5. Roles and depth
-# One row per stored tensor. Construction, initialisation, optimisers, calibration, quantisation,
-# packing and the size report all walk this table; the artifact stores neither names nor shapes,
-# because the table's order is its format.
-# A new gate is one row here and one line in the model. Whoever moves a row makes older artifacts
-# unreadable, or, where two rows have one shape, swaps them without a word.
+# One row per stored tensor: all later stages walk this table, whose order is the format of the
+# artifact. Whoever moves a row makes older artifacts unreadable, or, where two rows have one shape,
+# swaps them without a word. A new gate is one row here and one line in the model.
 # ==================================================================================================
 class Role(NamedTuple):
     """What the pipeline needs to know about one stored tensor."""
@@ -1827,18 +1825,16 @@ class Role(NamedTuple):
     optim: str    # "muon", "embed", "scalar", or "" where training leaves it alone
     bits: int = 16    # 16: fp16; 1 to 8: codes of that width, a step per row
     tap: str = ""    # the activation that feeds it; empty: rounded without GPTQ
-    # clip width in standard deviations of a row; 0: the row's largest value
-    sigmas: float = 0.0
+    sigmas: float = 0.0    # clip width in standard deviations of a row; 0: its largest value
 
 
 BIGRAM_DIM = 128    # width of the bigram embedding, in all systems that have one
 EMBED_INIT_STD = 0.005    # of the token embedding at first; its norm takes the size away
 
 
-# At first a model is nearly its embedding: wo and w_down are zero, so no block adds anything to the
-# stream; mix_x0 and smear_scale are zero. A gate at zero is half open, sigmoid(0) = 1/2, and
-# can move either way. At the defaults what is stored in fp16 is under 0.1% of the weights, too
-# little to be worth codes.
+# At first a model is nearly its embedding: with wo and w_down zero no block adds to the stream. A
+# gate at zero is half open and can move either way. At the defaults what is stored in fp16 is under
+# 0.1% of the weights, too little to be worth codes.
 def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
     L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
@@ -1848,8 +1844,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
     matrix = dict(optim="muon", bits=h.matrix_bits, sigmas=h.matrix_clip_sigmas)
     scalar, start = dict(optim="scalar"), h.matrix_init
     table = dict(
-        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final",
-                   h.embed_clip_sigmas),
+        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final", h.embed_clip_sigmas),
         wq=Role((L, H, D), start, tap="attn_in", **matrix),
         wk=Role((L, K, D), start, tap="attn_in", **matrix),
         wv=Role((L, K, D), start, tap="attn_in", **matrix),
@@ -1881,8 +1876,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         table["bigram"] = Role((h.bigram_vocab_size, BIGRAM_DIM), 0.0, "embed", 8)
         table["bigram_proj"] = Role((1, D, BIGRAM_DIM), "orthogonal", "muon")
         table["bigram_scale"] = Role((1, ), 0.05, **scalar)
-    if h.ve_dim:
-        # The published pass over the matrices leaves a side below 64 at zero.
+    if h.ve_dim:    # the published pass over the matrices leaves a side below 64 at zero
         table["ve"] = Role((h.vocab_size, h.ve_dim), "normal", "embed", 8)
         table["ve_proj"] = Role((1, K, h.ve_dim), "orthogonal" if h.ve_dim >= 64 else 0.0, "muon")
         table["ve_scale"] = Role((1, ), 0.1, **scalar)
@@ -1907,45 +1901,35 @@ class Step(NamedTuple):
 # The plan of the defaults when looped, 17 steps of 11 layers, as step: layer.
 #     push    0:0  1:1  2:2  3:3  4:4  5:5  6:3  7:4
 #     pop    15:9 14:8 13:7 12:6 11:5 10:4  9:3  8:5      16:10 pops nothing
-# A column is one skip: step 8 + r pops what step 7 - r pushed, by row r of the skip weights. Rows
-# count from the middle: the plan without the loop uses rows 0 to 4, and rows 5 to 7 wait for the
-# loop. When that begins no weight is added or copied; a longer plan runs over the same banks.
-# A plan is a tuple of constants and an argument, never a flag that is flipped: a compiler folds
-# flags into its graph, where flipping them does nothing (as with the late rounding of #315).
+# A column is one skip: step 8 + r pops what step 7 - r pushed, by row r of the skip weights. The
+# plan without the loop uses rows 0 to 4; rows 5 to 7 wait for the loop.
+# A plan is an argument, never a flag that is flipped: a compiler folds flags into its graph, where
+# flipping them does nothing (as with the late rounding of #315).
 def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple[Step, ...]:
-    """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times when
-    looped.
+    """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times if looped.
 
     The first half pushes its outputs, the second half pops them in reverse (U-Net skips, #289).
     Plain skips have a row for each pair of the unlooped plan only (#1539).
     """
-    segment = range(h.loop_start, h.loop_end + 1)
-    if not (looped and h.num_loops):
-        order = list(range(h.num_layers))
-    else:
-        order = [*range(h.loop_start), *list(segment) * (1 + h.num_loops),
-                 *range(h.loop_end + 1, h.num_layers)]
-    # Steps below `half` push, so a parallel step, which is at or beyond it, never does: what is
-    # kept is always one lane, and it is always merged into the lane of the attention.
+    order, end = list(range(h.num_layers)), h.loop_end + 1
+    if looped:
+        order[end:end] = list(range(h.loop_start, end)) * h.num_loops
+    # Only steps below `half` push, only those from it on are parallel: what is kept is one lane.
     half = len(order) // 2
     rows = half if h.skip_gates else h.num_layers // 2
     first = h.num_layers if h.parallel_form == "none" else h.parallel_start_layer
     return tuple(
-        Step(layer, half - rows <= slot < half,
-             slot - half if half <= slot < half + rows else None,
+        Step(layer, half - rows <= slot < half, slot - half if half <= slot < half + rows else None,
              layer >= first and slot >= half, layer >= h.num_layers - h.xsa_last_n, rounded)
         for slot, layer in enumerate(order))
 
 
 # ==================================================================================================
 # 6. Model
-# The only forward pass of the file. `hidden` has two seams, both empty by default: `lora` adapts
-# every `linear`, and `probe` sees every activation that feeds a quantised matrix. Depth recurrence
-# is the argument `plan`, never a flag.
-# One pass for training, scoring, calibration and test-time training: in a second copy one gate is
-# soon forgotten (1.908 BPB in #1787). Shapes are (B, T, D) throughout; matrices are (out, in).
-# Products run in the compute dtype, sums with fp32 gains in fp32, rounded once at the end. Nothing
-# here knows of clocks, ranks or files.
+# The only forward pass of the file, for training, scoring, calibration and test-time training: in a
+# second copy one gate is soon forgotten (1.908 BPB in #1787). Shapes are (B, T, D) throughout,
+# matrices (out, in). Products run in the compute dtype, sums with fp32 gains in fp32, rounded once
+# at the end.
 # ==================================================================================================
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension without a gain: x / sqrt(mean(x^2) + eps)."""
@@ -1961,15 +1945,13 @@ class LoRA(NamedTuple):
 
 
 def correction(lora: LoRA, x: Tensor) -> Tensor:
-    """(B, T, in) -> scale * b (a x), (B, T, out). The factor meets the narrow side, R wide.
-
-    A function, since the compiler of torch 2.9 cannot call a named tuple that holds tensors."""
+    """(B, T, in) -> scale * b (a x), (B, T, out); no method, for the compiler of torch 2.9 calls
+    none of a named tuple that holds tensors."""
     return (x @ lora.a.mT * lora.scale) @ lora.b.mT
 
 
 def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | None = None) -> Tensor:
-    """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is an
-    adapter."""
+    """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is one."""
     y = F.linear(x, w)
     return y if lora is None else y + correction(lora, x if lora_in is None else lora_in)
 
@@ -1989,12 +1971,8 @@ def rope_table(h: Hyperparameters, T: int, like: Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first 2 * cos.size(-1) dimensions of each head (B, T, H, E) by position; the rest
-    pass through, and compare content wherever it stands (#315).
-
-    Dimensions j and j + half form a pair, turned by the angle of their place. In q . k only the
-    difference of two angles is left, that is the distance between the tokens.
-    """
+    """Turns the pairs (j, j + half) of the first dimensions of each head (B, T, H, E) by the angle
+    of their place, of which q . k keeps the distance; the rest compare content alone (#315)."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
@@ -2017,8 +1995,7 @@ def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
     cuda, dtype = device.type == "cuda", compute_dtype(h, device)
     # the FlashAttention family multiplies no fp32, and nothing before Ampere
     chip = torch.cuda.get_device_capability(device)[0] if cuda and dtype != torch.float32 else 0
-    # in the order of preference
-    there = dict(fa3=chip == 9 and flash_attn_3, fa2=chip >= 8 and flash_attn_2,
+    there = dict(    # in the order of preferencefa3=chip == 9 and flash_attn_3, fa2=chip >= 8 and flash_attn_2,
                  varlen=chip >= 8 and torch_varlen, blocks=not cuda, sdpa=True)
     if h.attention == "auto":
         return next(name for name in there if there[name])
@@ -2029,10 +2006,8 @@ def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") -> Tensor:
-    """Causal grouped-query attention within each document piece: (B, T, H | K, E) -> (B, T, H, E).
-
-    Softmax of q k / sqrt(E), by the named kernel; all of them compute the same.
-    """
+    """Causal grouped-query attention within each document piece, softmax of q k / sqrt(E) by the
+    named kernel: (B, T, H | K, E) -> (B, T, H, E)."""
     if kernel == "blocks":
         return BlockAttention.apply(q, k, v, docs.start)
     if kernel == "sdpa":
@@ -2073,21 +2048,18 @@ def ungroup(t: Tensor) -> Tensor:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as
-    the others' twin.
+    """Exact attention by blocks of queries, each against the keys before its end, for CPUs and as
+    the other kernels' twin.
 
-    Keys beyond the end of a block of queries are never multiplied, which saves near half the work.
-    A query always sees itself, so that no sum of exponentials is zero. The query heads of a group
-    are stacked as rows of one product with the key head that they share.
-    The backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
+    The query heads of a group are rows of one product with the key head that they share. The
+    backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
     torch's CPU kernel computes them again at two to three times the cost.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
         """(B, T, H | K, E) and piece starts (B, T) -> (B, T, H, E)."""
-        B, T, H, E = q.shape
-        K, place = k.size(2), torch.arange(T, device=q.device)
+        (B, T, H, E), K, place = q.shape, k.size(2), torch.arange(q.size(1), device=q.device)
         Q, keys, values = (group(t, K) for t in (q, k, v))
         outputs, weights, totals = [], [], []
         for lo in range(0, T, QUERY_BLOCK):
@@ -2109,15 +2081,10 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv
-        2205.14135, B.2), then dQ = dS K / sqrt(E), dK = dS^T Q / sqrt(E), dV = P^T dY.
-
-        P is p / total, p being what forward kept; sum(dY * Y) is the row sum of P * dP.
-        """
+        """Gradients of q, k and v: with P = p / total, dS = P * (dP - sum(dY * Y)) (arXiv
+        2205.14135, B.2), then dQ = dS K / sqrt(E), dK = dS^T Q / sqrt(E), dV = P^T dY."""
         q, k, v, y, *saved = ctx.saved_tensors
-        blocks = len(saved) // 2
-        B, T, H, E = q.shape
-        K = k.size(2)
+        (B, T, H, E), K, blocks = q.shape, k.size(2), len(saved) // 2
         Q, G, keys, values = (group(t, K) for t in (q, grad, k, v))
         delta = group((grad.float() * y.float()).sum(-1, keepdim=True), K)
         dq, dk, dv = [], [], []
@@ -2137,12 +2104,10 @@ class BlockAttention(torch.autograd.Function):
         return ungroup(dq), dk, dv, None
 
 
-# Scoring a document chunk by chunk would read everything before a chunk again for each. Instead
-# every step of depth keeps its keys and values, a layer that runs three times three sets of them,
-# since the inputs of its runs differ. Keys are kept rotated: places count from the document's
-# start and so never change.
 class Past(NamedTuple):
     """What one step of depth remembers of the tokens before a chunk, and where it leaves its own.
+
+    Keys are kept rotated: places count from the document's start and so never change.
     """
 
     keys: Tensor    # (B, K, M, E), as they were when scored
@@ -2152,10 +2117,8 @@ class Past(NamedTuple):
 
 
 def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") -> Tensor:
-    """Attention of a chunk to itself and to what is cached: (B, C, H | K, E) -> (B, C, H, E).
-
-    No gradient reaches the cache, and none is computed for it.
-    """
+    """Attention of a chunk to itself and to what is cached, (B, C, H | K, E) -> (B, C, H, E),
+    without a gradient to the cache."""
     (B, C, H, E), K, M = q.shape, k.size(2), past.keys.size(2)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     past.fresh.extend((k.detach(), v.detach()))
@@ -2172,27 +2135,11 @@ def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") 
     return ungroup(y.view(B, K, H // K, C, E))
 
 
-class Layer(NamedTuple):
-    """One layer's slice of every bank; None where the model has no such role. Gains and scales stay
-    fp32."""
-
-    wq: Tensor
-    wk: Tensor
-    wv: Tensor
-    wo: Tensor
-    w_up: Tensor
-    w_down: Tensor
-    q_gain: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    mix_x: Tensor
-    mix_x0: Tensor
-    head_gate: Tensor | None
-    lane_keep: Tensor | None
-    lane_write: Tensor | None
-    depth_scale: Tensor    # () 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE)
-
-
+# One layer's slice of every bank, None where the model has no such role; gains and scales stay
+# fp32. depth_scale () is 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE).
+Layer = NamedTuple("Layer", [(name, Tensor | None) for name in (
+    "wq", "wk", "wv", "wo", "w_up", "w_down", "q_gain", "attn_scale", "mlp_scale", "mix_x",
+    "mix_x0", "head_gate", "lane_keep", "lane_write", "depth_scale")])
 Probe = Callable[[str, int, Tensor], None]    # tap, layer, activation
 LayerProbe = Callable[[str, Tensor], None] | None    # the same inside one layer
 Rope = tuple[Tensor, Tensor]    # cosine and sine
@@ -2217,8 +2164,7 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, probe: LayerProbe = N
 
 
 class Block(nn.Module):
-    """The mathematics of one executed step; it owns no weights, so that one compiled graph serves
-    every layer."""
+    """One executed step; it owns no weights, so that one compiled graph serves every layer."""
 
     def __init__(self, h: Hyperparameters, kernel: str):
         """Keeps the hyperparameters and the name of the attention kernel."""
@@ -2234,8 +2180,7 @@ class Block(nn.Module):
             probe("attn_in", n)
         heads = lambda t: t.view(B, T, -1, h.head_dim)    # (B, T, H | K, E)
         q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
-        # Norms make |q| = |k| = sqrt(E), so that a logit lies within gain * sqrt(E) whatever the
-        # weights; the gain of each head is learned.
+        # norms make |q| = |k| = sqrt(E): a logit lies within gain * sqrt(E) whatever the weights
         q = (q * w.q_gain[:, None]).type_as(n)
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = linear(n, w.wv, lora.get("v"))
@@ -2247,8 +2192,7 @@ class Block(nn.Module):
             own = F.normalize(v, dim=-1)[..., None, :]    # (B, T, K, 1, E)
             grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
-        # A softmax cannot attend to nothing. One factor for each head and token, driven by a few
-        # leading channels, lets a head keep silent; adapters do not touch it.
+        # A softmax cannot attend to nothing: a factor per head and token lets a head keep silent.
         if w.head_gate is not None:
             gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)    # (B, T, H)
             y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
@@ -2267,8 +2211,8 @@ class Block(nn.Module):
     def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
                 parallel: bool, xsa: bool, lora: Mapping[str, LoRA] = {}, probe: LayerProbe = None,
                 value: Tensor | None = None, past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
-        `a` and hands `m` through. `value` (B, T, K E) is added to the values.
+        """Lanes (a, m), each (B, T, D) -> the lanes after this step, of which a serial one hands
+        `m` through. `value` (B, T, K E) is added to the values.
 
         With r = mix_x a + mix_x0 x0, A and M for attention and MLP of the scaled norm, each times
         its own scale: serial a <- r + A(r), then a <- a + M(a). Lanes (#1204): a <- keep a +
@@ -2296,10 +2240,7 @@ class Block(nn.Module):
 
 def softcapped(z: Tensor, cap: float | Tensor) -> Tensor:
     """cap tanh(z / cap) in fp32; a tensor (2,) has one cap for positive, one for other logits.
-
-    About z for small z, and never beyond the cap: no single logit can run away with the loss, and
-    wrong certainty costs at most 2 cap + ln V nats.
-    """
+    Wrong certainty then costs at most 2 cap + ln V nats."""
     z = z.float()
     cap = cap if isinstance(cap, float) else torch.where(z > 0, cap[0], cap[1])
     return cap * torch.tanh(z / cap)
@@ -2320,16 +2261,14 @@ class Head(nn.Module):
         super().__init__()
         self.h = h
 
-    def logits(self, x: Tensor, embed: Tensor, lora: LoRA | None = None,
-               caps: Tensor | None = None) -> Tensor:
-        """States (B, T, D) -> cap tanh(z / cap), (B, T, V) fp32; `caps` (2,) has one cap for each
-        sign."""
-        return softcapped(linear(x, embed, lora), self.h.logit_softcap if caps is None else caps)
+    def logits(self, x: Tensor, embed: Tensor) -> Tensor:
+        """States (..., D) -> cap tanh(z / cap), (..., V) fp32."""
+        return softcapped(linear(x, embed), self.h.logit_softcap)
 
     def forward(self, x: Tensor, embed: Tensor, targets: Tensor, lora: LoRA | None = None,
                 caps: Tensor | None = None) -> Tensor:
-        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
-        the logits."""
+        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32, -log softmax of
+        the logits; `caps` (2,) has one cap for each sign."""
         # (B * T, V), the largest tensor of a step: flat, since the kernel takes one row per program
         z = linear(x, embed, lora).flatten(0, 1)
         cap = self.h.logit_softcap if caps is None else caps
@@ -2352,8 +2291,7 @@ def join_lanes(a: Tensor, m: Tensor, share: Tensor | None) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss
-    in nats."""
+    """Banks of weights, one forward, one loss; `GPT(h)(ids, targets)` is the mean loss in nats."""
 
     def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32,
                  kernel: str = "blocks"):
@@ -2365,28 +2303,20 @@ class GPT(nn.Module):
         self.bank = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(r.shape)) for name, r in roles(h).items()})
         self.block, self.head = Block(h, kernel), Head(h)
-        # what `compile` replaces: `hidden` and `nats` call these, whichever they are
-        self.run_block: Callable = self.block
-        self.run_head: Callable = self.head
-        self.run_merge: Callable = merge_skip
-        self.run_join: Callable = join_lanes
-        self.run_embedded: Callable = self.embedded
+        # what `compile` replaces
         self.run_nats: Callable = self.nats
+        self.parts: dict[str, Callable] = dict(block=self.block, head=self.head, merge=merge_skip,
+                                               join=join_lanes, embedded=self.embedded)
         self.initialise()
 
     def compile(self, mode: str) -> None:
-        """Compiles the whole loss (`full`), or its parts (`block`) once for all layers; the loss is
-        `run_nats`."""
-        # one graph per depth plan, shape and gradient mode
-        torch._dynamo.config.recompile_limit = 64
+        """Compiles `run_nats` as a whole (`full`), or its parts, once for all layers (`block`)."""
+        torch._dynamo.config.recompile_limit = 64    # graphs: per plan, shape and gradient mode
         if mode == "full":
             self.run_nats = torch.compile(self.nats, dynamic=False, fullgraph=True)
         elif mode == "block":
-            self.run_block = torch.compile(self.block, dynamic=False)
-            self.run_head = torch.compile(self.head, dynamic=False)
-            self.run_merge = torch.compile(merge_skip, dynamic=False)
-            self.run_join = torch.compile(join_lanes, dynamic=False)
-            self.run_embedded = torch.compile(self.embedded, dynamic=False)
+            self.parts = {name: torch.compile(part, dynamic=False)
+                          for name, part in self.parts.items()}
 
     @staticmethod
     def graphs() -> int:
@@ -2394,15 +2324,14 @@ class GPT(nn.Module):
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def retune(self, **knobs: Any) -> Hyperparameters:
-        """Changes knobs of scoring, which no weight depends on; returns all of them. Model, block
-        and head go on sharing one object: compiled graphs ask for that, or are made anew."""
+        """All knobs after changes of some that no weight depends on. Model, block and head go on
+        sharing one object: compiled graphs ask for that, or are made anew."""
         self.h = self.block.h = self.head.h = replace(self.h, **knobs)
         return self.h
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Fills every bank as its role says; matrices that write to the residual stream start at
-        zero."""
+        """Fills every bank as its role says."""
         for name, role in roles(self.h).items():
             w = self.bank[name]
             if w.is_meta:
@@ -2419,14 +2348,12 @@ class GPT(nn.Module):
 
     def layers(self, rounded: bool = False) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size
-        gradient per use. `rounded` matrices pass their gradient straight through (#578). Every
-        executed step of a layer reads the same slice, so its gradients add up over the passes."""
-        table, banks = roles(self.h), self.bank
+        gradient per use. `rounded` matrices pass their gradient straight through (#578)."""
         cast = {}
-        for name in (name for name in Layer._fields if name in banks):
-            w, role = banks[name], table[name]
-            if rounded:
-                w = straight_through(w, role, self.h)
+        for name, role in roles(self.h).items():
+            if name not in Layer._fields:
+                continue
+            w = straight_through(self.bank[name], role, self.h) if rounded else self.bank[name]
             plain = role.optim == "scalar" and name != "head_gate"
             cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
@@ -2435,14 +2362,14 @@ class GPT(nn.Module):
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
-        """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
-        across a document start. `last` (B, 2): the tokens before the chunk, negative for none.
+        """(B, T) -> normalised embeddings (B, T, D), the previous token's smeared in. `last` (B, 2)
+        are the tokens before the chunk, negative for none.
 
         x_t + scale * sigmoid(W x_t[:GATE_WINDOW]) * x_(t-1), 0 for the last term at a BOS: without
         that a document's first token would read the end of another (found in #1797). The form per
         channel (#162) has no such mask.
         """
-        # two tokens before the chunk: the smear needs the one before, whose bigram one more
+        # two tokens: the smear needs the one before the chunk, whose bigram one more
         ids = ids if last is None else torch.cat((last, ids), 1)
         x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
         if self.h.bigram_vocab_size:
@@ -2468,13 +2395,11 @@ class GPT(nn.Module):
                cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
         step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
-        # `a` is the lane that attention and serial steps write, `m` the MLP's lane, and `kept` the
-        # stack of outputs that wait for their mirror images.
-        x0 = a = m = self.run_embedded(ids, *([cache.last] if cache else []))
-        docs = docs or whole_rows(ids)
+        # `a` is the lane that attention and serial steps write, `m` the MLP's lane
+        x0 = a = m = self.parts["embedded"](ids, *([cache.last] if cache else []))
+        h, docs = self.h, docs or whole_rows(ids)
         # Compiled by blocks, adapters and probes would be graphs of their own: they run plain.
-        run = self.block if probe or lora else self.run_block
-        h = self.h
+        run = self.block if probe or lora else self.parts["block"]
         layers = cache.layers if cache else self.layers(plan[0].rounded)
         rope = rope_table(h, ids.size(1), x0, cache.behind if cache else None)
         weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
@@ -2484,12 +2409,13 @@ class GPT(nn.Module):
             shares = dict(zip(h.valued, self.bank["ve_layer"].to(self.dtype).unbind(0)))
         for slot, step in enumerate(plan):
             if step.pop is not None:
-                a = self.run_merge(a, kept.pop(), weights[step.pop], gates[step.pop])
-            # Lanes part here. With "apart" both begin after the merge; with "lanes" m is what the
-            # last serial step left, so that the MLP's lane takes no skip.
+                a = self.parts["merge"](a, kept.pop(), weights[step.pop], gates[step.pop])
+            # Lanes part here: with "apart" both begin after the merge, with "lanes" m before it.
             if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
                 m = a
-            seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
+            seam = {}
+            if probe:
+                seam["probe"] = lambda tap, x, layer=step.layer: probe(tap, layer, x)
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
             if lora:
@@ -2501,20 +2427,18 @@ class GPT(nn.Module):
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
-        x = self.run_join(a, m, self.bank["lane_share"] if h.parallel_form == "apart" else None)
+        x = self.parts["join"](a, m, self.bank["lane_share"] if h.parallel_form == "apart" else None)
         if probe:
             probe("final", 0, x)
         return x
 
     def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
-             lora: Sequence[Mapping[str, LoRA]] | None = None,
-             cache: Cache | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
-        read this."""
+             lora: Sequence[Mapping[str, LoRA]] | None = None, cache: Cache | None = None) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) fp32; arguments as of `hidden`."""
         x = self.hidden(ids, plan, docs, lora, cache=cache)
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
-        return self.run_head(x, self.bank["embed"].to(self.dtype), targets,
-                             *([lora[-1].get("head")] if lora else []), **caps)
+        return self.parts["head"](x, self.bank["embed"].to(self.dtype), targets,
+                                  *([lora[-1].get("head")] if lora else []), **caps)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss in nats of the looped plan; about ln V at initialisation."""
@@ -2541,9 +2465,8 @@ class Cache:
     row's last two tokens: preallocated rings that all rows write at one place.
 
     A tick is `open`, one or more passes of the model, `write`. All chunks have C tokens, so one
-    place serves rows of any age: what differs is how far back a row may look, which is a mask.
-    Slots of an earlier document are masked, never cleared. The pads behind a document's last tokens
-    are written too, and no query ever sees them: its row goes on with another document.
+    place serves rows of any age, and how far back a row may look is a mask. Slots of an earlier
+    document are masked, never cleared; no query sees the pads behind a document's last tokens.
     """
 
     def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...]):
@@ -2576,8 +2499,7 @@ class Cache:
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
-        # Passes made to learn from a chunk find other keys, under other adapters. The caller hands
-        # `write` those of the pass that scored.
+        # passes that learn find other keys: the caller hands `write` those of the pass that scored
         self.fresh = [] if slot == 0 else self.fresh
         self.fresh.append([])
         return Past(*self.ring[slot].unbind(0), self.seen, self.fresh[-1])
@@ -2588,11 +2510,6 @@ class Cache:
         self.ring[..., self.at:self.at + self.C, :] = torch.stack(
             [t for pair in fresh for t in pair]).view_as(self.ring[..., :self.C, :])
         self.at = (self.at + self.C) % self.ring.size(4)
-
-
-def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
-    """Hands an activation of one layer to the probe."""
-    probe(tap, layer, x)
 
 
 # ==================================================================================================
