@@ -1844,7 +1844,8 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
     matrix = dict(optim="muon", bits=h.matrix_bits, sigmas=h.matrix_clip_sigmas)
     scalar, start = dict(optim="scalar"), h.matrix_init
     table = dict(
-        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final", h.embed_clip_sigmas),
+        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final",
+                   h.embed_clip_sigmas),
         wq=Role((L, H, D), start, tap="attn_in", **matrix),
         wk=Role((L, K, D), start, tap="attn_in", **matrix),
         wv=Role((L, K, D), start, tap="attn_in", **matrix),
@@ -1995,7 +1996,8 @@ def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
     cuda, dtype = device.type == "cuda", compute_dtype(h, device)
     # the FlashAttention family multiplies no fp32, and nothing before Ampere
     chip = torch.cuda.get_device_capability(device)[0] if cuda and dtype != torch.float32 else 0
-    there = dict(    # in the order of preferencefa3=chip == 9 and flash_attn_3, fa2=chip >= 8 and flash_attn_2,
+    # in the order of preference
+    there = dict(fa3=chip == 9 and flash_attn_3, fa2=chip >= 8 and flash_attn_2,
                  varlen=chip >= 8 and torch_varlen, blocks=not cuda, sdpa=True)
     if h.attention == "auto":
         return next(name for name in there if there[name])
@@ -2143,6 +2145,7 @@ Layer = NamedTuple("Layer", [(name, Tensor | None) for name in (
 Probe = Callable[[str, int, Tensor], None]    # tap, layer, activation
 LayerProbe = Callable[[str, Tensor], None] | None    # the same inside one layer
 Rope = tuple[Tensor, Tensor]    # cosine and sine
+Adapters = Mapping[str, LoRA]    # of one step, by the map that each corrects
 
 
 def kernels_take(x: Tensor) -> bool:
@@ -2172,7 +2175,7 @@ class Block(nn.Module):
         self.h, self.kernel = h, kernel
 
     def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool,
-                  lora: Mapping[str, LoRA], probe: LayerProbe, value: Tensor | None = None,
+                  lora: Adapters, probe: LayerProbe, value: Tensor | None = None,
                   past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
@@ -2201,7 +2204,7 @@ class Block(nn.Module):
             probe("attn_out", y)
         return linear(y, w.wo, lora.get("o"), lora_in=n)
 
-    def mlp(self, w: Layer, n: Tensor, lora: Mapping[str, LoRA], probe: LayerProbe) -> Tensor:
+    def mlp(self, w: Layer, n: Tensor, lora: Adapters, probe: LayerProbe) -> Tensor:
         """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
         if probe:
             probe("mlp_in", n)
@@ -2209,7 +2212,7 @@ class Block(nn.Module):
         return y + correction(lora["mlp"], n) if "mlp" in lora else y
 
     def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
-                parallel: bool, xsa: bool, lora: Mapping[str, LoRA] = {}, probe: LayerProbe = None,
+                parallel: bool, xsa: bool, lora: Adapters = {}, probe: LayerProbe = None,
                 value: Tensor | None = None, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step, of which a serial one hands
         `m` through. `value` (B, T, K E) is added to the values.
@@ -2391,10 +2394,11 @@ class GPT(nn.Module):
         return x if last is None else x[:, last.size(1):]
 
     def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
-               lora: Sequence[Mapping[str, LoRA]] | None = None, probe: Probe | None = None,
+               lora: Sequence[Adapters] | None = None, probe: Probe | None = None,
                cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
-        step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
+        step, then the head's; `probe` sees all that feeds a quantised matrix; with a `cache`, ids
+        are the next chunk of what it remembers."""
         # `a` is the lane that attention and serial steps write, `m` the MLP's lane
         x0 = a = m = self.parts["embedded"](ids, *([cache.last] if cache else []))
         h, docs = self.h, docs or whole_rows(ids)
@@ -2427,13 +2431,14 @@ class GPT(nn.Module):
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
-        x = self.parts["join"](a, m, self.bank["lane_share"] if h.parallel_form == "apart" else None)
+        share = self.bank["lane_share"] if h.parallel_form == "apart" else None
+        x = self.parts["join"](a, m, share)
         if probe:
             probe("final", 0, x)
         return x
 
     def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
-             lora: Sequence[Mapping[str, LoRA]] | None = None, cache: Cache | None = None) -> Tensor:
+             lora: Sequence[Adapters] | None = None, cache: Cache | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) fp32; arguments as of `hidden`."""
         x = self.hidden(ids, plan, docs, lora, cache=cache)
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
@@ -2514,34 +2519,28 @@ class Cache:
 
 # ==================================================================================================
 # 7. Adapters
-# LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and
-# every row of the batch.
-# For test-time training of single documents: what one teaches is forgotten at its end, and the
-# weights themselves are not touched here. An adapter corrects a map y = W x by scale * b (a x) with
-# scale = TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
+# LoRA factors for test-time training of single documents: what one teaches is forgotten at its end,
+# and no weight is touched. An adapter corrects a map y = W x by scale * b (a x) with scale =
+# TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
 ADAPTER_BETA2 = 0.99    # decay of their squared gradient
 
 
 class AdapterBank:
-    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state; a
-    fresh bank changes nothing.
-
-    All of a row lies in one line of `flat` (B, P), so that an update is a handful of operations.
-    """
+    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state. All
+    of a row lies in one line of `flat` (B, P): an update is a handful of operations."""
 
     def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...],
                  device: torch.device = torch.device("cpu")):
         """Every row starts from the same values: a uniform in +-1/sqrt(D), b zero. `o` and `mlp`
         adapt a map from the block's normalised input to the residual stream."""
         table, D, R = roles(h), h.model_dim, h.ttt_lora_rank
-        out = dict(q=table["wq"].shape[1], k=table["wk"].shape[1], v=table["wv"].shape[1],
+        out = dict({name: table["w" + name].shape[1] for name in "qkv"},
                    o=D, mlp=D, head=h.vocab_size)
         self.h, self.S, self.names = h, len(plan), h.ttt_targets.split(",")
         self.shapes, start = [], []
-        # Equal rows make a score independent of the row, and so of the rank and of the number of
-        # ranks, that a document happens to fall to. With b zero the first chunk is scored by the
-        # artifact's own model; with a zero as well there would be no gradient to either.
+        # Equal rows make a score independent of the row and rank that a document falls to. With b
+        # zero the artifact's own model scores the first chunk; with a zero too none could learn.
         seeded = torch.Generator().manual_seed(h.seed)
         for name in self.names:
             S = 1 if name == "head" else self.S
@@ -2552,8 +2551,7 @@ class AdapterBank:
         self.start = torch.cat(start).to(device)    # (P,)
         self.flat = self.start.repeat(rows, 1).requires_grad_()
         self.square = torch.zeros_like(self.flat)
-        # counted for each row: rows begin their documents at different ticks
-        self.updates = torch.zeros(rows, 1, device=device)
+        self.updates = torch.zeros(rows, 1, device=device)    # per row: documents begin at any tick
 
     @torch.no_grad()
     def reset(self, rows: Tensor) -> None:
@@ -2565,13 +2563,11 @@ class AdapterBank:
     @torch.no_grad()
     def step(self, loss: Tensor, rate: Tensor) -> None:
         """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) down `loss`, a sum over
-        rows, at rates (B, 1).
+        rows, so that none learns from another, at rates (B, 1).
 
-        s <- beta s + (1 - beta) g^2, p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8). In a sum
-        the gradient of a row is that of its own document alone: no row learns from another.
+        s <- beta s + (1 - beta) g^2, p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8).
         """
-        grad, = torch.autograd.grad(loss, self.flat)
-        beta = ADAPTER_BETA2
+        (grad, ), beta = torch.autograd.grad(loss, self.flat), ADAPTER_BETA2
         self.updates += 1
         self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
         spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
@@ -2590,17 +2586,13 @@ class AdapterBank:
 
 # ==================================================================================================
 # 8. Optimisers
-# Muon for the matrices, each rank the owner of a share of them; fused AdamW for the embedding and
-# the small tensors; the schedule, a pure function of progress; the exponential moving average,
-# which is what gets exported.
-# What enters is the gradient of each rank's own tokens; what leaves are weights that are equal on
-# all ranks, though none is broadcast after the first: all apply the same gathered updates to the
-# same weights. Nothing here knows the time; a step gets its rates and its momentum as numbers.
+# Muon for the matrices, of which each rank owns a share; fused AdamW for the rest; the schedule, a
+# pure function of progress; the moving average that gets exported. What enters is the gradient of
+# each rank's own tokens; what leaves are weights that are equal on all ranks, though none is
+# broadcast after the first: all apply the same gathered updates to the same weights.
 # ==================================================================================================
 # Coefficients (a, b, c) of five Polar Express iterations X <- a X + (b A + c A^2) X, A = X X^T
-# (arXiv 2505.16932).
-# Odd polynomials act on singular values alone: s becomes a s + b s^3 + c s^5, and five of them
-# drive every s in (0, 1] towards 1. No decomposition is made, only products.
+# (arXiv 2505.16932): a singular value s becomes a s + b s^3 + c s^5, five times, and so about 1.
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -2611,9 +2603,8 @@ NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315), ) * 5    # of the first Muon, equal a
 
 def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS) -> Tensor:
     """(n, rows, cols) -> about the nearest semi-orthogonal matrices, products in `dtype`."""
-    # x x^T is then the smaller of the two products. The Frobenius norm is at least the largest
-    # singular value, and 2% more keep rounding from lifting one above 1, where the first polynomial
-    # grows fast; the small addend turns slices of zeros into zeros and not into NaN.
+    # The Frobenius norm is at least the largest singular value, and 2% more keep rounding from
+    # lifting one above 1, where the first polynomial grows fast; the addend keeps zeros from NaN.
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -2624,38 +2615,30 @@ def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EX
 
 
 class Stack:
-    """Banks of one matrix shape, up to transposition, laid in a row of slices and shared out among
-    the ranks.
+    """Banks of one matrix shape, up to transposition, as a row of slices in equal shares for the
+    ranks; `gain` is max(1, rows / cols)^0.5 of a matrix as it is stored.
 
-    Slices of untransposed banks come first. Zero padding makes the shares equal; `gain` is max(1,
-    rows / cols)^0.5 of a matrix as it is stored.
-
-    One batched product then serves all layers of all banks of a shape: at the defaults three stacks
-    of 22 slices, wq with wo, wk with wv, w_up with w_down. No rank orthogonalises what another one
-    does, and none keeps a momentum that is not its own.
+    One batched product serves all layers of all banks of a shape: at the defaults three stacks of
+    22 slices, wq with wo, wk with wv, w_up with w_down. Untransposed ones come first.
     """
 
     def __init__(self, banks: Sequence[nn.Parameter], world: World):
         """Gives each rank a momentum for its own slices only."""
-        self.world = world
+        self.world, device = world, banks[0].device
         self.banks = sorted(banks, key=lambda p: p.size(-2) < p.size(-1))
-        rows, cols = max(self.banks[0].shape[-2:]), min(self.banks[0].shape[-2:])
-        self.count = sum(p.size(0) for p in self.banks)
+        cols, rows = sorted(banks[0].shape[-2:])
+        self.count = sum(len(p) for p in banks)
         # rounded up: 22 slices over 8 ranks are 3 each and 2 of padding at the end
         share = -(-self.count // world.size)
-        upright = sum(p.size(0) for p in self.banks if p.size(-2) >= p.size(-1))
-        first = world.rank * share
-        self.upright = min(max(upright - first, 0), share)    # of this rank's slices
-        like = self.banks[0]
-        gains = torch.ones(share * world.size, 1, 1, device=like.device)
-        gains[:upright] = max(1.0, rows / cols)**0.5
-        self.gain = gains[first:first + share]
-        self.momentum = torch.zeros(share, rows, cols, device=like.device)
+        upright = sum(len(p) for p in banks if p.size(-2) >= p.size(-1))
+        self.upright = min(max(upright - world.rank * share, 0), share)    # of this rank's slices
+        self.gain = torch.ones(share, 1, 1, device=device)
+        self.gain[:self.upright] = (rows / cols)**0.5
+        self.momentum = torch.zeros(share, rows, cols, device=device)
 
     def collect(self, wire: torch.dtype) -> Callable[[], Tensor]:
-        """This rank's slices (share, rows, cols) of the mean gradient, sent as `wire`, once
-        called."""
-        # a reduce-scatter sends each rank the mean of its own slices and nothing else
+        """Starts the reduce-scatter of the gradients as `wire`; once called, what it returns gives
+        this rank's slices (share, rows, cols) of their mean."""
         slices = [p.grad if p.size(-2) >= p.size(-1) else p.grad.mT for p in self.banks]
         spare = self.momentum.size(0) * self.world.size - self.count
         if spare:
@@ -2666,50 +2649,40 @@ class Stack:
 
     def direction(self, g: Tensor, momentum: float, dtype: torch.dtype, equal_rows: bool = True,
                   iterations: Sequence = POLAR_EXPRESS) -> Tensor:
-        """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
-        cols).
-
-        m <- mu m + g, u = g + mu m, rows of u over their norms (#1285), then the nearest matrix of
-        singular values 1, times the gain: every direction of a matrix moves at one rate.
+        """Nesterov momentum m <- mu m + g, u = g + mu m, rows of u over their norms (MuonEq-R,
+        #1285), then the nearest matrix of singular values 1, times the gain; (share, rows, cols).
         """
         self.momentum.mul_(momentum).add_(g)
         u = g.add(self.momentum, alpha=momentum)
         if equal_rows:
             # a row is one of the matrix as stored: in a transposed slice it is a column
-            u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
-            u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
+            for part, dim in ((u[:self.upright], -1), (u[self.upright:], -2)):
+                part.div_(part.norm(dim=dim, keepdim=True).add_(1e-7))
         return orthogonalise(u, dtype, iterations) * self.gain.to(dtype)
 
     def apply(self, rows: Tensor, lr: float, decay: float) -> None:
         """p <- (1 - lr * decay) p - lr * update, with the slices (n, rows, cols) of all ranks."""
-        first = 0
-        for p in self.banks:
-            mine = rows[first:first + p.size(0)]
-            first += p.size(0)
+        for p, mine in zip(self.banks, rows[:self.count].split([len(p) for p in self.banks])):
             p.mul_(1 - lr * decay).add_(mine if p.size(-2) >= p.size(-1) else mine.mT, alpha=-lr)
 
 
 class Optimiser:
-    """Every parameter's update: one call a step. Gradients are averaged over the ranks here and
-    nowhere else.
+    """Every parameter's update; gradients are averaged over the ranks here and nowhere else.
 
-    Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982). The rest:
-    all-reduce, AdamW. All collectives of a step are under way before the first is needed; each
-    stack's all-gather runs behind the next one's products, the last one behind AdamW.
-    The global norm is clipped on the device; nothing waits for the host.
+    Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982) behind the
+    next stack's products. The rest: all-reduce, AdamW. Nothing waits for the host.
     """
 
     def __init__(self, model: GPT, world: World):
         """Groups the parameters by their role; each that training moves is in exactly one group."""
-        self.h, self.model, self.world = model.h, model, world
-        table, bank = roles(self.h), model.bank
+        h = self.h = model.h
+        self.model, self.world = model, world
+        table, bank = roles(h), model.bank
         shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for name, role in table.items():
             if role.optim == "muon":
                 shapes.setdefault(tuple(sorted(role.shape[1:])), []).append(bank[name])
         self.stacks = [Stack(banks, world) for banks in shapes.values()]
-        self.matrices = [p for stack in self.stacks for p in stack.banks]
-        h = self.h
         groups = [dict(params=[bank[n] for n, r in table.items() if r.optim == kind], lr=rate,
                        peak=rate, weight_decay=decay)
                   for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd),
@@ -2718,24 +2691,19 @@ class Optimiser:
         self.others = [p for group in groups for p in group["params"]]
         self.wire = torch.bfloat16 if world.device.type == "cuda" else torch.float32
 
-    def average_others(self) -> None:
-        """Averages the gradients of the AdamW parameters in one flat collective."""
-        if self.world.size > 1:
-            flat = self.world.mean(torch.cat([p.grad.flatten() for p in self.others]))
-            for p, g in zip(self.others, flat.split([p.numel() for p in self.others])):
-                p.grad = g.view_as(p)
-
     @torch.no_grad()
     def step(self, factor: float, momentum: float) -> None:
         """One update with all rates times `factor`; clears the gradients."""
         h = self.h
-        # All collectives start in the same order on every rank, without which they would deadlock.
+        # all collectives start in the same order on every rank: otherwise they would deadlock
         begun = [stack.collect(self.wire) for stack in self.stacks]
-        self.average_others()
+        if self.world.size > 1:
+            flat = self.world.mean(torch.cat([p.grad.flatten() for p in self.others]))
+            for p, g in zip(self.others, flat.split([p.numel() for p in self.others])):
+                p.grad = g.view_as(p)
         shares = [ready() for ready in begun]
         if h.grad_clip_norm:
-            # Slices are spread over the ranks, so their squares are summed; the other gradients are
-            # the same everywhere by now and count once.
+            # slices are spread over the ranks; the other gradients are equal on all by now
             squares = self.world.sum(torch.stack([g.square().sum() for g in shares]).sum())
             total = (squares + sum(p.grad.square().sum() for p in self.others)).sqrt()
             clip = (h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
@@ -2765,8 +2733,7 @@ class Optimiser:
 
 
 # Progress is the share of the time for training, or of ITERATIONS where there is no clock, so that
-# the rates reach their end with it on fast and slow machines alike. The line of the warmdown aims
-# at zero and is held at MIN_LR, at the defaults for the last 0.1 * 0.85 = 8.5% of a run.
+# the rates reach their end with it on fast and slow machines alike.
 def warmdown(h: Hyperparameters, step: int, progress: float) -> float:
     """One, then a line towards zero that ends with training, held at MIN_LR from where it crosses
     it: over the last WARMDOWN_FRAC, or the last WARMDOWN_ITERS steps by the mean step so far."""
@@ -2791,9 +2758,8 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 class EMA:
     """Exponential moving average of all banks, from the initial weights on, after every step.
 
-    It reaches back about 1 / (1 - EMA_DECAY) steps, 286 at the defaults. Of the initial weights
-    decay^steps is left, nothing after thousands of them, so that no correction is made. Every rank
-    keeps a whole copy in fp32: bf16 would round away 0.35% of a small difference.
+    Of these decay^steps is left, nothing after thousands, so that no correction is made. A whole
+    copy in fp32: bf16 would round away 0.35% of a small difference.
     """
 
     def __init__(self, model: GPT):
@@ -4912,35 +4878,14 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
 
 # ==================================================================================================
 # 14. Fused kernels
-# Two pieces of a step whose plain form moves tensors through memory that nobody reads twice, in
-# Triton. The plain twins are `Block.mlp` and `Head.forward` themselves. An operator is opaque to
-# the compiler, so that one graph holds it. Sizes: 98,304 tokens, D = 512, F = 2048, V = 8192.
-#   mlp    the activation and its slope come out of the registers that hold the product: no pass of
-#          its own over (M, F)
-#   nats   softcap, softmax and loss from the logits in their own type: no fp32 copy of (N, V), and
-#          one number per row kept for the backward pass
-# They take and give what the twins do; nothing here defines a meaning. Where they cannot work, or
-# disagree with their twins (`kernels_trouble`), a run goes on without them.
+# Triton twins of `mlp` and `softcapped_nats`, which define the meaning. `mlp` takes the activation
+# from the registers that hold the product, without a pass of its own over (M, F); `nats` needs no
+# fp32 copy of the logits (N, V). Where they cannot work, or disagree with the plain forms
+# (`kernels_trouble`), a run goes on without them.
 # ==================================================================================================
 def jit(kernel: Callable) -> Callable:
     """The Triton kernel; where Triton is missing, the function itself, which nobody then calls."""
     return triton.jit(kernel) if triton else kernel
-
-
-def tuned(key: list[str], *tiles: tuple[int, ...], pre_hook: Callable | None = None) -> Callable:
-    """Decorator: the fastest of `tiles` (rows, columns, depth, stages, warps) for each value of
-    `key`; a tile too large for the chip's shared memory drops out. The interpreter takes one.
-
-    Tuning happens at the first call with new sizes: in the rehearsal, off the clock, if there is
-    one."""
-    if triton is None:
-        return lambda kernel: kernel
-    names = "ROWS", "COLUMNS", "DEPTH"
-    return triton.autotune([
-        triton.Config(dict(zip(names, tile)), num_stages=tile[3], num_warps=tile[4],
-                      pre_hook=pre_hook)
-        for tile in ([(32, 16, 16, 1, 1)] if INTERPRETED else tiles)
-    ], key=key)
 
 
 @jit
@@ -4972,14 +4917,25 @@ def fit_descriptors(arguments: dict) -> None:
     arguments["h"].block_shape = arguments["out"].block_shape = [rows, columns // 2]
 
 
-@tuned(["N", "K", "BACKWARD"], (128, 256, 64, 3, 8), (128, 128, 64, 4, 8),
-       (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), pre_hook=fit_descriptors)
+def tuned(kernel: Any) -> Any:
+    """`mlp_kernel` with the fastest tile that fits the chip, found at the first call with new
+    sizes: in the rehearsal, off the clock, if there is one."""
+    if triton is None:
+        return kernel
+    tiles = [(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 3, 4), (64, 128, 64, 3, 4)]
+    return triton.autotune([
+        triton.Config(dict(ROWS=rows, COLUMNS=columns, DEPTH=depth), num_stages=stages,
+                      num_warps=warps, pre_hook=fit_descriptors)
+        for rows, columns, depth, stages, warps in ([(32, 16, 16, 1, 1)] if INTERPRETED else tiles)
+    ], key=["N", "K", "BACKWARD"])(kernel)
+
+
+@tuned
 @jit
 def mlp_kernel(a, b, h, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
                ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """Forward: out = LeakyReLU(a @ b^T, slope)^2, with a (M, K), b (N, K). Backward: out = (a @ b)
-    times its slope, known from h, with b (K, N). Each program walks many tiles; neighbours share
-    rows of `a`, and all of `b` stays in the L2 cache."""
+    times its slope, known from h, with b (K, N). Neighbouring tiles share rows of `a`."""
     across = tl.cdiv(N, COLUMNS)
     # flattened, the next tile's loads are under way while this tile's results are written
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, PROGRAMS, flatten=True):
@@ -4997,8 +4953,7 @@ def mlp_kernel(a, b, h, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
         finish(high, h, out, row, column + COLUMNS // 2, slope, BACKWARD)
 
 
-def launch_mlp(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float,
-               backward: bool) -> None:
+def launch_mlp(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backward: bool) -> None:
     """Fills out (M, N); the forward direction ignores h."""
     # TMA: the chip copies whole tiles and cuts what reaches over the edge. Shapes come later.
     matrices = [descriptors.TensorDescriptor.from_tensor(t.contiguous(), [1, 8])
@@ -5016,8 +4971,7 @@ def mlp_forward(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[
 
 
 def mlp_slope(dy: Tensor, w_down: Tensor, h: Tensor, slope: float) -> Tensor:
-    """Gradient (M, F) of what the activation was taken of: (dy @ w_down) times its slope, in one
-    pass."""
+    """Gradient (M, F) of what the activation was taken of: (dy @ w_down) times its slope."""
     out = torch.empty_like(h)
     launch_mlp(dy, w_down, h, out, slope, True)
     return out
@@ -5042,8 +4996,8 @@ def mlp_backward(ctx: Any, dy: Tensor, unused: Tensor | None) -> tuple[Tensor | 
 
 @jit
 def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
-    """One row: nats = log sum exp z - z[target], with z = cap * tanh(logits / cap) + cap. The
-    constant + cap leaves the softmax alone and turns tanh into a sigmoid."""
+    """One row: nats = log sum exp z - z[target], with z = cap * tanh(logits / cap) + cap, where
+    + cap leaves the softmax alone and turns tanh into a sigmoid."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     column = tl.arange(0, BLOCK)
@@ -5058,10 +5012,8 @@ def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
 
 @jit
 def nats_slope_kernel(logits, targets, lse, slope, out, V, cap, BLOCK: tl.constexpr):
-    """One row: out = slope[row] * d nats / d logits, from the logits again.
-
-    d nats / d z is softmax(z) less one at the target; dz / d logits = 1 - tanh^2. To keep the
-    softmax would cost as much memory as the logits; to compute it again costs one pass."""
+    """One row: out = slope[row] * d nats / d logits, from the logits again: d nats / d z is
+    softmax(z) less one at the target, dz / d logits = 1 - tanh^2."""
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     place = row.to(tl.int64) * V + column
     s = tl.sigmoid(2 / cap * tl.load(logits + place, mask=column < V, other=0.0).to(tl.float32))
@@ -5076,8 +5028,8 @@ def nats_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, T
     N, V = logits.shape
     nats, lse = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
     # a block holds a whole row: up to 64 numbers a thread at V = 16384
-    nats_kernel[(N,)](logits, targets, nats, lse, V, cap, num_warps=8,
-                      BLOCK=triton.next_power_of_2(V))
+    block = triton.next_power_of_2(V)
+    nats_kernel[(N,)](logits, targets, nats, lse, V, cap, num_warps=8, BLOCK=block)
     return nats, lse
 
 
@@ -5117,8 +5069,7 @@ def register_kernels() -> None:
     define("mlp_slope", "(Tensor a, Tensor b, Tensor c, float d) -> Tensor", mlp_slope,
            lambda dy, w_down, h, slope: torch.empty_like(h))
     define("nats", "(Tensor a, Tensor b, float c) -> (Tensor, Tensor)", nats_forward,
-           lambda z, *rest: (z.new_empty(len(z), dtype=torch.float32),
-                             z.new_empty(len(z), dtype=torch.float32))
+           lambda z, *rest: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2))
            ).register_autograd(nats_backward, setup_context=keep_nats)
     define("nats_slope", "(Tensor a, Tensor b, Tensor c, Tensor d, float e) -> Tensor", nats_slope,
            lambda z, *rest: torch.empty_like(z))
@@ -5126,11 +5077,8 @@ def register_kernels() -> None:
 
 @functools.cache
 def kernels_trouble() -> str:
-    """Why this machine computes without the fused kernels; empty where they work: mlp and
-    nats are compared with their plain twins once, forward and backward.
-
-    200 rows end inside a tile, where mistakes would be. A kernel that is wrong is worse than one
-    that fails, since training would go on with it."""
+    """Why this machine computes without the fused kernels; empty where they equal their plain twins
+    once, forward and backward, on 200 rows: these end inside a tile, where mistakes would be."""
     chip = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, )
     if not triton or not (chip or INTERPRETED):
         return "they need Triton and a Hopper GPU or later"
