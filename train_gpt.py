@@ -1908,10 +1908,8 @@ class Step(NamedTuple):
 # flipping them does nothing (as with the late rounding of #315).
 def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple[Step, ...]:
     """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times if looped.
-
-    The first half pushes its outputs, the second half pops them in reverse (U-Net skips, #289).
-    Plain skips have a row for each pair of the unlooped plan only (#1539).
-    """
+    The first half pushes its outputs, the second pops them in reverse (U-Net skips, #289); plain
+    skips have a row for each pair of the unlooped plan only (#1539)."""
     order, end = list(range(h.num_layers)), h.loop_end + 1
     if looped:
         order[end:end] = list(range(h.loop_start, end)) * h.num_loops
@@ -2001,9 +1999,8 @@ def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
                  varlen=chip >= 8 and torch_varlen, blocks=not cuda, sdpa=True)
     if h.attention == "auto":
         return next(name for name in there if there[name])
-    if not there[h.attention] and h.attention != "blocks":
-        raise Refusal(f"ATTENTION={h.attention}: not on {device.type} in {str(dtype)[6:]} with "
-                      "what is installed here")
+    require(there[h.attention] or h.attention == "blocks", f"ATTENTION={h.attention}: not on "
+            f"{device.type} in {str(dtype)[6:]} with what is installed here")
     return h.attention
 
 
@@ -2108,9 +2105,7 @@ class BlockAttention(torch.autograd.Function):
 
 class Past(NamedTuple):
     """What one step of depth remembers of the tokens before a chunk, and where it leaves its own.
-
-    Keys are kept rotated: places count from the document's start and so never change.
-    """
+    Keys are kept rotated: places count from the document's start and so never change."""
 
     keys: Tensor    # (B, K, M, E), as they were when scored
     values: Tensor    # (B, K, M, E)
@@ -2174,8 +2169,8 @@ class Block(nn.Module):
         super().__init__()
         self.h, self.kernel = h, kernel
 
-    def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool,
-                  lora: Adapters, probe: LayerProbe, value: Tensor | None = None,
+    def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool, lora: Adapters,
+                  probe: LayerProbe, value: Tensor | None = None,
                   past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
@@ -2354,11 +2349,10 @@ class GPT(nn.Module):
         gradient per use. `rounded` matrices pass their gradient straight through (#578)."""
         cast = {}
         for name, role in roles(self.h).items():
-            if name not in Layer._fields:
-                continue
-            w = straight_through(self.bank[name], role, self.h) if rounded else self.bank[name]
-            plain = role.optim == "scalar" and name != "head_gate"
-            cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
+            if name in Layer._fields:
+                w = straight_through(self.bank[name], role, self.h) if rounded else self.bank[name]
+                plain = role.optim == "scalar" and name != "head_gate"
+                cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
         cast["depth_scale"] = (numbers**(-0.5 * self.h.ln_scale)).unbind(0)
         absent = (None, ) * self.h.num_layers
@@ -2382,15 +2376,14 @@ class GPT(nn.Module):
             x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
         if last is not None:
             x = x * (ids >= 0)[..., None]
-        if self.h.smear_gate == "channel":
-            x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
-            x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
-        elif self.h.smear_gate == "token":
+        if self.h.smear_gate == "token":
             drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
-            x = norm(x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0)))
-        else:
-            x = norm(x)
+            x = x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+        x = norm(x)
+        if self.h.smear_gate == "channel":
+            share = torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
+            x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
         return x if last is None else x[:, last.size(1):]
 
     def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
@@ -2417,13 +2410,11 @@ class GPT(nn.Module):
             # Lanes part here: with "apart" both begin after the merge, with "lanes" m before it.
             if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
                 m = a
-            seam = {}
+            seam = dict(lora=lora[slot]) if lora else {}
             if probe:
                 seam["probe"] = lambda tap, x, layer=step.layer: probe(tap, layer, x)
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
-            if lora:
-                seam["lora"] = lora[slot]
             if cache:
                 seam["past"] = cache.past(slot)
             a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
@@ -2482,9 +2473,8 @@ class Cache:
             self.layers = model.layers()    # cast once: the weights stay as they are
         # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
         slots = -(-(self.T - 1) // C) * C
-        # (S, 2, B, K, M, E)
-        self.ring = torch.zeros(len(plan), 2, B, h.num_kv_heads, slots, h.head_dim,
-                                dtype=model.dtype, device=embed.device)
+        shape = len(plan), 2, B, h.num_kv_heads, slots, h.head_dim    # (S, 2, B, K, M, E)
+        self.ring = torch.zeros(shape, dtype=model.dtype, device=embed.device)
         self.ids = torch.zeros(B, 2, dtype=torch.int64, device=embed.device)
 
     def open(self, behind: Tensor) -> None:
@@ -2495,9 +2485,9 @@ class Cache:
         ago = (self.at - 1 - slots) % len(slots) + 1
         seen = (ago <= behind[:, None, None]) & (ago + place[:, None] < self.T)
         own = (place[:, None] >= place).expand(len(behind), -1, -1)
+        seen = torch.cat((seen, own), 2)[:, None]
+        self.seen = torch.where(seen, 0.0, -math.inf).to(self.ring.dtype)
         self.behind = behind
-        self.seen = torch.where(torch.cat((seen, own), 2)[:, None], 0.0, -math.inf).to(
-            self.ring.dtype)
         # at a document's start there is no token before, and at its second only one
         self.last = torch.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device),
                                 self.ids, -1)
@@ -2562,11 +2552,9 @@ class AdapterBank:
 
     @torch.no_grad()
     def step(self, loss: Tensor, rate: Tensor) -> None:
-        """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) down `loss`, a sum over
-        rows, so that none learns from another, at rates (B, 1).
-
-        s <- beta s + (1 - beta) g^2, p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8).
-        """
+        """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) at rates (B, 1) down `loss`,
+        a sum over rows, so that none learns from another: s <- beta s + (1 - beta) g^2,
+        p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8)."""
         (grad, ), beta = torch.autograd.grad(loss, self.flat), ADAPTER_BETA2
         self.updates += 1
         self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
@@ -2640,18 +2628,15 @@ class Stack:
         """Starts the reduce-scatter of the gradients as `wire`; once called, what it returns gives
         this rank's slices (share, rows, cols) of their mean."""
         slices = [p.grad if p.size(-2) >= p.size(-1) else p.grad.mT for p in self.banks]
-        spare = self.momentum.size(0) * self.world.size - self.count
-        if spare:
-            slices.append(slices[0].new_zeros(spare, *self.momentum.shape[1:]))
-        rows = torch.cat(slices) if len(slices) > 1 else slices[0]
+        spare = len(self.momentum) * self.world.size - self.count
+        rows = torch.cat([*slices, slices[0].new_zeros(spare, *self.momentum.shape[1:])])
         ready = self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows)
         return lambda: ready().float()
 
     def direction(self, g: Tensor, momentum: float, dtype: torch.dtype, equal_rows: bool = True,
                   iterations: Sequence = POLAR_EXPRESS) -> Tensor:
-        """Nesterov momentum m <- mu m + g, u = g + mu m, rows of u over their norms (MuonEq-R,
-        #1285), then the nearest matrix of singular values 1, times the gain; (share, rows, cols).
-        """
+        """(share, rows, cols): momentum m <- mu m + g, u = g + mu m, rows of u over their norms
+        (MuonEq-R, #1285), then the nearest matrix of singular values 1, times the gain."""
         self.momentum.mul_(momentum).add_(g)
         u = g.add(self.momentum, alpha=momentum)
         if equal_rows:
@@ -2670,8 +2655,7 @@ class Optimiser:
     """Every parameter's update; gradients are averaged over the ranks here and nowhere else.
 
     Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982) behind the
-    next stack's products. The rest: all-reduce, AdamW. Nothing waits for the host.
-    """
+    next stack's products. The rest: all-reduce, AdamW. Nothing waits for the host."""
 
     def __init__(self, model: GPT, world: World):
         """Groups the parameters by their role; each that training moves is in exactly one group."""
@@ -2756,11 +2740,8 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of all banks, from the initial weights on, after every step.
-
-    Of these decay^steps is left, nothing after thousands, so that no correction is made. A whole
-    copy in fp32: bf16 would round away 0.35% of a small difference.
-    """
+    """Exponential moving average of all banks from the initial weights on, of which nothing is left
+    after thousands of steps; in fp32, for bf16 would round away 0.35% of a small difference."""
 
     def __init__(self, model: GPT):
         """Starts as a copy of the weights."""
@@ -4963,8 +4944,7 @@ def launch_mlp(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backw
 
 
 def mlp_forward(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """(output (M, D), activations (M, F)); the latter are at most 2^-7 of themselves off, twice
-    what rounding to bf16 costs."""
+    """(output (M, D), activations (M, F)), the latter at most 2^-7 of themselves off."""
     h = x.new_empty(len(x), len(w_up))
     launch_mlp(x, w_up, h, h, slope, False)
     return h @ w_down.mT, h
