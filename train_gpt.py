@@ -1955,8 +1955,7 @@ def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | Non
     return y if lora is None else y + correction(lora, x if lora_in is None else lora_in)
 
 
-def rope_table(h: Hyperparameters, T: int, like: Tensor,
-               behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope_table(h: Hyperparameters, T: int, like: Tensor, behind: Tensor | None = None) -> Rope:
     """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv
     2104.09864), rounded last; (B, T, 1, ROPE_DIMS / 2) where rows begin `behind` (B,) tokens."""
     # fp64 where places count from a document's start: at place 100,000 fp32 is 0.004 rad off
@@ -2048,10 +2047,9 @@ def ungroup(t: Tensor) -> Tensor:
 
 class BlockAttention(torch.autograd.Function):
     """Exact attention by blocks of queries, each against the keys before its end, for CPUs and as
-    the other kernels' twin.
+    the other kernels' twin; the query heads of a group are rows of one product.
 
-    The query heads of a group are rows of one product with the key head that they share. The
-    backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
+    The backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
     torch's CPU kernel computes them again at two to three times the cost.
     """
 
@@ -2359,13 +2357,11 @@ class GPT(nn.Module):
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
-        """(B, T) -> normalised embeddings (B, T, D), the previous token's smeared in. `last` (B, 2)
-        are the tokens before the chunk, negative for none.
+        """(B, T) -> normalised (B, T, D). `last` (B, 2): those before, negative for none.
 
         x_t + scale * sigmoid(W x_t[:GATE_WINDOW]) * x_(t-1), 0 for the last term at a BOS: without
         that a document's first token would read the end of another (found in #1797). The form per
-        channel (#162) has no such mask.
-        """
+        channel (#162) has no such mask."""
         # two tokens: the smear needs the one before the chunk, whose bigram one more
         ids = ids if last is None else torch.cat((last, ids), 1)
         x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
@@ -2629,7 +2625,9 @@ class Stack:
         this rank's slices (share, rows, cols) of their mean."""
         slices = [p.grad if p.size(-2) >= p.size(-1) else p.grad.mT for p in self.banks]
         spare = len(self.momentum) * self.world.size - self.count
-        rows = torch.cat([*slices, slices[0].new_zeros(spare, *self.momentum.shape[1:])])
+        if spare:
+            slices.append(slices[0].new_zeros(spare, *self.momentum.shape[1:]))
+        rows = torch.cat(slices) if len(slices) > 1 else slices[0]
         ready = self.world.scatter_mean(rows.to(wire) if self.world.size > 1 else rows)
         return lambda: ready().float()
 
@@ -2694,7 +2692,6 @@ class Optimiser:
             torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
         iterations = POLAR_EXPRESS if h.polar_express else NEWTON_SCHULZ
         options = (h.muon_row_normalize, iterations[:h.muon_backend_steps])
-        # Each gather starts as soon as its stack is ready; AdamW works while the last is under way.
         updates = [self.world.gathered(stack.direction(g, momentum, self.model.dtype, *options))
                    for stack, g in zip(self.stacks, shares)]
         for group in self.adam.param_groups:
