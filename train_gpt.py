@@ -1708,11 +1708,9 @@ build_corpus = embedded_corpus
 
 # ==================================================================================================
 # 5. Roles and depth
-# One row per stored tensor. Construction, initialisation, optimisers, calibration, quantisation,
-# packing and the size report all walk this table; the artifact stores neither names nor shapes,
-# because the table's order is its format.
-# A new gate is one row here and one line in the model. Whoever moves a row makes older artifacts
-# unreadable, or, where two rows have one shape, swaps them without a word.
+# One row per stored tensor: all later stages walk this table, whose order is the format of the
+# artifact. Whoever moves a row makes older artifacts unreadable, or, where two rows have one shape,
+# swaps them without a word. A new gate is one row here and one line in the model.
 # ==================================================================================================
 class Role(NamedTuple):
     """What the pipeline needs to know about one stored tensor."""
@@ -1722,18 +1720,16 @@ class Role(NamedTuple):
     optim: str    # "muon", "embed", "scalar", or "" where training leaves it alone
     bits: int = 16    # 16: fp16; 1 to 8: codes of that width, a step per row
     tap: str = ""    # the activation that feeds it; empty: rounded without GPTQ
-    # clip width in standard deviations of a row; 0: the row's largest value
-    sigmas: float = 0.0
+    sigmas: float = 0.0    # clip width in standard deviations of a row; 0: its largest value
 
 
 BIGRAM_DIM = 128    # width of the bigram embedding, in all systems that have one
 EMBED_INIT_STD = 0.005    # of the token embedding at first; its norm takes the size away
 
 
-# At first a model is nearly its embedding: wo and w_down are zero, so no block adds anything to the
-# stream; mix_x0 and smear_scale are zero. A gate at zero is half open, sigmoid(0) = 1/2, and
-# can move either way. At the defaults what is stored in fp16 is under 0.1% of the weights, too
-# little to be worth codes.
+# At first a model is nearly its embedding: with wo and w_down zero no block adds to the stream. A
+# gate at zero is half open and can move either way. At the defaults what is stored in fp16 is under
+# 0.1% of the weights, too little to be worth codes.
 def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
     L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
@@ -1776,8 +1772,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         table["bigram"] = Role((h.bigram_vocab_size, BIGRAM_DIM), 0.0, "embed", 8)
         table["bigram_proj"] = Role((1, D, BIGRAM_DIM), "orthogonal", "muon")
         table["bigram_scale"] = Role((1, ), 0.05, **scalar)
-    if h.ve_dim:
-        # The published pass over the matrices leaves a side below 64 at zero.
+    if h.ve_dim:    # the published pass over the matrices leaves a side below 64 at zero
         table["ve"] = Role((h.vocab_size, h.ve_dim), "normal", "embed", 8)
         table["ve_proj"] = Role((1, K, h.ve_dim), "orthogonal" if h.ve_dim >= 64 else 0.0, "muon")
         table["ve_scale"] = Role((1, ), 0.1, **scalar)
@@ -1802,45 +1797,33 @@ class Step(NamedTuple):
 # The plan of the defaults when looped, 17 steps of 11 layers, as step: layer.
 #     push    0:0  1:1  2:2  3:3  4:4  5:5  6:3  7:4
 #     pop    15:9 14:8 13:7 12:6 11:5 10:4  9:3  8:5      16:10 pops nothing
-# A column is one skip: step 8 + r pops what step 7 - r pushed, by row r of the skip weights. Rows
-# count from the middle: the plan without the loop uses rows 0 to 4, and rows 5 to 7 wait for the
-# loop. When that begins no weight is added or copied; a longer plan runs over the same banks.
-# A plan is a tuple of constants and an argument, never a flag that is flipped: a compiler folds
-# flags into its graph, where flipping them does nothing (as with the late rounding of #315).
+# A column is one skip: step 8 + r pops what step 7 - r pushed, by row r of the skip weights. The
+# plan without the loop uses rows 0 to 4; rows 5 to 7 wait for the loop.
+# A plan is an argument, never a flag that is flipped: a compiler folds flags into its graph, where
+# flipping them does nothing (as with the late rounding of #315).
 def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple[Step, ...]:
-    """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times when
-    looped.
-
-    The first half pushes its outputs, the second half pops them in reverse (U-Net skips, #289).
-    Plain skips have a row for each pair of the unlooped plan only (#1539).
-    """
-    segment = range(h.loop_start, h.loop_end + 1)
-    if not (looped and h.num_loops):
-        order = list(range(h.num_layers))
-    else:
-        order = [*range(h.loop_start), *list(segment) * (1 + h.num_loops),
-                 *range(h.loop_end + 1, h.num_layers)]
-    # Steps below `half` push, so a parallel step, which is at or beyond it, never does: what is
-    # kept is always one lane, and it is always merged into the lane of the attention.
+    """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times if looped.
+    The first half pushes its outputs, the second pops them in reverse (U-Net skips, #289); plain
+    skips have a row for each pair of the unlooped plan only (#1539)."""
+    order, end = list(range(h.num_layers)), h.loop_end + 1
+    if looped:
+        order[end:end] = list(range(h.loop_start, end)) * h.num_loops
+    # Only steps below `half` push, only those from it on are parallel: what is kept is one lane.
     half = len(order) // 2
     rows = half if h.skip_gates else h.num_layers // 2
     first = h.num_layers if h.parallel_form == "none" else h.parallel_start_layer
     return tuple(
-        Step(layer, half - rows <= slot < half,
-             slot - half if half <= slot < half + rows else None,
+        Step(layer, half - rows <= slot < half, slot - half if half <= slot < half + rows else None,
              layer >= first and slot >= half, layer >= h.num_layers - h.xsa_last_n, rounded)
         for slot, layer in enumerate(order))
 
 
 # ==================================================================================================
 # 6. Model
-# The only forward pass of the file. `hidden` has two seams, both empty by default: `lora` adapts
-# every `linear`, and `probe` sees every activation that feeds a quantised matrix. Depth recurrence
-# is the argument `plan`, never a flag.
-# One pass for training, scoring, calibration and test-time training: in a second copy one gate is
-# soon forgotten (1.908 BPB in #1787). Shapes are (B, T, D) throughout; matrices are (out, in).
-# Products run in the compute dtype, sums with fp32 gains in fp32, rounded once at the end. Nothing
-# here knows of clocks, ranks or files.
+# The only forward pass of the file, for training, scoring, calibration and test-time training: in a
+# second copy one gate is soon forgotten (1.908 BPB in #1787). Shapes are (B, T, D) throughout,
+# matrices (out, in). Products run in the compute dtype, sums with fp32 gains in fp32, rounded once
+# at the end.
 # ==================================================================================================
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension without a gain: x / sqrt(mean(x^2) + eps)."""
@@ -1856,21 +1839,18 @@ class LoRA(NamedTuple):
 
 
 def correction(lora: LoRA, x: Tensor) -> Tensor:
-    """(B, T, in) -> scale * b (a x), (B, T, out). The factor meets the narrow side, R wide.
-
-    A function, since the compiler of torch 2.9 cannot call a named tuple that holds tensors."""
+    """(B, T, in) -> scale * b (a x), (B, T, out); no method, for the compiler of torch 2.9 calls
+    none of a named tuple that holds tensors."""
     return (x @ lora.a.mT * lora.scale) @ lora.b.mT
 
 
 def linear(x: Tensor, w: Tensor, lora: LoRA | None = None, lora_in: Tensor | None = None) -> Tensor:
-    """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is an
-    adapter."""
+    """x @ w.T, plus the adapter's correction of `lora_in` (x unless given) where there is one."""
     y = F.linear(x, w)
     return y if lora is None else y + correction(lora, x if lora_in is None else lora_in)
 
 
-def rope_table(h: Hyperparameters, T: int, like: Tensor,
-               behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope_table(h: Hyperparameters, T: int, like: Tensor, behind: Tensor | None = None) -> Rope:
     """Cosine and sine (T, 1, ROPE_DIMS / 2) of base^(-2j / ROPE_DIMS) * position (arXiv
     2104.09864), rounded last; (B, T, 1, ROPE_DIMS / 2) where rows begin `behind` (B,) tokens."""
     # fp64 where places count from a document's start: at place 100,000 fp32 is 0.004 rad off
@@ -1884,12 +1864,8 @@ def rope_table(h: Hyperparameters, T: int, like: Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first 2 * cos.size(-1) dimensions of each head (B, T, H, E) by position; the rest
-    pass through, and compare content wherever it stands (#315).
-
-    Dimensions j and j + half form a pair, turned by the angle of their place. In q . k only the
-    difference of two angles is left, that is the distance between the tokens.
-    """
+    """Turns the pairs (j, j + half) of the first dimensions of each head (B, T, H, E) by the angle
+    of their place, of which q . k keeps the distance; the rest compare content alone (#315)."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
@@ -1917,17 +1893,14 @@ def attention_kernel(h: Hyperparameters, device: torch.device) -> str:
                  varlen=chip >= 8 and torch_varlen, blocks=not cuda, sdpa=True)
     if h.attention == "auto":
         return next(name for name in there if there[name])
-    if not there[h.attention] and h.attention != "blocks":
-        raise Refusal(f"ATTENTION={h.attention}: not on {device.type} in {str(dtype)[6:]} with "
-                      "what is installed here")
+    require(there[h.attention] or h.attention == "blocks", f"ATTENTION={h.attention}: not on "
+            f"{device.type} in {str(dtype)[6:]} with what is installed here")
     return h.attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") -> Tensor:
-    """Causal grouped-query attention within each document piece: (B, T, H | K, E) -> (B, T, H, E).
-
-    Softmax of q k / sqrt(E), by the named kernel; all of them compute the same.
-    """
+    """Causal grouped-query attention within each document piece, softmax of q k / sqrt(E) by the
+    named kernel: (B, T, H | K, E) -> (B, T, H, E)."""
     if kernel == "blocks":
         return BlockAttention.apply(q, k, v, docs.start)
     if kernel == "sdpa":
@@ -1968,12 +1941,9 @@ def ungroup(t: Tensor) -> Tensor:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention by blocks of queries, each against the keys before its end: exact, for CPUs and as
-    the others' twin.
+    """Exact attention by blocks of queries, each against the keys before its end, for CPUs and as
+    the other kernels' twin; the query heads of a group are rows of one product.
 
-    Keys beyond the end of a block of queries are never multiplied, which saves near half the work.
-    A query always sees itself, so that no sum of exponentials is zero. The query heads of a group
-    are stacked as rows of one product with the key head that they share.
     The backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
     torch's CPU kernel computes them again at two to three times the cost.
     """
@@ -1981,8 +1951,7 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
         """(B, T, H | K, E) and piece starts (B, T) -> (B, T, H, E)."""
-        B, T, H, E = q.shape
-        K, place = k.size(2), torch.arange(T, device=q.device)
+        (B, T, H, E), K, place = q.shape, k.size(2), torch.arange(q.size(1), device=q.device)
         Q, keys, values = (group(t, K) for t in (q, k, v))
         outputs, weights, totals = [], [], []
         for lo in range(0, T, QUERY_BLOCK):
@@ -2004,15 +1973,10 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of q, k and v: dS = P * (dP - sum(dY * Y)), as in FlashAttention (arXiv
-        2205.14135, B.2), then dQ = dS K / sqrt(E), dK = dS^T Q / sqrt(E), dV = P^T dY.
-
-        P is p / total, p being what forward kept; sum(dY * Y) is the row sum of P * dP.
-        """
+        """Gradients of q, k and v: with P = p / total, dS = P * (dP - sum(dY * Y)) (arXiv
+        2205.14135, B.2), then dQ = dS K / sqrt(E), dK = dS^T Q / sqrt(E), dV = P^T dY."""
         q, k, v, y, *saved = ctx.saved_tensors
-        blocks = len(saved) // 2
-        B, T, H, E = q.shape
-        K = k.size(2)
+        (B, T, H, E), K, blocks = q.shape, k.size(2), len(saved) // 2
         Q, G, keys, values = (group(t, K) for t in (q, grad, k, v))
         delta = group((grad.float() * y.float()).sum(-1, keepdim=True), K)
         dq, dk, dv = [], [], []
@@ -2032,13 +1996,9 @@ class BlockAttention(torch.autograd.Function):
         return ungroup(dq), dk, dv, None
 
 
-# Scoring a document chunk by chunk would read everything before a chunk again for each. Instead
-# every step of depth keeps its keys and values, a layer that runs three times three sets of them,
-# since the inputs of its runs differ. Keys are kept rotated: places count from the document's
-# start and so never change.
 class Past(NamedTuple):
     """What one step of depth remembers of the tokens before a chunk, and where it leaves its own.
-    """
+    Keys are kept rotated: places count from the document's start and so never change."""
 
     keys: Tensor    # (B, K, M, E), as they were when scored
     values: Tensor    # (B, K, M, E)
@@ -2047,10 +2007,8 @@ class Past(NamedTuple):
 
 
 def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") -> Tensor:
-    """Attention of a chunk to itself and to what is cached: (B, C, H | K, E) -> (B, C, H, E).
-
-    No gradient reaches the cache, and none is computed for it.
-    """
+    """Attention of a chunk to itself and to what is cached, (B, C, H | K, E) -> (B, C, H, E),
+    without a gradient to the cache."""
     (B, C, H, E), K, M = q.shape, k.size(2), past.keys.size(2)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     past.fresh.extend((k.detach(), v.detach()))
@@ -2067,30 +2025,15 @@ def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") 
     return ungroup(y.view(B, K, H // K, C, E))
 
 
-class Layer(NamedTuple):
-    """One layer's slice of every bank; None where the model has no such role. Gains and scales stay
-    fp32."""
-
-    wq: Tensor
-    wk: Tensor
-    wv: Tensor
-    wo: Tensor
-    w_up: Tensor
-    w_down: Tensor
-    q_gain: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    mix_x: Tensor
-    mix_x0: Tensor
-    head_gate: Tensor | None
-    lane_keep: Tensor | None
-    lane_write: Tensor | None
-    depth_scale: Tensor    # () 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE)
-
-
+# One layer's slice of every bank, None where the model has no such role; gains and scales stay
+# fp32. depth_scale () is 1 / sqrt(layer + 1), on the inputs of both branches (LN_SCALE).
+Layer = NamedTuple("Layer", [(name, Tensor | None) for name in (
+    "wq", "wk", "wv", "wo", "w_up", "w_down", "q_gain", "attn_scale", "mlp_scale", "mix_x",
+    "mix_x0", "head_gate", "lane_keep", "lane_write", "depth_scale")])
 Probe = Callable[[str, int, Tensor], None]    # tap, layer, activation
 LayerProbe = Callable[[str, Tensor], None] | None    # the same inside one layer
 Rope = tuple[Tensor, Tensor]    # cosine and sine
+Adapters = Mapping[str, LoRA]    # of one step, by the map that each corrects
 
 
 def kernels_take(x: Tensor) -> bool:
@@ -2112,16 +2055,15 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, probe: LayerProbe = N
 
 
 class Block(nn.Module):
-    """The mathematics of one executed step; it owns no weights, so that one compiled graph serves
-    every layer."""
+    """One executed step; it owns no weights, so that one compiled graph serves every layer."""
 
     def __init__(self, h: Hyperparameters, kernel: str):
         """Keeps the hyperparameters and the name of the attention kernel."""
         super().__init__()
         self.h, self.kernel = h, kernel
 
-    def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool,
-                  lora: Mapping[str, LoRA], probe: LayerProbe, value: Tensor | None = None,
+    def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool, lora: Adapters,
+                  probe: LayerProbe, value: Tensor | None = None,
                   past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
@@ -2129,8 +2071,7 @@ class Block(nn.Module):
             probe("attn_in", n)
         heads = lambda t: t.view(B, T, -1, h.head_dim)    # (B, T, H | K, E)
         q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
-        # Norms make |q| = |k| = sqrt(E), so that a logit lies within gain * sqrt(E) whatever the
-        # weights; the gain of each head is learned.
+        # norms make |q| = |k| = sqrt(E): a logit lies within gain * sqrt(E) whatever the weights
         q = (q * w.q_gain[:, None]).type_as(n)
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = linear(n, w.wv, lora.get("v"))
@@ -2142,8 +2083,7 @@ class Block(nn.Module):
             own = F.normalize(v, dim=-1)[..., None, :]    # (B, T, K, 1, E)
             grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
-        # A softmax cannot attend to nothing. One factor for each head and token, driven by a few
-        # leading channels, lets a head keep silent; adapters do not touch it.
+        # A softmax cannot attend to nothing: a factor per head and token lets a head keep silent.
         if w.head_gate is not None:
             gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)    # (B, T, H)
             y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
@@ -2152,7 +2092,7 @@ class Block(nn.Module):
             probe("attn_out", y)
         return linear(y, w.wo, lora.get("o"), lora_in=n)
 
-    def mlp(self, w: Layer, n: Tensor, lora: Mapping[str, LoRA], probe: LayerProbe) -> Tensor:
+    def mlp(self, w: Layer, n: Tensor, lora: Adapters, probe: LayerProbe) -> Tensor:
         """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
         if probe:
             probe("mlp_in", n)
@@ -2160,10 +2100,10 @@ class Block(nn.Module):
         return y + correction(lora["mlp"], n) if "mlp" in lora else y
 
     def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
-                parallel: bool, xsa: bool, lora: Mapping[str, LoRA] = {}, probe: LayerProbe = None,
+                parallel: bool, xsa: bool, lora: Adapters = {}, probe: LayerProbe = None,
                 value: Tensor | None = None, past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """Lanes (a, m), each (B, T, D) -> the lanes after this step; a serial step reads and writes
-        `a` and hands `m` through. `value` (B, T, K E) is added to the values.
+        """Lanes (a, m), each (B, T, D) -> the lanes after this step, of which a serial one hands
+        `m` through. `value` (B, T, K E) is added to the values.
 
         With r = mix_x a + mix_x0 x0, A and M for attention and MLP of the scaled norm, each times
         its own scale: serial a <- r + A(r), then a <- a + M(a). Lanes (#1204): a <- keep a +
@@ -2191,10 +2131,7 @@ class Block(nn.Module):
 
 def softcapped(z: Tensor, cap: float | Tensor) -> Tensor:
     """cap tanh(z / cap) in fp32; a tensor (2,) has one cap for positive, one for other logits.
-
-    About z for small z, and never beyond the cap: no single logit can run away with the loss, and
-    wrong certainty costs at most 2 cap + ln V nats.
-    """
+    Wrong certainty then costs at most 2 cap + ln V nats."""
     z = z.float()
     cap = cap if isinstance(cap, float) else torch.where(z > 0, cap[0], cap[1])
     return cap * torch.tanh(z / cap)
@@ -2215,16 +2152,14 @@ class Head(nn.Module):
         super().__init__()
         self.h = h
 
-    def logits(self, x: Tensor, embed: Tensor, lora: LoRA | None = None,
-               caps: Tensor | None = None) -> Tensor:
-        """States (B, T, D) -> cap tanh(z / cap), (B, T, V) fp32; `caps` (2,) has one cap for each
-        sign."""
-        return softcapped(linear(x, embed, lora), self.h.logit_softcap if caps is None else caps)
+    def logits(self, x: Tensor, embed: Tensor) -> Tensor:
+        """States (..., D) -> cap tanh(z / cap), (..., V) fp32."""
+        return softcapped(linear(x, embed), self.h.logit_softcap)
 
     def forward(self, x: Tensor, embed: Tensor, targets: Tensor, lora: LoRA | None = None,
                 caps: Tensor | None = None) -> Tensor:
-        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32: -log softmax of
-        the logits."""
+        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32, -log softmax of
+        the logits; `caps` (2,) has one cap for each sign."""
         # (B * T, V), the largest tensor of a step: flat, since the kernel takes one row per program
         z = linear(x, embed, lora).flatten(0, 1)
         cap = self.h.logit_softcap if caps is None else caps
@@ -2247,8 +2182,7 @@ def join_lanes(a: Tensor, m: Tensor, share: Tensor | None) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The model: banks of weights, one forward, one loss. `GPT(h)(ids, targets)` is the mean loss
-    in nats."""
+    """Banks of weights, one forward, one loss; `GPT(h)(ids, targets)` is the mean loss in nats."""
 
     def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32,
                  kernel: str = "blocks"):
@@ -2260,28 +2194,20 @@ class GPT(nn.Module):
         self.bank = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(r.shape)) for name, r in roles(h).items()})
         self.block, self.head = Block(h, kernel), Head(h)
-        # what `compile` replaces: `hidden` and `nats` call these, whichever they are
-        self.run_block: Callable = self.block
-        self.run_head: Callable = self.head
-        self.run_merge: Callable = merge_skip
-        self.run_join: Callable = join_lanes
-        self.run_embedded: Callable = self.embedded
+        # what `compile` replaces
         self.run_nats: Callable = self.nats
+        self.parts: dict[str, Callable] = dict(block=self.block, head=self.head, merge=merge_skip,
+                                               join=join_lanes, embedded=self.embedded)
         self.initialise()
 
     def compile(self, mode: str) -> None:
-        """Compiles the whole loss (`full`), or its parts (`block`) once for all layers; the loss is
-        `run_nats`."""
-        # one graph per depth plan, shape and gradient mode
-        torch._dynamo.config.recompile_limit = 64
+        """Compiles `run_nats` as a whole (`full`), or its parts, once for all layers (`block`)."""
+        torch._dynamo.config.recompile_limit = 64    # graphs: per plan, shape and gradient mode
         if mode == "full":
             self.run_nats = torch.compile(self.nats, dynamic=False, fullgraph=True)
         elif mode == "block":
-            self.run_block = torch.compile(self.block, dynamic=False)
-            self.run_head = torch.compile(self.head, dynamic=False)
-            self.run_merge = torch.compile(merge_skip, dynamic=False)
-            self.run_join = torch.compile(join_lanes, dynamic=False)
-            self.run_embedded = torch.compile(self.embedded, dynamic=False)
+            self.parts = {name: torch.compile(part, dynamic=False)
+                          for name, part in self.parts.items()}
 
     @staticmethod
     def graphs() -> int:
@@ -2289,15 +2215,14 @@ class GPT(nn.Module):
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def retune(self, **knobs: Any) -> Hyperparameters:
-        """Changes knobs of scoring, which no weight depends on; returns all of them. Model, block
-        and head go on sharing one object: compiled graphs ask for that, or are made anew."""
+        """All knobs after changes of some that no weight depends on. Model, block and head go on
+        sharing one object: compiled graphs ask for that, or are made anew."""
         self.h = self.block.h = self.head.h = replace(self.h, **knobs)
         return self.h
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Fills every bank as its role says; matrices that write to the residual stream start at
-        zero."""
+        """Fills every bank as its role says."""
         for name, role in roles(self.h).items():
             w = self.bank[name]
             if w.is_meta:
@@ -2314,30 +2239,25 @@ class GPT(nn.Module):
 
     def layers(self, rounded: bool = False) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size
-        gradient per use. `rounded` matrices pass their gradient straight through (#578). Every
-        executed step of a layer reads the same slice, so its gradients add up over the passes."""
-        table, banks = roles(self.h), self.bank
+        gradient per use. `rounded` matrices pass their gradient straight through (#578)."""
         cast = {}
-        for name in (name for name in Layer._fields if name in banks):
-            w, role = banks[name], table[name]
-            if rounded:
-                w = straight_through(w, role, self.h)
-            plain = role.optim == "scalar" and name != "head_gate"
-            cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
+        for name, role in roles(self.h).items():
+            if name in Layer._fields:
+                w = straight_through(self.bank[name], role, self.h) if rounded else self.bank[name]
+                plain = role.optim == "scalar" and name != "head_gate"
+                cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
         cast["depth_scale"] = (numbers**(-0.5 * self.h.ln_scale)).unbind(0)
         absent = (None, ) * self.h.num_layers
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
-        """(B, T) -> normalised embeddings (B, T, D); SmearGate adds the previous token's, never
-        across a document start. `last` (B, 2): the tokens before the chunk, negative for none.
+        """(B, T) -> normalised (B, T, D). `last` (B, 2): those before, negative for none.
 
         x_t + scale * sigmoid(W x_t[:GATE_WINDOW]) * x_(t-1), 0 for the last term at a BOS: without
         that a document's first token would read the end of another (found in #1797). The form per
-        channel (#162) has no such mask.
-        """
-        # two tokens before the chunk: the smear needs the one before, whose bigram one more
+        channel (#162) has no such mask."""
+        # two tokens: the smear needs the one before the chunk, whose bigram one more
         ids = ids if last is None else torch.cat((last, ids), 1)
         x = F.embedding(ids.clamp(min=0), self.bank["embed"].to(self.dtype))
         if self.h.bigram_vocab_size:
@@ -2347,29 +2267,27 @@ class GPT(nn.Module):
             x = x + looked_up(self, "bigram", torch.where(before < 0, V - 1, pair))
         if last is not None:
             x = x * (ids >= 0)[..., None]
-        if self.h.smear_gate == "channel":
-            x, share = norm(x), torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
-            x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
-        elif self.h.smear_gate == "token":
+        if self.h.smear_gate == "token":
             drive = F.linear(x[..., :self.h.gate_window], self.bank["smear_gate"].to(self.dtype))
             gate = self.bank["smear_scale"].to(self.dtype) * torch.sigmoid(drive)
-            x = norm(x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0)))
-        else:
-            x = norm(x)
+            x = x + gate * (ids != BOS)[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+        x = norm(x)
+        if self.h.smear_gate == "channel":
+            share = torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
+            x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
         return x if last is None else x[:, last.size(1):]
 
     def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
-               lora: Sequence[Mapping[str, LoRA]] | None = None, probe: Probe | None = None,
+               lora: Sequence[Adapters] | None = None, probe: Probe | None = None,
                cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
-        step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
-        # `a` is the lane that attention and serial steps write, `m` the MLP's lane, and `kept` the
-        # stack of outputs that wait for their mirror images.
-        x0 = a = m = self.run_embedded(ids, *([cache.last] if cache else []))
-        docs = docs or whole_rows(ids)
+        step, then the head's; `probe` sees all that feeds a quantised matrix; with a `cache`, ids
+        are the next chunk of what it remembers."""
+        # `a` is the lane that attention and serial steps write, `m` the MLP's lane
+        x0 = a = m = self.parts["embedded"](ids, *([cache.last] if cache else []))
+        h, docs = self.h, docs or whole_rows(ids)
         # Compiled by blocks, adapters and probes would be graphs of their own: they run plain.
-        run = self.block if probe or lora else self.run_block
-        h = self.h
+        run = self.block if probe or lora else self.parts["block"]
         layers = cache.layers if cache else self.layers(plan[0].rounded)
         rope = rope_table(h, ids.size(1), x0, cache.behind if cache else None)
         weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
@@ -2379,16 +2297,15 @@ class GPT(nn.Module):
             shares = dict(zip(h.valued, self.bank["ve_layer"].to(self.dtype).unbind(0)))
         for slot, step in enumerate(plan):
             if step.pop is not None:
-                a = self.run_merge(a, kept.pop(), weights[step.pop], gates[step.pop])
-            # Lanes part here. With "apart" both begin after the merge; with "lanes" m is what the
-            # last serial step left, so that the MLP's lane takes no skip.
+                a = self.parts["merge"](a, kept.pop(), weights[step.pop], gates[step.pop])
+            # Lanes part here: with "apart" both begin after the merge, with "lanes" m before it.
             if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
                 m = a
-            seam = {} if probe is None else dict(probe=functools.partial(see, probe, step.layer))
+            seam = dict(lora=lora[slot]) if lora else {}
+            if probe:
+                seam["probe"] = lambda tap, x, layer=step.layer: probe(tap, layer, x)
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
-            if lora:
-                seam["lora"] = lora[slot]
             if cache:
                 seam["past"] = cache.past(slot)
             a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
@@ -2396,20 +2313,19 @@ class GPT(nn.Module):
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
                 kept.append(a)
-        x = self.run_join(a, m, self.bank["lane_share"] if h.parallel_form == "apart" else None)
+        share = self.bank["lane_share"] if h.parallel_form == "apart" else None
+        x = self.parts["join"](a, m, share)
         if probe:
             probe("final", 0, x)
         return x
 
     def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
-             lora: Sequence[Mapping[str, LoRA]] | None = None,
-             cache: Cache | None = None) -> Tensor:
-        """Cross-entropy of every target in nats, (B, T) fp32. Training, scoring and adaptation all
-        read this."""
+             lora: Sequence[Adapters] | None = None, cache: Cache | None = None) -> Tensor:
+        """Cross-entropy of every target in nats, (B, T) fp32; arguments as of `hidden`."""
         x = self.hidden(ids, plan, docs, lora, cache=cache)
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
-        return self.run_head(x, self.bank["embed"].to(self.dtype), targets,
-                             *([lora[-1].get("head")] if lora else []), **caps)
+        return self.parts["head"](x, self.bank["embed"].to(self.dtype), targets,
+                                  *([lora[-1].get("head")] if lora else []), **caps)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss in nats of the looped plan; about ln V at initialisation."""
@@ -2436,9 +2352,8 @@ class Cache:
     row's last two tokens: preallocated rings that all rows write at one place.
 
     A tick is `open`, one or more passes of the model, `write`. All chunks have C tokens, so one
-    place serves rows of any age: what differs is how far back a row may look, which is a mask.
-    Slots of an earlier document are masked, never cleared. The pads behind a document's last tokens
-    are written too, and no query ever sees them: its row goes on with another document.
+    place serves rows of any age, and how far back a row may look is a mask. Slots of an earlier
+    document are masked, never cleared; no query sees the pads behind a document's last tokens.
     """
 
     def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...]):
@@ -2449,9 +2364,8 @@ class Cache:
             self.layers = model.layers()    # cast once: the weights stay as they are
         # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
         slots = -(-(self.T - 1) // C) * C
-        # (S, 2, B, K, M, E)
-        self.ring = torch.zeros(len(plan), 2, B, h.num_kv_heads, slots, h.head_dim,
-                                dtype=model.dtype, device=embed.device)
+        shape = len(plan), 2, B, h.num_kv_heads, slots, h.head_dim    # (S, 2, B, K, M, E)
+        self.ring = torch.zeros(shape, dtype=model.dtype, device=embed.device)
         self.ids = torch.zeros(B, 2, dtype=torch.int64, device=embed.device)
 
     def open(self, behind: Tensor) -> None:
@@ -2462,17 +2376,16 @@ class Cache:
         ago = (self.at - 1 - slots) % len(slots) + 1
         seen = (ago <= behind[:, None, None]) & (ago + place[:, None] < self.T)
         own = (place[:, None] >= place).expand(len(behind), -1, -1)
+        seen = torch.cat((seen, own), 2)[:, None]
+        self.seen = torch.where(seen, 0.0, -math.inf).to(self.ring.dtype)
         self.behind = behind
-        self.seen = torch.where(torch.cat((seen, own), 2)[:, None], 0.0, -math.inf).to(
-            self.ring.dtype)
         # at a document's start there is no token before, and at its second only one
         self.last = torch.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device),
                                 self.ids, -1)
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
-        # Passes made to learn from a chunk find other keys, under other adapters. The caller hands
-        # `write` those of the pass that scored.
+        # passes that learn find other keys: the caller hands `write` those of the pass that scored
         self.fresh = [] if slot == 0 else self.fresh
         self.fresh.append([])
         return Past(*self.ring[slot].unbind(0), self.seen, self.fresh[-1])
@@ -2485,41 +2398,30 @@ class Cache:
         self.at = (self.at + self.C) % self.ring.size(4)
 
 
-def see(probe: Probe, layer: int, tap: str, x: Tensor) -> None:
-    """Hands an activation of one layer to the probe."""
-    probe(tap, layer, x)
-
-
 # ==================================================================================================
 # 7. Adapters
-# LoRA factors banked like the weights: one pair of tensors per adapted map holds every step and
-# every row of the batch.
-# For test-time training of single documents: what one teaches is forgotten at its end, and the
-# weights themselves are not touched here. An adapter corrects a map y = W x by scale * b (a x) with
-# scale = TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
+# LoRA factors for test-time training of single documents: what one teaches is forgotten at its end,
+# and no weight is touched. An adapter corrects a map y = W x by scale * b (a x) with scale =
+# TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
 ADAPTER_BETA2 = 0.99    # decay of their squared gradient
 
 
 class AdapterBank:
-    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state; a
-    fresh bank changes nothing.
-
-    All of a row lies in one line of `flat` (B, P), so that an update is a handful of operations.
-    """
+    """One LoRA per batch row, executed step and map of TTT_TARGETS, with its optimiser's state. All
+    of a row lies in one line of `flat` (B, P): an update is a handful of operations."""
 
     def __init__(self, h: Hyperparameters, rows: int, plan: tuple[Step, ...],
                  device: torch.device = torch.device("cpu")):
         """Every row starts from the same values: a uniform in +-1/sqrt(D), b zero. `o` and `mlp`
         adapt a map from the block's normalised input to the residual stream."""
         table, D, R = roles(h), h.model_dim, h.ttt_lora_rank
-        out = dict(q=table["wq"].shape[1], k=table["wk"].shape[1], v=table["wv"].shape[1],
+        out = dict({name: table["w" + name].shape[1] for name in "qkv"},
                    o=D, mlp=D, head=h.vocab_size)
         self.h, self.S, self.names = h, len(plan), h.ttt_targets.split(",")
         self.shapes, start = [], []
-        # Equal rows make a score independent of the row, and so of the rank and of the number of
-        # ranks, that a document happens to fall to. With b zero the first chunk is scored by the
-        # artifact's own model; with a zero as well there would be no gradient to either.
+        # Equal rows make a score independent of the row and rank that a document falls to. With b
+        # zero the artifact's own model scores the first chunk; with a zero too none could learn.
         seeded = torch.Generator().manual_seed(h.seed)
         for name in self.names:
             S = 1 if name == "head" else self.S
@@ -2530,8 +2432,7 @@ class AdapterBank:
         self.start = torch.cat(start).to(device)    # (P,)
         self.flat = self.start.repeat(rows, 1).requires_grad_()
         self.square = torch.zeros_like(self.flat)
-        # counted for each row: rows begin their documents at different ticks
-        self.updates = torch.zeros(rows, 1, device=device)
+        self.updates = torch.zeros(rows, 1, device=device)    # per row: documents begin at any tick
 
     @torch.no_grad()
     def reset(self, rows: Tensor) -> None:
@@ -2542,14 +2443,10 @@ class AdapterBank:
 
     @torch.no_grad()
     def step(self, loss: Tensor, rate: Tensor) -> None:
-        """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) down `loss`, a sum over
-        rows, at rates (B, 1).
-
-        s <- beta s + (1 - beta) g^2, p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8). In a sum
-        the gradient of a row is that of its own document alone: no row learns from another.
-        """
-        grad, = torch.autograd.grad(loss, self.flat)
-        beta = ADAPTER_BETA2
+        """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) at rates (B, 1) down `loss`,
+        a sum over rows, so that none learns from another: s <- beta s + (1 - beta) g^2,
+        p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8)."""
+        (grad, ), beta = torch.autograd.grad(loss, self.flat), ADAPTER_BETA2
         self.updates += 1
         self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
         spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
@@ -2568,17 +2465,13 @@ class AdapterBank:
 
 # ==================================================================================================
 # 8. Optimisers
-# Muon for the matrices, each rank the owner of a share of them; fused AdamW for the embedding and
-# the small tensors; the schedule, a pure function of progress; the exponential moving average,
-# which is what gets exported.
-# What enters is the gradient of each rank's own tokens; what leaves are weights that are equal on
-# all ranks, though none is broadcast after the first: all apply the same gathered updates to the
-# same weights. Nothing here knows the time; a step gets its rates and its momentum as numbers.
+# Muon for the matrices, of which each rank owns a share; fused AdamW for the rest; the schedule, a
+# pure function of progress; the moving average that gets exported. What enters is the gradient of
+# each rank's own tokens; what leaves are weights that are equal on all ranks, though none is
+# broadcast after the first: all apply the same gathered updates to the same weights.
 # ==================================================================================================
 # Coefficients (a, b, c) of five Polar Express iterations X <- a X + (b A + c A^2) X, A = X X^T
-# (arXiv 2505.16932).
-# Odd polynomials act on singular values alone: s becomes a s + b s^3 + c s^5, and five of them
-# drive every s in (0, 1] towards 1. No decomposition is made, only products.
+# (arXiv 2505.16932): a singular value s becomes a s + b s^3 + c s^5, five times, and so about 1.
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -2589,9 +2482,8 @@ NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315), ) * 5    # of the first Muon, equal a
 
 def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EXPRESS) -> Tensor:
     """(n, rows, cols) -> about the nearest semi-orthogonal matrices, products in `dtype`."""
-    # x x^T is then the smaller of the two products. The Frobenius norm is at least the largest
-    # singular value, and 2% more keep rounding from lifting one above 1, where the first polynomial
-    # grows fast; the small addend turns slices of zeros into zeros and not into NaN.
+    # The Frobenius norm is at least the largest singular value, and 2% more keep rounding from
+    # lifting one above 1, where the first polynomial grows fast; the addend keeps zeros from NaN.
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -2602,40 +2494,32 @@ def orthogonalise(g: Tensor, dtype: torch.dtype, iterations: Sequence = POLAR_EX
 
 
 class Stack:
-    """Banks of one matrix shape, up to transposition, laid in a row of slices and shared out among
-    the ranks.
+    """Banks of one matrix shape, up to transposition, as a row of slices in equal shares for the
+    ranks; `gain` is max(1, rows / cols)^0.5 of a matrix as it is stored.
 
-    Slices of untransposed banks come first. Zero padding makes the shares equal; `gain` is max(1,
-    rows / cols)^0.5 of a matrix as it is stored.
-
-    One batched product then serves all layers of all banks of a shape: at the defaults three stacks
-    of 22 slices, wq with wo, wk with wv, w_up with w_down. No rank orthogonalises what another one
-    does, and none keeps a momentum that is not its own.
+    One batched product serves all layers of all banks of a shape: at the defaults three stacks of
+    22 slices, wq with wo, wk with wv, w_up with w_down. Untransposed ones come first.
     """
 
     def __init__(self, banks: Sequence[nn.Parameter], world: World):
         """Gives each rank a momentum for its own slices only."""
-        self.world = world
+        self.world, device = world, banks[0].device
         self.banks = sorted(banks, key=lambda p: p.size(-2) < p.size(-1))
-        rows, cols = max(self.banks[0].shape[-2:]), min(self.banks[0].shape[-2:])
-        self.count = sum(p.size(0) for p in self.banks)
+        cols, rows = sorted(banks[0].shape[-2:])
+        self.count = sum(len(p) for p in banks)
         # rounded up: 22 slices over 8 ranks are 3 each and 2 of padding at the end
         share = -(-self.count // world.size)
-        upright = sum(p.size(0) for p in self.banks if p.size(-2) >= p.size(-1))
-        first = world.rank * share
-        self.upright = min(max(upright - first, 0), share)    # of this rank's slices
-        like = self.banks[0]
-        gains = torch.ones(share * world.size, 1, 1, device=like.device)
-        gains[:upright] = max(1.0, rows / cols)**0.5
-        self.gain = gains[first:first + share]
-        self.momentum = torch.zeros(share, rows, cols, device=like.device)
+        upright = sum(len(p) for p in banks if p.size(-2) >= p.size(-1))
+        self.upright = min(max(upright - world.rank * share, 0), share)    # of this rank's slices
+        self.gain = torch.ones(share, 1, 1, device=device)
+        self.gain[:self.upright] = (rows / cols)**0.5
+        self.momentum = torch.zeros(share, rows, cols, device=device)
 
     def collect(self, wire: torch.dtype) -> Callable[[], Tensor]:
-        """This rank's slices (share, rows, cols) of the mean gradient, sent as `wire`, once
-        called."""
-        # a reduce-scatter sends each rank the mean of its own slices and nothing else
+        """Starts the reduce-scatter of the gradients as `wire`; once called, what it returns gives
+        this rank's slices (share, rows, cols) of their mean."""
         slices = [p.grad if p.size(-2) >= p.size(-1) else p.grad.mT for p in self.banks]
-        spare = self.momentum.size(0) * self.world.size - self.count
+        spare = len(self.momentum) * self.world.size - self.count
         if spare:
             slices.append(slices[0].new_zeros(spare, *self.momentum.shape[1:]))
         rows = torch.cat(slices) if len(slices) > 1 else slices[0]
@@ -2644,50 +2528,38 @@ class Stack:
 
     def direction(self, g: Tensor, momentum: float, dtype: torch.dtype, equal_rows: bool = True,
                   iterations: Sequence = POLAR_EXPRESS) -> Tensor:
-        """Nesterov momentum, rows scaled to norm one (MuonEq-R), orthogonalised; (share, rows,
-        cols).
-
-        m <- mu m + g, u = g + mu m, rows of u over their norms (#1285), then the nearest matrix of
-        singular values 1, times the gain: every direction of a matrix moves at one rate.
-        """
+        """(share, rows, cols): momentum m <- mu m + g, u = g + mu m, rows of u over their norms
+        (MuonEq-R, #1285), then the nearest matrix of singular values 1, times the gain."""
         self.momentum.mul_(momentum).add_(g)
         u = g.add(self.momentum, alpha=momentum)
         if equal_rows:
             # a row is one of the matrix as stored: in a transposed slice it is a column
-            u[:self.upright].div_(u[:self.upright].norm(dim=-1, keepdim=True).add_(1e-7))
-            u[self.upright:].div_(u[self.upright:].norm(dim=-2, keepdim=True).add_(1e-7))
+            for part, dim in ((u[:self.upright], -1), (u[self.upright:], -2)):
+                part.div_(part.norm(dim=dim, keepdim=True).add_(1e-7))
         return orthogonalise(u, dtype, iterations) * self.gain.to(dtype)
 
     def apply(self, rows: Tensor, lr: float, decay: float) -> None:
         """p <- (1 - lr * decay) p - lr * update, with the slices (n, rows, cols) of all ranks."""
-        first = 0
-        for p in self.banks:
-            mine = rows[first:first + p.size(0)]
-            first += p.size(0)
+        for p, mine in zip(self.banks, rows[:self.count].split([len(p) for p in self.banks])):
             p.mul_(1 - lr * decay).add_(mine if p.size(-2) >= p.size(-1) else mine.mT, alpha=-lr)
 
 
 class Optimiser:
-    """Every parameter's update: one call a step. Gradients are averaged over the ranks here and
-    nowhere else.
+    """Every parameter's update; gradients are averaged over the ranks here and nowhere else.
 
-    Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982). The rest:
-    all-reduce, AdamW. All collectives of a step are under way before the first is needed; each
-    stack's all-gather runs behind the next one's products, the last one behind AdamW.
-    The global norm is clipped on the device; nothing waits for the host.
-    """
+    Matrices: reduce-scatter, orthogonalise the own share, all-gather (arXiv 2502.16982) behind the
+    next stack's products. The rest: all-reduce, AdamW. Nothing waits for the host."""
 
     def __init__(self, model: GPT, world: World):
         """Groups the parameters by their role; each that training moves is in exactly one group."""
-        self.h, self.model, self.world = model.h, model, world
-        table, bank = roles(self.h), model.bank
+        h = self.h = model.h
+        self.model, self.world = model, world
+        table, bank = roles(h), model.bank
         shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for name, role in table.items():
             if role.optim == "muon":
                 shapes.setdefault(tuple(sorted(role.shape[1:])), []).append(bank[name])
         self.stacks = [Stack(banks, world) for banks in shapes.values()]
-        self.matrices = [p for stack in self.stacks for p in stack.banks]
-        h = self.h
         groups = [dict(params=[bank[n] for n, r in table.items() if r.optim == kind], lr=rate,
                        peak=rate, weight_decay=decay)
                   for kind, rate, decay in (("embed", h.tied_embed_lr, h.embed_wd),
@@ -2696,31 +2568,25 @@ class Optimiser:
         self.others = [p for group in groups for p in group["params"]]
         self.wire = torch.bfloat16 if world.device.type == "cuda" else torch.float32
 
-    def average_others(self) -> None:
-        """Averages the gradients of the AdamW parameters in one flat collective."""
-        if self.world.size > 1:
-            flat = self.world.mean(torch.cat([p.grad.flatten() for p in self.others]))
-            for p, g in zip(self.others, flat.split([p.numel() for p in self.others])):
-                p.grad = g.view_as(p)
-
     @torch.no_grad()
     def step(self, factor: float, momentum: float) -> None:
         """One update with all rates times `factor`; clears the gradients."""
         h = self.h
-        # All collectives start in the same order on every rank, without which they would deadlock.
+        # all collectives start in the same order on every rank: otherwise they would deadlock
         begun = [stack.collect(self.wire) for stack in self.stacks]
-        self.average_others()
+        if self.world.size > 1:
+            flat = self.world.mean(torch.cat([p.grad.flatten() for p in self.others]))
+            for p, g in zip(self.others, flat.split([p.numel() for p in self.others])):
+                p.grad = g.view_as(p)
         shares = [ready() for ready in begun]
         if h.grad_clip_norm:
-            # Slices are spread over the ranks, so their squares are summed; the other gradients are
-            # the same everywhere by now and count once.
+            # slices are spread over the ranks; the other gradients are equal on all by now
             squares = self.world.sum(torch.stack([g.square().sum() for g in shares]).sum())
             total = (squares + sum(p.grad.square().sum() for p in self.others)).sqrt()
             clip = (h.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *(p.grad for p in self.others)], clip)
         iterations = POLAR_EXPRESS if h.polar_express else NEWTON_SCHULZ
         options = (h.muon_row_normalize, iterations[:h.muon_backend_steps])
-        # Each gather starts as soon as its stack is ready; AdamW works while the last is under way.
         updates = [self.world.gathered(stack.direction(g, momentum, self.model.dtype, *options))
                    for stack, g in zip(self.stacks, shares)]
         for group in self.adam.param_groups:
@@ -2743,8 +2609,7 @@ class Optimiser:
 
 
 # Progress is the share of the time for training, or of ITERATIONS where there is no clock, so that
-# the rates reach their end with it on fast and slow machines alike. The line of the warmdown aims
-# at zero and is held at MIN_LR, at the defaults for the last 0.1 * 0.85 = 8.5% of a run.
+# the rates reach their end with it on fast and slow machines alike.
 def warmdown(h: Hyperparameters, step: int, progress: float) -> float:
     """One, then a line towards zero that ends with training, held at MIN_LR from where it crosses
     it: over the last WARMDOWN_FRAC, or the last WARMDOWN_ITERS steps by the mean step so far."""
@@ -2767,12 +2632,8 @@ def momentum_at(h: Hyperparameters, step: int) -> float:
 
 
 class EMA:
-    """Exponential moving average of all banks, from the initial weights on, after every step.
-
-    It reaches back about 1 / (1 - EMA_DECAY) steps, 286 at the defaults. Of the initial weights
-    decay^steps is left, nothing after thousands of them, so that no correction is made. Every rank
-    keeps a whole copy in fp32: bf16 would round away 0.35% of a small difference.
-    """
+    """Exponential moving average of all banks from the initial weights on, of which nothing is left
+    after thousands of steps; in fp32, for bf16 would round away 0.35% of a small difference."""
 
     def __init__(self, model: GPT):
         """Starts as a copy of the weights."""
@@ -4696,35 +4557,14 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
 
 # ==================================================================================================
 # 14. Fused kernels
-# Two pieces of a step whose plain form moves tensors through memory that nobody reads twice, in
-# Triton. The plain twins are `Block.mlp` and `Head.forward` themselves. An operator is opaque to
-# the compiler, so that one graph holds it. Sizes: 98,304 tokens, D = 512, F = 2048, V = 8192.
-#   mlp    the activation and its slope come out of the registers that hold the product: no pass of
-#          its own over (M, F)
-#   nats   softcap, softmax and loss from the logits in their own type: no fp32 copy of (N, V), and
-#          one number per row kept for the backward pass
-# They take and give what the twins do; nothing here defines a meaning. Where they cannot work, or
-# disagree with their twins (`kernels_trouble`), a run goes on without them.
+# Triton twins of `mlp` and `softcapped_nats`, which define the meaning. `mlp` takes the activation
+# from the registers that hold the product, without a pass of its own over (M, F); `nats` needs no
+# fp32 copy of the logits (N, V). Where they cannot work, or disagree with the plain forms
+# (`kernels_trouble`), a run goes on without them.
 # ==================================================================================================
 def jit(kernel: Callable) -> Callable:
     """The Triton kernel; where Triton is missing, the function itself, which nobody then calls."""
     return triton.jit(kernel) if triton else kernel
-
-
-def tuned(key: list[str], *tiles: tuple[int, ...], pre_hook: Callable | None = None) -> Callable:
-    """Decorator: the fastest of `tiles` (rows, columns, depth, stages, warps) for each value of
-    `key`; a tile too large for the chip's shared memory drops out. The interpreter takes one.
-
-    Tuning happens at the first call with new sizes: in the rehearsal, off the clock, if there is
-    one."""
-    if triton is None:
-        return lambda kernel: kernel
-    names = "ROWS", "COLUMNS", "DEPTH"
-    return triton.autotune([
-        triton.Config(dict(zip(names, tile)), num_stages=tile[3], num_warps=tile[4],
-                      pre_hook=pre_hook)
-        for tile in ([(32, 16, 16, 1, 1)] if INTERPRETED else tiles)
-    ], key=key)
 
 
 @jit
@@ -4756,14 +4596,25 @@ def fit_descriptors(arguments: dict) -> None:
     arguments["h"].block_shape = arguments["out"].block_shape = [rows, columns // 2]
 
 
-@tuned(["N", "K", "BACKWARD"], (128, 256, 64, 3, 8), (128, 128, 64, 4, 8),
-       (128, 128, 64, 3, 4), (64, 128, 64, 3, 4), pre_hook=fit_descriptors)
+def tuned(kernel: Any) -> Any:
+    """`mlp_kernel` with the fastest tile that fits the chip, found at the first call with new
+    sizes: in the rehearsal, off the clock, if there is one."""
+    if triton is None:
+        return kernel
+    tiles = [(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 3, 4), (64, 128, 64, 3, 4)]
+    return triton.autotune([
+        triton.Config(dict(ROWS=rows, COLUMNS=columns, DEPTH=depth), num_stages=stages,
+                      num_warps=warps, pre_hook=fit_descriptors)
+        for rows, columns, depth, stages, warps in ([(32, 16, 16, 1, 1)] if INTERPRETED else tiles)
+    ], key=["N", "K", "BACKWARD"])(kernel)
+
+
+@tuned
 @jit
 def mlp_kernel(a, b, h, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
                ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """Forward: out = LeakyReLU(a @ b^T, slope)^2, with a (M, K), b (N, K). Backward: out = (a @ b)
-    times its slope, known from h, with b (K, N). Each program walks many tiles; neighbours share
-    rows of `a`, and all of `b` stays in the L2 cache."""
+    times its slope, known from h, with b (K, N). Neighbouring tiles share rows of `a`."""
     across = tl.cdiv(N, COLUMNS)
     # flattened, the next tile's loads are under way while this tile's results are written
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, PROGRAMS, flatten=True):
@@ -4781,8 +4632,7 @@ def mlp_kernel(a, b, h, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
         finish(high, h, out, row, column + COLUMNS // 2, slope, BACKWARD)
 
 
-def launch_mlp(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float,
-               backward: bool) -> None:
+def launch_mlp(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float, backward: bool) -> None:
     """Fills out (M, N); the forward direction ignores h."""
     # TMA: the chip copies whole tiles and cuts what reaches over the edge. Shapes come later.
     matrices = [descriptors.TensorDescriptor.from_tensor(t.contiguous(), [1, 8])
@@ -4792,16 +4642,14 @@ def launch_mlp(a: Tensor, b: Tensor, h: Tensor, out: Tensor, slope: float,
 
 
 def mlp_forward(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """(output (M, D), activations (M, F)); the latter are at most 2^-7 of themselves off, twice
-    what rounding to bf16 costs."""
+    """(output (M, D), activations (M, F)), the latter at most 2^-7 of themselves off."""
     h = x.new_empty(len(x), len(w_up))
     launch_mlp(x, w_up, h, h, slope, False)
     return h @ w_down.mT, h
 
 
 def mlp_slope(dy: Tensor, w_down: Tensor, h: Tensor, slope: float) -> Tensor:
-    """Gradient (M, F) of what the activation was taken of: (dy @ w_down) times its slope, in one
-    pass."""
+    """Gradient (M, F) of what the activation was taken of: (dy @ w_down) times its slope."""
     out = torch.empty_like(h)
     launch_mlp(dy, w_down, h, out, slope, True)
     return out
@@ -4826,8 +4674,8 @@ def mlp_backward(ctx: Any, dy: Tensor, unused: Tensor | None) -> tuple[Tensor | 
 
 @jit
 def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
-    """One row: nats = log sum exp z - z[target], with z = cap * tanh(logits / cap) + cap. The
-    constant + cap leaves the softmax alone and turns tanh into a sigmoid."""
+    """One row: nats = log sum exp z - z[target], with z = cap * tanh(logits / cap) + cap, where
+    + cap leaves the softmax alone and turns tanh into a sigmoid."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     column = tl.arange(0, BLOCK)
@@ -4842,10 +4690,8 @@ def nats_kernel(logits, targets, nats, lse, V, cap, BLOCK: tl.constexpr):
 
 @jit
 def nats_slope_kernel(logits, targets, lse, slope, out, V, cap, BLOCK: tl.constexpr):
-    """One row: out = slope[row] * d nats / d logits, from the logits again.
-
-    d nats / d z is softmax(z) less one at the target; dz / d logits = 1 - tanh^2. To keep the
-    softmax would cost as much memory as the logits; to compute it again costs one pass."""
+    """One row: out = slope[row] * d nats / d logits, from the logits again: d nats / d z is
+    softmax(z) less one at the target, dz / d logits = 1 - tanh^2."""
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     place = row.to(tl.int64) * V + column
     s = tl.sigmoid(2 / cap * tl.load(logits + place, mask=column < V, other=0.0).to(tl.float32))
@@ -4860,8 +4706,8 @@ def nats_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, T
     N, V = logits.shape
     nats, lse = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
     # a block holds a whole row: up to 64 numbers a thread at V = 16384
-    nats_kernel[(N,)](logits, targets, nats, lse, V, cap, num_warps=8,
-                      BLOCK=triton.next_power_of_2(V))
+    block = triton.next_power_of_2(V)
+    nats_kernel[(N,)](logits, targets, nats, lse, V, cap, num_warps=8, BLOCK=block)
     return nats, lse
 
 
@@ -4901,8 +4747,7 @@ def register_kernels() -> None:
     define("mlp_slope", "(Tensor a, Tensor b, Tensor c, float d) -> Tensor", mlp_slope,
            lambda dy, w_down, h, slope: torch.empty_like(h))
     define("nats", "(Tensor a, Tensor b, float c) -> (Tensor, Tensor)", nats_forward,
-           lambda z, *rest: (z.new_empty(len(z), dtype=torch.float32),
-                             z.new_empty(len(z), dtype=torch.float32))
+           lambda z, *rest: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2))
            ).register_autograd(nats_backward, setup_context=keep_nats)
     define("nats_slope", "(Tensor a, Tensor b, Tensor c, Tensor d, float e) -> Tensor", nats_slope,
            lambda z, *rest: torch.empty_like(z))
@@ -4910,11 +4755,8 @@ def register_kernels() -> None:
 
 @functools.cache
 def kernels_trouble() -> str:
-    """Why this machine computes without the fused kernels; empty where they work: mlp and
-    nats are compared with their plain twins once, forward and backward.
-
-    200 rows end inside a tile, where mistakes would be. A kernel that is wrong is worse than one
-    that fails, since training would go on with it."""
+    """Why this machine computes without the fused kernels; empty where they equal their plain twins
+    once, forward and backward, on 200 rows: these end inside a tile, where mistakes would be."""
     chip = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, )
     if not triton or not (chip or INTERPRETED):
         return "they need Triton and a Hopper GPU or later"

@@ -41,10 +41,11 @@ def test_every_role_has_one_optimiser_group(tiny):
     for h in variants(tiny)[:-1]:
         model = tg.GPT(h)
         optimiser = tg.Optimiser(model, tg.World())
-        held = [*optimiser.matrices, *(p for group in optimiser.adam.param_groups for p in group["params"])]
+        matrices = [p for stack in optimiser.stacks for p in stack.banks]
+        held = [*matrices, *(p for group in optimiser.adam.param_groups for p in group["params"])]
         assert len(held) == len(model.bank) and {id(p) for p in held} == {id(p) for p in model.parameters()}
         kinds = {name: role.optim for name, role in tg.roles(h).items()}
-        assert {name for name, p in model.bank.items() if any(p is m for m in optimiser.matrices)} == {
+        assert {name for name, p in model.bank.items() if any(p is m for m in matrices)} == {
             name for name, kind in kinds.items() if kind == "muon"}
         rates = {id(p): group["peak"] for group in optimiser.adam.param_groups for p in group["params"]}
         assert {rates[id(p)] for n, p in model.bank.items() if kinds[n] == "scalar"} == {h.scalar_lr}
