@@ -2874,26 +2874,19 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
-    if step > 3:
-        log(expected_bits(t.h, dict(zip(t.model.bank, t.ema.mean))))
 
 
 # ==================================================================================================
 # 10. Quantisation
 # Weights W become codes * steps so that outputs, not weights, stay close: with H = sum of x x^T
-# over the inputs x of a matrix the error is trace((W - W') H (W - W')^T), which GPTQ lowers column
-# by column, all layers of a bank at once. Enters: the averaged weights and a loader of training
-# text. Leaves: an artifact that fills BUDGET_BYTES. Only `second_moments`, `step_damage` and
-# `correct_biases` read training text, inside the clock; all else looks at weights alone and may run
-# after it. Validation text never comes here.
+# over a matrix's inputs x GPTQ lowers trace((W - W') H (W - W')^T), all layers of a bank at once.
+# Reads the averaged weights and, inside the clock, training text (`second_moments`, `step_damage`,
+# `correct_biases`); never validation text. Gives an artifact that fills BUDGET_BYTES.
 # ==================================================================================================
 @torch.no_grad()
 def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
-    """Sum of x x^T over the tokens of `batches` of all ranks, by tap: (L | 1, n, n) fp64.
-
-    Sums of fp64 do not depend on the number of ranks. Nothing is divided by the number of tokens:
-    damping and column steps are relative to a moment's own mean. The plan is the looped one, so a
-    layer is rounded for what it gets in all its passes."""
+    """Sum of x x^T over the tokens of `batches` of all ranks, by tap: (L | 1, n, n) fp64. The plan
+    is the looped one, so a layer is rounded for what it gets in all its passes."""
     h, sums = model.h, {}
 
     def probe(tap: str, layer: int, x: Tensor) -> None:
@@ -2901,8 +2894,8 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
         rows, layers = x.flatten(0, -2).float(), sums.setdefault(tap, {})
         layers[layer] = layers.get(layer, 0) + (rows.mT @ rows).double() * counted
 
-    # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and all
-    # of them come to the collectives below with the same keys in the same order.
+    # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and the
+    # collectives below meet the same keys in the same order.
     end = -(-batches // world.size) * world.size * (h.gptq_roles != "none")
     for number in range(world.rank, end, world.size):
         counted = number < batches    # spare ranks add nothing
@@ -2915,7 +2908,7 @@ def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> di
 @torch.no_grad()
 def sampled(model: GPT, number: int) -> Batch:
     """A micro-batch of rows that the model writes itself at temperature 0.8, from a uniform first
-    token on (#1019). Every token costs a pass over its row so far."""
+    token on (#1019); every token costs a pass over its row so far."""
     h, embed = model.h, model.bank["embed"].to(model.dtype)
     dice = torch.Generator(embed.device).manual_seed(h.seed + number)
     rows, plan = h.micro_batch_tokens // h.train_seq_len, depth_plan(h, looped=True)
@@ -2929,8 +2922,7 @@ def sampled(model: GPT, number: int) -> Batch:
 # A step is in proportion to the standard deviation of its row, and to the entry of its column in
 # GPTQ's factor, each to a power; where steps are uniform, to 1 and 0.
 ROW_STEP_POWER = COLUMN_STEP_POWER = 0.5
-# Exponents of steps count quarters of an octave: finer ones cost more bytes than they save.
-OCTAVE = 4
+OCTAVE = 4    # exponents of steps are quarters of an octave: finer ones cost more than they save
 
 
 def octaves(exponent: Tensor) -> Tensor:
@@ -2939,8 +2931,7 @@ def octaves(exponent: Tensor) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """The steps of a bank: scale * 2^((row + column) / OCTAVE). Rows differ because their weights
-    do, columns because their inputs are not used alike."""
+    """A bank's steps scale * 2^((row + column) / OCTAVE): rows differ in size, columns in use."""
 
     scale: Tensor    # fp32 (L,)
     row: Tensor    # int8 (L, rows)
@@ -2966,18 +2957,20 @@ class Coded(NamedTuple):
         return self.codes.float() * self.grid.rows() * self.grid.columns()
 
 
-# Trellis-coded quantisation. The codes of a column are a path through a machine of few states; the
-# state says whether the next code is even or odd, so parity costs no bits, and the freedom that is
-# left lets a search come closer to the weights, at equal bits, than rounding each to its nearest.
+Stored = Mapping[str, Coded | Tensor]    # codes with steps or fp16 of each bank, in table order
+Packed = tuple[bytes, dict[str, int]]    # an artifact and its bytes by part
+Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, n) in that order
+Factors = Mapping[str, Factor]    # by tap
+
+# Trellis-coded quantisation: the codes of a column walk through a few states that say whether the
+# next code is even or odd, so parity costs no bits and steps can be finer at equal bits.
 TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 
 
 def trellis_next(states: int) -> np.ndarray:
-    """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2).
-
-    The lowest bit of a state is the parity of the code. A shift register: the bit that leaves feeds
-    back through `parity`, bit 1 of the code enters through `upper`. Ungerboeck's codes, as parity
-    polynomials in octal (IEEE Trans. IT-28, 1982). Raises ValueError for an unknown size."""
+    """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2); a state's
+    lowest bit is the parity of its code. A shift register with Ungerboeck's polynomials in octal
+    (IEEE Trans. IT-28, 1982). Raises ValueError for an unknown size."""
     if states not in TRELLIS_TAPS:
         raise ValueError(f"a trellis of {states} states is unknown: one of {sorted(TRELLIS_TAPS)}")
     parity, upper = TRELLIS_TAPS[states]
@@ -2985,34 +2978,18 @@ def trellis_next(states: int) -> np.ndarray:
     return state >> 1 ^ (state & 1) * (parity >> 1) ^ bit * (upper >> 1)
 
 
-def trellis_before(states: int) -> np.ndarray:
-    """Inverse of `trellis_next`: the state (2, states) from which bit 1 = 0 or 1 leads to each."""
-    return trellis_next(states).argsort(0).T
-
-
-def join_runs(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last state (N, runs) of each run in the cheapest chain of runs from state 0.
-
-    `cost` (last, first, N, runs) is the least error of a run between two states: a matrix, and a
-    chain is the product of its matrices with (min, +) in the place of (+, x)."""
-    best, chosen = cost[:, 0, :, 0], []
-    for run in cost.unbind(3)[1:]:
-        best, meeting = (best + run).min(1)         # over the state in which two runs meet
-        chosen.append(meeting)
-    # from the cheapest last state back over the borders; state 0 stands before the first run
-    path = [best.argmin(0)]
-    for meeting in reversed(chosen):
-        path.append(meeting.gather(0, path[-1][None])[0])
-    path = torch.stack([*path, torch.zeros_like(path[0])][::-1], 1)
-    return path[:, :-1], path[:, 1:]
+def walk_back(last: Tensor, came: Sequence[Tensor]) -> Tensor:
+    """States (steps + 1, M) on the way to `last` (M,); `came` (steps, states, M) leads back."""
+    path = [last[None]]
+    for before in reversed(came):
+        path.append(before.gather(0, path[-1]))
+    return torch.cat(path[::-1])
 
 
 def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Viterbi's search of all runs at once: states (run, M) before each step, and bits (run, M).
-
-    `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`.
-    The steps of a row wait for each other, but runs walk side by side: a row takes `run` steps and
-    one join per run. Of several runs each is searched from every state, so joining is exact."""
+    `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`. Of
+    several runs, which walk side by side, each is searched from every state: joining is exact."""
     (run, _, many), states = error.shape, before.shape[1]
     starts = states if shape[1] > 1 else 1
     # (state reached, state begun in, M): before the first step a path is where it began
@@ -3025,28 +3002,29 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
         torch.index_select(cost, 0, source, out=both).add_(branch)
         torch.lt(both[states:], both[:states], out=bit)
         torch.minimum(both[states:], both[:states], out=cost)
-    # Which states the runs begin and end in decides whose bits count; then back along the path.
-    first, last = join_runs(cost.unflatten(2, shape))
+    # A run's cost (last, first) is a matrix, and a chain of runs from state 0 the product of these
+    # with (min, +) in the place of (+, x). The cheapest chain decides whose bits count.
+    first_run, *runs = cost.unflatten(2, shape).unbind(3)
+    best, chosen = first_run[:, 0], []
+    for following in runs:
+        best, meeting = (best + following).min(1)    # over the state in which two runs meet
+        chosen.append(meeting)
+    last = walk_back(best.argmin(0), chosen).T                              # (N, runs)
     if starts > 1:
+        first = F.pad(last[:, :-1], (1, 0))
         bits = bits.gather(2, first.reshape(1, 1, 1, many).expand(run, states, 1, many))
     bits = bits[:, :, 0]                                                    # (run, states, M)
     came = torch.where(bits, before[1, :, None], before[0, :, None])
-    path = [last.reshape(1, many)]
-    for back in came.flip(0).unbind():
-        path.append(back.gather(0, path[-1]))
-    path = torch.stack(path[::-1])                                          # (run + 1, 1, M)
-    return path[:-1, 0], bits.gather(1, path[1:])[:, 0]
+    path = walk_back(last.reshape(many), came.unbind())                     # (run + 1, M)
+    return path[:-1], bits.gather(1, path[1:, None])[:, 0]
 
 
 @torch.no_grad()
-def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
-                  run: int | None = None) -> Tensor:
-    """Codes (N, R) int16 of least squared error from targets (N, R), in lattice steps.
-
-    Each row is a path from state 0. A state of parity p allows the codes 2k + p, and the lowest bit
-    of k chooses the next state: a code costs the bits of a lattice twice as coarse, but lies 1.1 dB
-    closer (8 states; Marcellin and Fischer, IEEE Trans. Comm. 38, 1990). `weight` (R,) or (N, R)
-    multiplies the squared errors. The length `run` of the runs changes only the time."""
+def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int = 0) -> Tensor:
+    """Codes (N, R) int16 of least squared error from targets (N, R), in lattice steps; `weight`
+    (R,) or (N, R) multiplies the squares, the length `run` of runs changes only the time.
+    A row is a path from state 0: parity p allows the codes 2k + p, at the bits of a lattice twice
+    as coarse but 1.1 dB closer (8 states; Marcellin and Fischer, IEEE Trans. Comm. 38, 1990)."""
     rows, length = x.shape
     # many starting states make short runs dear, one long run makes many small operations
     run = min(run or (64 if states <= 16 else length), length)
@@ -3057,11 +3035,11 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None,
     x = x.float().clamp(-32_760, 32_760)
     weight = x.new_ones(()) if weight is None else weight.float()
     targets, weights = cut(x), cut(weight.expand_as(x))
-    # A branch fixes a code modulo 4 and nothing more: four errors per target, each to the nearest
-    # code of one residue, are all that the search needs. They are in units of 4 steps.
+    # A branch fixes a code modulo 4 and nothing more, so four errors per target suffice, each to
+    # the nearest code of one residue, in units of 4 steps.
     part = (targets[:, None] - torch.arange(4, device=x.device)[:, None]) * 0.25
     error = (part - (part + 0.5).floor()).square_() * weights[:, None]      # (run, 4, M)
-    before = torch.as_tensor(trellis_before(states), device=x.device)
+    before = torch.as_tensor(trellis_next(states).argsort(0).T, device=x.device)    # (2, states)
     residue = torch.cat([before[0] & 1, (before[1] & 1) + 2])               # of a branch's codes
     state, bit = search_runs(error.index_select(1, residue), before, (rows, runs))
     low = (state & 1) + 2 * bit
@@ -3083,8 +3061,7 @@ def best_percentile(w: Tensor, top: int) -> Tensor:
 def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
                  search: bool = False) -> Grid:
     """Steps by which the largest code stands at `sigmas` standard deviations of a row (0: at its
-    largest value; with `search` at the percentile of least squared error); `power` below 1 draws
-    the steps of rows (L, rows, cols) together."""
+    largest value; with `search` at `best_percentile`), the rows' differences to their `power`."""
     top = 2**(bits - 1) - 1
     # half a unit of the exponent more, lest rounding it down clips the largest value
     reach = (best_percentile(w, top) if search else
@@ -3097,27 +3074,21 @@ def uniform_grid(w: Tensor, bits: int, sigmas: float, power: float = 1.0,
 
 
 def round_rows(w: Tensor, bits: int, sigmas: float, search: bool = False) -> Coded:
-    """Each weight (L, rows, cols) to its nearest code: for banks that no tap feeds, and for what
+    """Each weight (L, rows, cols) at its nearest code, for banks that no tap feeds and for what
     training sees of a matrix under LATE_QAT_THRESHOLD."""
     grid, top = uniform_grid(w, bits, sigmas, search=search), 2**(bits - 1) - 1
     return Coded((w / grid.rows()).round().clamp(-top, top).to(torch.int16), grid)
 
 
-Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, n) in that order
-
-
 def inverse_factor(moment: Tensor, damping: float) -> Factor:
     """(L, n, n) -> order (L, n) of columns, most used input first, and upper U with U^T U = inverse
-    moment in that order.
-
-    Row j of U over U_jj says how later columns make up for an error in column j: the first has all
-    others for it, the last none, hence the order. `damping` times the mean diagonal is added,
-    tenfold more each time Cholesky fails: an input that never fires leaves a row of zeros."""
+    moment in that order; raises `Refusal` where that is not finite. Row j of U over U_jj says how
+    later columns make up for an error in column j: the first has all others for it."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
     H = moment.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
-    for attempt in range(6):
+    for attempt in range(6):    # an input that never fires leaves zeros: damped tenfold more
         extra = (damping * 10**attempt * mean).expand_as(diagonal)
         factor, failed = torch.linalg.cholesky_ex(H + torch.diag_embed(extra))
         if not failed.any():
@@ -3128,14 +3099,17 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
                   f"{damping * 1e5:g}; the activations hold NaN or infinity")
 
 
+def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> Factors:
+    """The factor of each tap's second moments."""
+    return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
+
+
 def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int = 0,
          block: int = 128) -> Coded:
     """Rounds a bank (L, rows, cols) column by column to codes of at most `top`, or on a trellis of
     so many states, pushing each error onto the columns not yet rounded (arXiv 2210.17323).
-
-    With e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes w_k - e_j U_jk, within a
-    block at once, beyond it by one product, and the error of the outputs grows by |e_j|^2: one
-    trellis search takes a whole column, errors weighed by the squared steps of their rows."""
+    With e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes w_k - e_j U_jk, beyond a
+    block by one product, and the error of the outputs grows by |e_j|^2."""
     order, upper = factor
     # from here to the last line columns stand in the factor's order, not in the bank's
     wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
@@ -3147,7 +3121,7 @@ def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int =
         for j in range(lo, hi):
             scale = high * wide[:, j, None]
             x = work[:, :, j] / scale
-            # a trellis has no largest code: the coder escapes rare large ones
+            # a trellis, whose path is a whole column, has no largest code: the coder escapes it
             q = (trellis_codes(x, states, high.square()).float() if states else
                  x.round().clamp_(-top, top))
             error = (work[:, :, j] - q * scale) / upper[:, j, j, None]
@@ -3157,27 +3131,19 @@ def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int =
     return Coded(torch.empty_like(codes).scatter_(2, columns, codes).to(torch.int16), grid)
 
 
-def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> dict[str, Factor]:
-    """The factor of each tap's second moments."""
-    return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
-
-
 def bank_of(model: GPT, name: str) -> Tensor:
     """A coded bank as (L | 1, rows, cols), sharing its memory."""
     w = model.bank[name].detach()
     return w.view(-1, *w.shape[-2:])
 
 
-def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
-    """The steps of a bank before the search stretches them: rows and columns (by the diagonal of
-    U, arXiv 2603.04956) to their powers.
-
-    An error in column j counts 1 / U_jj^2: steps ~ U_jj (power 1) would give every column an equal
-    share of the damage. Column exponents are zero on average and so leave the bits of a bank."""
+def searched_grid(model: GPT, name: str, factors: Factors) -> Grid:
+    """The steps of a bank before the search stretches them. An error in column j counts 1 / U_jj^2
+    (arXiv 2603.04956): steps ~ U_jj (power 1) would give all columns one share of the damage."""
     h, role = model.h, roles(model.h)[name]
-    rows, columns = ((1, 0) if h.step_search == "uniform" else
-                     (ROW_STEP_POWER, COLUMN_STEP_POWER))
+    rows, columns = (1, 0) if h.step_search == "uniform" else (ROW_STEP_POWER, COLUMN_STEP_POWER)
     order, upper = factors[role.tap]
+    # zero on average, column exponents leave the bits of a bank as they were
     column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
     column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127).to(torch.int8)
     grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows,
@@ -3186,10 +3152,8 @@ def searched_grid(model: GPT, name: str, factors: Mapping[str, Factor]) -> Grid:
 
 
 @torch.no_grad()
-def quantise(model: GPT, factors: Mapping[str, Factor],
-             stretch: Mapping[str, Tensor] = {}) -> dict[str, Coded | Tensor]:
-    """Every bank as it will be stored, in the order of the table: codes with steps, or fp16. Steps
-    are 2^stretch (L,) times those of `searched_grid`."""
+def quantise(model: GPT, factors: Factors, stretch: Mapping[str, Tensor] = {}) -> Stored:
+    """Every bank as it will be stored; steps are 2^stretch (L,) times those of `searched_grid`."""
     h, stored = model.h, {}
     for name, role in roles(h).items():
         if role.bits == 16:
@@ -3209,50 +3173,44 @@ def quantise(model: GPT, factors: Mapping[str, Factor],
 
 
 @torch.no_grad()
-def load_stored(model: GPT, stored: Mapping[str, Coded | Tensor]) -> None:
+def load_stored(model: GPT, stored: Stored) -> None:
     """Overwrites the model's weights with what the artifact holds."""
     for name, value in stored.items():
         w = value.decode() if isinstance(value, Coded) else value.float()
         model.bank[name].copy_(w.view(model.bank[name].shape))
 
 
-# Rate control. Rounding errors cost about a f^2 nats at f times the uniform steps and n log2 f bits
-# are saved, so at the least cost for given bytes every role-layer has f ~ sqrt(n / a): there the
-# slopes 2 a f^2 and n of damage and bits to log f stand in one ratio everywhere. `step_damage`
-# measures a, `ideal_stretch` solves for f up to one common factor, `fit_budget` searches that.
+# Rate control. Steps of f times the uniform ones cost about a f^2 nats and save n log2 f bits, so
+# given bytes cost least at f ~ sqrt(n / a), where the slopes of both to log f are in one ratio in
+# all role-layers. `step_damage` measures a, `fit_budget` searches the factor that all f share.
 DAMAGE_TOKENS, DAMAGE_STRETCH = 4096, 1.5    # text and steps with which `a` is measured
 FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
+BIAS_RATE = 1e-3    # of Adam at first, over the mean size of a bank; falls to zero
 
 
 def damage_text(h: Hyperparameters, loader: Loader) -> Tensor:
     """Ids (B, TRAIN_SEQ_LEN), DAMAGE_TOKENS in all, from the next micro-batch of training text."""
-    rows = max(1, DAMAGE_TOKENS // h.train_seq_len)
-    return loader.next().ids.view(-1, h.train_seq_len)[:rows]
+    return loader.next().ids.view(-1, h.train_seq_len)[:max(1, DAMAGE_TOKENS // h.train_seq_len)]
 
 
 @torch.no_grad()
-def step_damage(model: GPT, world: World, loader: Loader,
-                factors: Mapping[str, Factor]) -> dict[str, Tensor]:
-    """KL divergence (L,), in nats per token, that each role-layer alone causes when its steps are
-    DAMAGE_STRETCH times uniform; ranks share the role-layers and read one text.
-
-    Unlike a difference of losses it is never negative on so short a text. Only ratios between
-    role-layers matter, so no trellis is searched."""
+def step_damage(model: GPT, world: World, loader: Loader, factors: Factors) -> dict[str, Tensor]:
+    """KL divergence (L,) in nats per token (a difference of losses may be negative) that each
+    role-layer alone causes by DAMAGE_STRETCH times uniform steps; all ranks read one text."""
     h, damage, turn = model.h, {}, 0
     if h.step_search == "uniform":
         return damage
     plan, ids = depth_plan(h, looped=True), damage_text(h, loader)
     world.share_tensors([ids])
     truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
-    for name, role in roles(h).items():
-        if not role.tap:
-            continue
+    for name in tapped(h):
         # `bank` shares the model's memory: each layer is spoilt in place, judged and put back
         bank, grid = bank_of(model, name), searched_grid(model, name, factors)
         exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
+        # only ratios between role-layers matter, so no trellis is searched
         coarse = grid._replace(scale=DAMAGE_STRETCH * grid.scale)
-        rough = gptq(bank, factors[role.tap], coarse).decode()
+        rough = gptq(bank, factors[roles(h)[name].tap], coarse).decode()
         for i in range(len(bank)):
             turn += 1
             if turn % world.size == world.rank:
@@ -3267,22 +3225,21 @@ def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
     of `truth` with `embed`, a copy of the exact table: the model's own may be rounded by now."""
     total, now = 0.0, model.bank["embed"].to(model.dtype)
     # 2048 tokens at a time: logits (T, V) are fp32 and come twice
-    for pair in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
-        p, q = (model.head.logits(states, table).log_softmax(-1)
-                for states, table in zip(pair, (embed, now)))
+    for exact, rough in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
+        p = model.head.logits(exact, embed).log_softmax(-1)
+        q = model.head.logits(rough, now).log_softmax(-1)
         total = total + F.kl_div(q, p, reduction="sum", log_target=True)
     return total / truth[..., 0].numel()
 
 
 def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Octaves (L,) between the least costly steps and the uniform ones, zero on average over all
-    weights: log2 sqrt(n / a), less its mean. Within 3 octaves, lest a damage that was measured as
-    next to nothing asks for steps without bound."""
+    """Octaves (L,) between the least costly steps and the uniform ones: log2 sqrt(n / a), less its
+    mean over all weights; within 3, lest a damage of next to nothing asks for endless steps."""
     kl = {n: d.mean().expand_as(d) if h.step_search == "role" else d for n, d in damage.items()}
     weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in kl}
     found = {n: 0.5 * (weights[n] / d.clamp_min(1e-12)).log2() for n, d in kl.items()}
-    mean = sum(weights[n] * o.sum() for n, o in found.items()) / sum(
-        weights[n] * len(o) for n, o in found.items())
+    mean = (sum(weights[n] * o.sum() for n, o in found.items()) /
+            sum(weights[n] * len(o) for n, o in found.items()))
     return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
 
 
@@ -3297,28 +3254,12 @@ def gaussian_bits(size: Tensor) -> Tensor:
     return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
-@torch.no_grad()
-def expected_bits(h: Hyperparameters, banks: Mapping[str, Tensor]) -> str:
-    """A line of the log: bits per weight of each bank at uniform steps, and the bytes of all."""
-    words, total = [], 0.0
-    for name, role in roles(h).items():
-        if role.tap:
-            w = banks[name].view(-1, *role.shape[-2:])
-            grid = uniform_grid(w, role.bits, role.sigmas)
-            bits = float(gaussian_bits(column_sizes(w, grid)).mean())
-            words, total = [*words, f"{name}:{bits:.3f}"], total + bits * w.numel() / 8
-    return f"bits_per_weight {' '.join(words)} coded_bytes:{total:.0f} (at uniform steps)"
-
-
-def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, Tensor], code: int,
-               log: Log) -> tuple[bytes, dict[str, int]]:
-    """(artifact, bytes by part) that fill BUDGET_BYTES together with `code` bytes, usually after
-    two or three passes; the smallest possible one where none fits. Without damages the steps are
-    the uniform ones. Reads no text.
-
-    One number is searched, the shift in octaves that all steps share. Each pass bisects an estimate
-    that costs nothing, then rounds and codes everything at that shift, which closes the bracket
-    around the budget and corrects the estimate."""
+def fit_budget(model: GPT, factors: Factors, damage: Mapping[str, Tensor], code: int,
+               log: Log) -> Packed:
+    """The artifact that fills BUDGET_BYTES together with `code` bytes; the smallest possible one
+    where none fits, that of uniform steps without damages. The shift in octaves that all steps
+    share is searched: each pass bisects an estimate that costs nothing, then rounds and codes all
+    banks there, which narrows the bracket around the budget and corrects the estimate."""
     h = model.h
     if not damage:
         return pack(h, quantise(model, factors))
@@ -3327,12 +3268,10 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
     weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
     room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
     slack, low, high = (1 - ROOM_USED) * h.budget_bytes, FINEST, COARSEST
-
-    def expected(shift: float) -> float:
-        """Bytes of the codes when all steps are 2^shift times those of `base`."""
-        return sum(weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
-                   for n, o in base.items())
-
+    # bytes of the codes when all steps are 2^shift times those of `base`
+    expected = lambda shift: sum(
+        weights[n] * float(gaussian_bits(sizes[n] * 4.0**-(o[:, None] + shift)).sum())
+        for n, o in base.items())
     fits = lambda shift: ratio * expected(shift) + fixed <= room - slack
     # `low` is too fine and `high` fits once tried, so only steps between them are left.
     while high > low + 1e-3 * (high in tried):
@@ -3358,16 +3297,9 @@ def fit_budget(model: GPT, factors: Mapping[str, Factor], damage: Mapping[str, T
     return tried[best]
 
 
-BIAS_RATE = 1e-3    # of Adam at first, over the mean size of a bank; falls to zero
-
-
-def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tensor],
-                   steps: int) -> dict[str, Coded | Tensor]:
-    """`stored` with new fp16 banks (gains, scales, gates), which lower the KL divergence from the
-    model's predictions by `steps` of Adam, DAMAGE_TOKENS of training text each; codes stay, and
-    the model is as before. After arXiv 1906.04721, with gradients.
-
-    Each text is used once. Rates are relative to a bank's size, in which gains and gates differ."""
+def correct_biases(model: GPT, loader: Loader, stored: Stored, steps: int) -> Stored:
+    """`stored` with fp16 banks that `steps` of Adam, DAMAGE_TOKENS of new text each, brought closer
+    to the model's predictions; the model stays as it was. After arXiv 1906.04721."""
     plan = depth_plan(model.h, looped=True)
     texts = [damage_text(model.h, loader) for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
@@ -3377,14 +3309,13 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
         truths = [model.hidden(ids, plan) for ids in texts]
     embed = exact["embed"].to(model.dtype)
     load_stored(model, stored)
-    adam = torch.optim.Adam(
-        [dict(params=[w], lr=BIAS_RATE * max(0.05, float(w.detach().abs().mean())))
-         for w in plain.values()], betas=(0.9, 0.98), eps=1e-12)
+    rate = lambda w: BIAS_RATE * max(0.05, float(w.detach().abs().mean()))    # gains, gates differ
+    adam = torch.optim.Adam([dict(params=[w], lr=rate(w)) for w in plain.values()],
+                            betas=(0.9, 0.98), eps=1e-12)
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     for ids, truth in zip(texts, truths):
         adam.zero_grad()
-        loss = divergence(model, truth, embed, model.hidden(ids, plan))
-        loss.backward(inputs=[*plain.values()])
+        divergence(model, truth, embed, model.hidden(ids, plan)).backward(inputs=[*plain.values()])
         adam.step()
         decay.step()
     found = {**stored, **{n: w.detach().half() for n, w in plain.items()}}
@@ -3393,17 +3324,15 @@ def correct_biases(model: GPT, loader: Loader, stored: Mapping[str, Coded | Tens
     return found
 
 
-def fit_corrected(t: Trainer, factors: Mapping[str, Factor], damage: Mapping[str, Tensor],
-                  code: int, log: Log) -> tuple[bytes, dict[str, int]]:
-    """What `fit_budget` gives, after BIAS_CORRECTION_STEPS; nothing on ranks other than 0. The
-    steps read training text, so the search runs inside the clock too. The uncorrected artifact is
-    kept where the other is over the budget, of which 0.02% are kept for fp16 banks that compress
-    less well."""
+def fit_corrected(t: Trainer, factors: Factors, damage: Mapping[str, Tensor], code: int,
+                  log: Log) -> Packed:
+    """What `fit_budget` gives, after BIAS_CORRECTION_STEPS, inside the clock; nothing on ranks
+    other than 0, the uncorrected artifact where the other is over the budget."""
     if not t.world.main:
         return b"", {}
     model, steps = t.model, t.model.h.bias_correction_steps
-    spare = model.h.budget_bytes // 5000
-    plain = fit_budget(model, factors, damage, code + spare, log)
+    # 0.02% are kept for fp16 banks that compress less well
+    plain = fit_budget(model, factors, damage, code + model.h.budget_bytes // 5000, log)
     found = pack(model.h, correct_biases(model, t.loader, unpack(plain[0])[1], steps))
     sizes = len(plain[0]), len(found[0])
     fits = sizes[1] <= max(sizes[0], model.h.budget_bytes - code)
@@ -3414,53 +3343,44 @@ def fit_corrected(t: Trainer, factors: Mapping[str, Factor], damage: Mapping[str
 
 # ==================================================================================================
 # 11. Artifact
-# magic | header length | header | streams | checksum. The header holds the model's knobs and the
-# lengths of the streams; the streams follow the role table. Nothing is pickled: reading a hostile
-# file can only fail. First the general compressors, then the coder of the codes, then the file
-# around both, last the packing of the script, whose bytes count as well. Enters: what section 10
-# stores, and a source text. Leaves: two byte strings and what each part costs. Coding loses
-# nothing: all loss of the pipeline lies in the rounding of section 10.
+# magic | header length | header (knobs, lengths of streams) | streams in the role table's order |
+# checksum. Nothing is lost, nothing is pickled: reading a hostile file can only fail. First general
+# compressors, then the coder of the codes, the file around both, and the packing of the script.
 # ==================================================================================================
-MAGIC = b"PGOLF\x02"
-CHECKSUM_BYTES = 16
-HEADER_LIMIT = 1 << 16
+MAGIC, CHECKSUM_BYTES, HEADER_LIMIT = b"PGOLF\x02", 16, 1 << 16
+PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
 # Always in the header, defaults or not: without them the streams have no shapes, and scoring with
 # others would be another model (`evaluate` refuses that).
-MODEL_KNOBS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
-               "leaky_slope", "rope_dims", "rope_base", "qk_gain_init", "ln_scale", "xsa_last_n",
-               "head_gate_scale", "smear_gate", "num_loops", "loop_start",
-               "loop_end", "parallel_start_layer", "logit_softcap", "matrix_bits", "embed_bits",
-               "trellis_states", "bigram_vocab_size", "ve_dim", "skip_gates",
-               "parallel_form", "asym_logit_rescale", "gptq_roles")
-
-
+MODEL_KNOBS = (
+    "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult leaky_slope rope_dims "
+    "rope_base qk_gain_init ln_scale xsa_last_n head_gate_scale smear_gate num_loops loop_start "
+    "loop_end parallel_start_layer logit_softcap matrix_bits embed_bits trellis_states "
+    "bigram_vocab_size ve_dim skip_gates parallel_form asym_logit_rescale gptq_roles").split()
 # Raw: no container, no checksum of its own. No context bits: the bytes are numbers, not text.
 LZMA_RAW = dict(format=lzma.FORMAT_RAW, filters=[
     dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)])
 
 
 def coders() -> dict[str, tuple[bytes, Callable, Callable]]:
-    """The compressors that this installation offers: COMPRESSOR name -> (letter in the stream,
-    encode(raw, quick), decode(coded, limit)). `quick` is for rehearsals, `limit` the most that may
-    come out, lest a hostile stream fills the memory."""
-    known = dict(
-        lzma=(b"l", lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
-              lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)),
-        zstd=(b"z",
-              lambda raw, quick: zstandard.ZstdCompressor(level=3 if quick else 22).compress(raw),
-              lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit)),
-        zlib=(b"d", lambda raw, quick: zlib.compress(raw, 9), inflate),
-        brotli=(b"b",
-                lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
-                lambda coded, limit: brotli.Decompressor().process(
-                    coded, output_buffer_limit=limit)))
-    missing = {name for name, module in (("zstd", zstandard), ("brotli", brotli)) if not module}
-    return {name: coder for name, coder in known.items() if name not in missing}
+    """COMPRESSOR name -> (letter in the stream, encode(raw, quick), decode(coded, limit)) of those
+    installed; at most `limit` bytes come out, lest a hostile stream fills the memory."""
+    found = dict(lzma=(
+        b"l", lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
+        lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)))
+    if zstandard:
+        found["zstd"] = (
+            b"z", lambda raw, quick: zstandard.ZstdCompressor(3 if quick else 22).compress(raw),
+            lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit))
+    found["zlib"] = b"d", lambda raw, quick: zlib.compress(raw, 9), inflate
+    if brotli:
+        found["brotli"] = (
+            b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
+            lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
+    return found
 
 
 def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
-    """The coded bytes behind the letter of their coder; any name but a coder's tries all and keeps
-    the shortest."""
+    """The coder's letter and the coded bytes; the shortest of all for any name but a coder's."""
     known = coders()
     chosen = [known[compressor]] if compressor in known else known.values()
     return min((letter + encode(raw, quick) for letter, encode, _ in chosen), key=len)
@@ -3469,18 +3389,16 @@ def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
 def expand(coded: bytes, size: int) -> bytes:
     """The `size` bytes that `squeeze` was given; raises `Refusal` for anything else."""
     known = {letter: (name, decode) for name, (letter, _, decode) in coders().items()}
-    if coded[:1] not in known:
-        raise Refusal(f"artifact: a stream needs coder {coded[:1]!r}, and the package for it is "
-                      f"not installed (here: {', '.join(coders())})")
+    require(coded[:1] in known, f"artifact: a stream needs coder {coded[:1]!r}, and the package "
+            f"for it is not installed (here: {', '.join(coders())})")
     name, decode = known[coded[:1]]
     try:
-        # one byte more than is due, so that a stream which is too long shows
-        raw = decode(coded[1:], size + 1)
+        raw = decode(coded[1:], size + 1)    # one byte more shows a stream that is too long
     # each library has its own error types; all mean a damaged stream
     except Exception as error:
         raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
-    if len(raw) != size:
-        raise Refusal(f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
+    require(len(raw) == size,
+            f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
     return raw
 
 
@@ -3513,18 +3431,13 @@ RUNGS = np.concatenate([np.arange(8), *(np.arange(8, 16) << octave for octave in
 
 
 class ColumnModel(NamedTuple):
-    """What the decoder is told of one tensor: how scales are learned, and a table per scale.
+    """What the decoder is told of one tensor: how scales are learned, and a table per scale."""
 
-    `mean` is the mean |symbol| of the tensor, in units of 1 / SCALE_ONE like all scales. The prior
-    of a column counts as 2^`trust` rows and takes `mix` quarters from the same column of the layer
-    before. `tables` (K, top + 1) uint8 hold the rung of the weight of each |symbol|, the first
-    table for the rung `lowest` of the scale."""
-
-    mean: int
-    trust: int
-    mix: int
-    lowest: int
-    tables: np.ndarray
+    mean: int    # of |symbol| in the tensor, in units of 1 / SCALE_ONE like all scales
+    trust: int    # the prior of a column counts as 2^trust rows
+    mix: int    # quarters of the prior that come from the same column of the layer before
+    lowest: int    # rung of the scale that the first table is for
+    tables: np.ndarray    # uint8 (K, top + 1): the rung of the weight of each |symbol|
 
     def pack(self) -> bytes:
         """Bytes that zlib shrinks well: the numbers, then each table's difference to the last."""
@@ -3538,8 +3451,8 @@ def rung(value: np.ndarray) -> np.ndarray:
 
 
 def refreshes(rows: int) -> np.ndarray:
-    """Rows at which scales are looked at anew: each of the first 16, then every 1/8 further on.
-    The further down, the less one row can move a mean, and each look costs time."""
+    """Rows at which scales are looked at anew: each of the first 16, then every 1/8 further on,
+    where one row hardly moves a mean but each look costs time."""
     starts = [0]
     while (row := starts[-1] + max(1, starts[-1] >> 3)) < rows:
         starts.append(row)
@@ -3554,14 +3467,15 @@ def running_scale(total: np.ndarray, row, previous: np.ndarray, mean: int, trust
     return (total * SCALE_ONE + (prior << trust)) // (row + (1 << trust))
 
 
-def column_scales(sizes: np.ndarray, mean: int, trust: int, mix: int) -> np.ndarray:
-    """Scales (L, refreshes, C) that the decoder will know of |symbols| (L, R, C)."""
+def column_scales(sizes: np.ndarray, *prior: int) -> np.ndarray:
+    """Scales (L, refreshes, C) that the decoder will know of |symbols| (L, R, C); `prior` are the
+    mean, trust and mix of a `ColumnModel`."""
     starts = refreshes(sizes.shape[1])
     sums = np.add.reduceat(sizes, starts, axis=1, dtype=np.int64)
     after = sums.cumsum(1)
     reached = after[:, -1:] * SCALE_ONE // sizes.shape[1]
-    previous = np.concatenate([np.full_like(reached[:1], mean), reached[:-1]])
-    return running_scale(after - sums, starts[:, None], previous, mean, trust, mix)
+    previous = np.concatenate([np.full_like(reached[:1], prior[0]), reached[:-1]])
+    return running_scale(after - sums, starts[:, None], previous, *prior)
 
 
 def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
@@ -3571,12 +3485,8 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
     sample, starts = sizes[:, :, ::-(-columns // 48)], refreshes(rows)
     sums = np.add.reduceat(sample, starts, axis=1, dtype=np.float32) * SCALE_ONE
     lengths = np.diff(starts, append=rows)[:, None]
-
-    def nats(trust: int, mix: int) -> float:
-        """Cost of the sampled columns, up to a constant."""
-        scale = column_scales(sample, mean, trust, mix).astype(np.float32) + 1
-        return float((lengths * np.log(scale) + sums / scale).sum())
-
+    cost = lambda scale: float((lengths * np.log(scale) + sums / scale).sum())
+    nats = lambda *rate: cost(column_scales(sample, mean, *rate).astype(np.float32) + 1)
     trust = min(range(8), key=lambda t: nats(t, 2 if layers > 1 else 0))
     mix = min(range(5), key=lambda m: nats(trust, m)) if layers > 1 else 0
     return min(range(8), key=lambda t: nats(t, mix)), mix
@@ -3605,10 +3515,8 @@ def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarra
 
 
 def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
-    """Frequencies (K, P, 2 top + 1), adding up to 2^RANS_BITS, of the symbols -top..top.
-
-    P = 2 with a trellis: then table p holds only symbols of parity p. Each symbol of a table gets
-    one slot and its share of the rest; the most frequent takes what division leaves over."""
+    """Frequencies (K, P, 2 top + 1), adding up to 2^RANS_BITS, of the symbols -top..top; with a
+    trellis P = 2, and table p holds only symbols of parity p."""
     top = tables.shape[1] - 1
     symbol = np.arange(-top, top + 1)
     parity = np.array([[0], [1]]) if states else symbol & 1
@@ -3621,10 +3529,8 @@ def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
 
 
 def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Symbols equal to int16 codes modulo 4, and the uint16 excess of each large one, in order.
-
-    The trellis walks on the two lowest bits, so the decoder can follow it before it has seen any
-    excess. Tables stay narrow, and no weight needs to be clipped."""
+    """Symbols equal to int16 codes modulo 4, so that a decoder can follow the trellis without them,
+    and the uint16 excess of each large one: tables stay narrow, and no weight is clipped."""
     size = np.abs(codes.astype(np.int32))
     symbols, large = codes.copy(), size >= FIRST_ESCAPE
     beyond = size[large] - FIRST_ESCAPE
@@ -3643,10 +3549,8 @@ def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
 
 
 def check_trellis(codes: np.ndarray, states: int) -> None:
-    """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column.
-
-    The encoder takes a table by the code's own parity, the decoder by the state: codes that leave
-    the path would be read as other codes."""
+    """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column: the
+    decoder takes a table by the state, and would read them as other codes."""
     follow = trellis_next(states).astype(np.uint8)
     state = np.zeros_like(codes[:, 0], np.uint8)
     for row in range(codes.shape[1]):
@@ -3655,24 +3559,10 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
         state = follow[state, codes[:, row] >> 1 & 1]
 
 
-def push_rows(lanes: np.ndarray, frequency: np.ndarray, start: np.ndarray, words: list) -> None:
-    """Code rows (R, lanes) of uint32 frequencies and starts, last row first, giving off words.
-
-    A state of f * 2^(32 - RANS_BITS) or more would not fit into 32 bits after the symbol, so its
-    low half leaves first; the decoder takes it back when it finds a state below RANS_FLOOR."""
-    for share, begin in zip(frequency[::-1], start[::-1]):
-        full = (lanes >> (32 - RANS_BITS) >= share).nonzero()[0]
-        words.append(lanes[full].astype(np.uint16))
-        lanes[full] >>= 16
-        lanes += lanes // share * ((1 << RANS_BITS) - share) + begin
-
-
 def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
-    """Code int16 tensors (L, R, C), on a trellis of so many states (0: none).
-
-    The state is 0 at the top of each column and gives each code's parity, which costs nothing then.
-    Layout: two uint32 lengths, zlib of the models, zlib of the excesses, the lanes' final states in
-    uint32, the words in uint16. Raises ValueError for codes that leave the trellis."""
+    """Codes int16 tensors (L, R, C), on a trellis of so many states (0: none), as two uint32
+    lengths, zlib of the models and of the excesses, the lanes' final states in uint32, the words
+    in uint16; raises ValueError for codes that leave the trellis."""
     folded = [fold(codes) for codes in tensors if codes.size]
     width = min(RANS_LANES, max((symbols.shape[2] for symbols, _ in folded), default=0))
     lanes, words, models = np.full(width, RANS_FLOOR, np.uint32), [np.zeros(0, np.uint16)], []
@@ -3689,12 +3579,18 @@ def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
             for layer, table in zip(symbols[::-1, :, strip], used[::-1, :, strip]):
                 # a symbol's table, its parity there, and its place in that
                 cell = table, layer & (share.shape[1] - 1), layer + share.shape[2] // 2
-                push_rows(lanes[:layer.shape[1]], share[cell], start[cell], words)
+                x = lanes[:layer.shape[1]]
+                for f, begin in zip(share[cell][::-1], start[cell][::-1]):
+                    # A state of f * 2^(32 - RANS_BITS) would not fit into 32 bits after the symbol:
+                    # its low half leaves, and comes back where a state is below RANS_FLOOR.
+                    full = (x >> (32 - RANS_BITS) >= f).nonzero()[0]
+                    words.append(x[full].astype(np.uint16))
+                    x[full] >>= 16
+                    x += x // f * ((1 << RANS_BITS) - f) + begin
     side = zlib.compress(b"".join(reversed(models)), 9)
-    excess = zlib.compress(b"".join(excess.tobytes() for _, excess in folded), 9)
+    excess = zlib.compress(b"".join(excess for _, excess in folded), 9)
     return b"".join([struct.pack("<II", len(side), len(excess)), side, excess,
-                     lanes.astype("<u4").tobytes(),
-                     np.concatenate(words[::-1]).astype("<u2").tobytes()])
+                     lanes.astype("<u4"), np.concatenate(words[::-1]).astype("<u2")])
 
 
 def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
@@ -3709,40 +3605,13 @@ def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
     return np.array(bits)
 
 
-@dataclass
-class LaneReader:
-    """The lanes of a decoder."""
-
-    states: np.ndarray    # uint32 (lanes,), at first those that the encoder ended with
-    words: np.ndarray    # uint16
-    at: int = 0    # the place reached in the words
-
-    def pull(self, table: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        """Slots that the first lanes read, each from the 2^RANS_BITS `cells` at its `table`.
-
-        A cell is frequency << 16 | (slot - start); raises ValueError when the words run out. The
-        uint32 never overflows: f * (x >> 15) + slot - start is below f * 2^17, f at most 2^15."""
-        lanes = self.states[:len(table)]
-        slot = table + (lanes & ((1 << RANS_BITS) - 1))
-        cell = cells.take(slot)
-        lanes >>= RANS_BITS
-        lanes *= cell >> 16
-        lanes += cell & 0xFFFF
-        low = (lanes < RANS_FLOOR).nonzero()[0]
-        read = self.words[self.at:self.at + len(low)]
-        if len(read) < len(low):
-            raise ValueError("coded weights: the stream ends too early, it is damaged")
-        lanes[low] = lanes[low] << 16 | read
-        self.at += len(low)
-        return slot
-
-
-def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, states: int) -> None:
-    """Fill `codes` (L, R, C) with the symbols of one tensor, the next that the reader comes to.
-
-    All that chooses a table is an integer known to both sides: sums of the rows so far, and with a
-    trellis the state, whose parity halves the symbols that can come."""
-    # every slot of every table is laid out once, so that reading a symbol is two look-ups
+def decode_tensor(lanes: np.ndarray, words: np.ndarray, codes: np.ndarray, model: ColumnModel,
+                  states: int) -> np.ndarray:
+    """Fills `codes` (L, R, C) with the next symbols of the `lanes` and `words`; returns the words
+    left over, raises ValueError when they run out. All that chooses a table is an integer known to
+    both sides: sums of the rows so far, and the state of a trellis."""
+    # Every slot of every table is laid out once, so that reading a symbol is two look-ups. A cell
+    # is frequency << 16 | (slot - start).
     share = frequencies(model.tables, states)
     top, share = share.shape[2] // 2, share.ravel()
     place = np.arange(share.sum()) - (share.cumsum() - share).repeat(share)
@@ -3752,18 +3621,29 @@ def decode_tensor(reader: LaneReader, codes: np.ndarray, model: ColumnModel, sta
     follow = (trellis_next(states) if states else np.zeros((1, 2), np.int64)).repeat(2, 1).ravel()
     starts = [*refreshes(codes.shape[1]).tolist(), codes.shape[1]]
     for left in range(0, codes.shape[2], RANS_LANES):
-        previous = np.int64(model.mean)
+        previous, x = np.int64(model.mean), lanes[:codes.shape[2] - left]
         for layer in codes[:, :, left:left + RANS_LANES]:
             total, state = np.zeros((2, layer.shape[1]), np.int64)
             for first, last in itertools.pairwise(starts):
                 scale = rung(running_scale(total, first, previous, *model[:3])) - model.lowest
                 table = scale.clip(0, len(model.tables) - 1) << RANS_BITS + (states > 0)
                 for row in range(first, last):
-                    slot = reader.pull(table + ((state & 1) << RANS_BITS), cells)
+                    slot = table + ((state & 1) << RANS_BITS) + (x & ((1 << RANS_BITS) - 1))
+                    cell = cells.take(slot)
+                    # f * (x >> 15) + slot - start is below f * 2^17, f at most 2^15: it fits
+                    x >>= RANS_BITS
+                    x *= cell >> 16
+                    x += cell & 0xFFFF
+                    low = (x < RANS_FLOOR).nonzero()[0]
+                    read, words = words[:len(low)], words[len(low):]
+                    if len(read) < len(low):
+                        raise ValueError("coded weights: the stream ends too early, it is damaged")
+                    x[low] = x[low] << 16 | read
                     layer[row] = symbol = letters.take(slot)
                     state = follow.take(state << 2 | symbol & 3)
                 total += np.abs(layer[first:last]).sum(0, dtype=np.int64)
             previous = total * SCALE_ONE // len(layer)
+    return words
 
 
 def read_models(packed: bytes, count: int) -> list[ColumnModel]:
@@ -3797,8 +3677,7 @@ def inflate(packed: bytes, limit: int) -> bytes:
     return plain
 
 
-def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
-                 states: int = 0) -> list[np.ndarray]:
+def decode_codes(blob: bytes, shapes: Sequence[tuple], states: int = 0) -> list[np.ndarray]:
     """The tensors (L, R, C) int16 given to `encode_codes`; raises ValueError for a damaged blob."""
     tensors = [np.zeros(shape, np.int16) for shape in shapes]
     filled = [codes for codes in tensors if codes.size]
@@ -3810,25 +3689,24 @@ def decode_codes(blob: bytes, shapes: list[tuple[int, int, int]],
     side, excess, lanes, words = map(io.BytesIO(blob[8:]).read, (*sizes, left))
     models = read_models(inflate(side, 1 << 16 << len(filled).bit_length()), len(filled))
     excess = np.frombuffer(inflate(excess, 2 * sum(codes.size for codes in filled)), "<u2")
-    reader = LaneReader(np.frombuffer(lanes, "<u4").astype(np.uint32), np.frombuffer(words, "<u2"))
+    lanes, words = np.frombuffer(lanes, "<u4").astype(np.uint32), np.frombuffer(words, "<u2")
     for codes, model in zip(filled, models):
-        decode_tensor(reader, codes, model, states)
+        words = decode_tensor(lanes, words, codes, model, states)
         excess = unfold(codes, excess)
     # the encoder began with every lane at RANS_FLOOR; few damaged streams would end there
-    if reader.at < len(reader.words) or len(excess) or (reader.states != RANS_FLOOR).any():
+    if len(words) or len(excess) or (lanes != RANS_FLOOR).any():
         raise ValueError("coded weights: the stream does not end with the weights, it is damaged")
     return tensors
 
 
 def coded_roles(h: Hyperparameters) -> dict[str, tuple[int, int, int]]:
-    """(L | 1, rows, cols) of each bank that is stored as codes; those on the trellis come first. A
-    bank that no tap feeds was rounded weight by weight and knows no parity."""
+    """(L | 1, rows, cols) of each bank that is stored as codes, those with a tap first."""
     ordered = sorted(roles(h).items(), key=lambda item: not item[1].tap)
     return {n: (math.prod(r.shape[:-2]), *r.shape[-2:]) for n, r in ordered if r.bits < 16}
 
 
 def tapped(h: Hyperparameters) -> list[str]:
-    """Names of the banks on the trellis, the first of `coded_roles`."""
+    """Names of the banks on the trellis; without a tap a bank is rounded weight by weight."""
     return [n for n in coded_roles(h) if roles(h)[n].tap]
 
 
@@ -3866,24 +3744,8 @@ def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]
             *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
 
 
-def unpack_grids(h: Hyperparameters, stream: bytes) -> dict[str, Grid]:
-    """The grid of each coded bank; raises `Refusal` for a damaged stream."""
-    parts, found = grid_parts(h), {}
-    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, _, kind, shape in parts]
-    raw = io.BytesIO(expand(stream, sum(sizes)))
-    for (name, part, kind, shape), size in zip(parts, sizes):
-        values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
-        found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
-    even = {n: torch.zeros(shape[::2], dtype=torch.int8) for n, shape in coded_roles(h).items()}
-    return {n: Grid(found["scale", n], found["row", n],
-                    found.get(("column", roles(h)[n].tap), even[n])) for n in even}
-
-
-def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor],
-         quick: bool = False) -> tuple[bytes, dict[str, int]]:
-    """(artifact, bytes by part). `unpack` gives back exactly `stored`.
-
-    The bytes by part add up to the artifact; `fit_budget` reads from them what is not codes."""
+def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
+    """The artifact, from which `unpack` gives back exactly `stored`; its bytes by part add up."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
     tried = ["rans", "any"] if h.compressor == "auto" else [h.compressor]
     coder, streams = min(((c, pack_codes(h, codes, c, quick)) for c in tried),
@@ -3908,38 +3770,40 @@ def pack(h: Hyperparameters, stored: Mapping[str, Coded | Tensor],
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
 
 
-def unpack(blob: bytes,
-           place: str = "artifact") -> tuple[Hyperparameters, dict[str, Coded | Tensor]]:
-    """(the run's knobs, stored banks) of an artifact; raises `Refusal` for whatever is wrong.
-
-    The checksum tells damage, not malice: who makes a file can make its sum, so every length is
-    checked against what the knobs ask for before memory is taken."""
+def unpack(blob: bytes, place: str = "artifact") -> tuple[Hyperparameters, Stored]:
+    """(the run's knobs, stored banks) of an artifact; raises `Refusal` for whatever is wrong. Who
+    makes a file can make its checksum, so every length is checked before memory is taken."""
     h, coder, lengths, first = read_header(blob, place)
     shapes = coded_roles(h)
-    if (len(lengths) != (2 if coder == "rans" else len(shapes)) + 2 or
-            first + sum(lengths) + CHECKSUM_BYTES != len(blob)):
-        raise Refusal(f"{place}: the lengths of its streams do not add up to its {len(blob)} bytes")
+    require(len(lengths) == (2 if coder == "rans" else len(shapes)) + 2 and
+            first + sum(lengths) + CHECKSUM_BYTES == len(blob),
+            f"{place}: the lengths of its streams do not add up to its {len(blob)} bytes")
     *streams, steps, halves = map(io.BytesIO(blob[first:]).read, lengths)
-    codes = dict(zip(shapes, unpack_codes(h, streams, coder)))
-    grids = unpack_grids(h, steps)
+    parts, found, banks = grid_parts(h), {}, {}
+    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, _, kind, shape in parts]
+    raw = io.BytesIO(expand(steps, sum(sizes)))
+    for (name, part, kind, shape), size in zip(parts, sizes):
+        values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
+        found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
+    for (n, shape), codes in zip(shapes.items(), unpack_codes(h, streams, coder)):
+        column = found.get(("column", roles(h)[n].tap), torch.zeros(shape[::2], dtype=torch.int8))
+        banks[n] = Coded(torch.from_numpy(codes), Grid(found["scale", n], found["row", n], column))
     sizes = {n: math.prod(r.shape) for n, r in roles(h).items() if r.bits == 16}
     plain = torch.from_numpy(unshuffled(expand(halves, 2 * sum(sizes.values())), np.float16))
-    plain = dict(zip(sizes, plain.split([*sizes.values()])))
-    return h, {n: plain[n].view(r.shape) if n in plain else
-               Coded(torch.from_numpy(codes[n]), grids[n]) for n, r in roles(h).items()}
+    banks |= zip(sizes, plain.split([*sizes.values()]))
+    return h, {n: banks[n] if n in shapes else banks[n].view(r.shape) for n, r in roles(h).items()}
 
 
 def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int], int]:
-    """(knobs, coder, lengths of the streams, place of the first one); raises `Refusal`, having
-    taken no memory."""
-    if len(blob) < len(MAGIC) + 4 + CHECKSUM_BYTES or not blob.startswith(MAGIC):
-        raise Refusal(f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not "
-                      f"{MAGIC!r})")
-    if hashlib.sha256(blob[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != blob[-CHECKSUM_BYTES:]:
-        raise Refusal(f"{place}: damaged, its checksum does not match its {len(blob)} bytes")
-    (length, ), first = struct.unpack_from("<I", blob, len(MAGIC)), len(MAGIC) + 4
-    if length > min(HEADER_LIMIT, len(blob) - first):
-        raise Refusal(f"{place}: its header claims {length} bytes")
+    """(knobs, coder, lengths of the streams, place of the first one); raises `Refusal`."""
+    first = len(MAGIC) + 4
+    require(len(blob) >= first + CHECKSUM_BYTES and blob.startswith(MAGIC),
+            f"{place}: not an artifact of this script (starts with {blob[:6]!r}, not {MAGIC!r})")
+    require(hashlib.sha256(blob[:-CHECKSUM_BYTES]).digest().startswith(blob[-CHECKSUM_BYTES:]),
+            f"{place}: damaged, its checksum does not match its {len(blob)} bytes")
+    (length, ) = struct.unpack_from("<I", blob, len(MAGIC))
+    require(length <= min(HEADER_LIMIT, len(blob) - first),
+            f"{place}: its header claims {length} bytes")
     try:
         raw = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26).decompress(
             blob[first:first + length], HEADER_LIMIT)
@@ -3947,31 +3811,25 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
         knobs, coder, lengths = header["knobs"], header["coder"], header["streams"]
         # the declared types exactly: 1.0 or true would pass for 1 in most checks of range
         kinds = {f.name: f.type for f in fields(Hyperparameters)}
-        if not (type(knobs) is dict and set(MODEL_KNOBS) <= set(knobs) and
+        require(type(knobs) is dict and set(MODEL_KNOBS) <= set(knobs) and
                 all(type(v).__name__ == kinds[n] for n, v in knobs.items()) and
-                all(type(n) is int and n > 0 for n in lengths)):
-            raise ValueError("a value is missing or has the wrong type")
+                all(type(n) is int and n > 0 for n in lengths),
+                "a value is missing or has the wrong type")
         h = Hyperparameters(**knobs)
     except (lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError, Refusal) as error:
         raise Refusal(f"{place}: its header cannot be used ({error})") from None
     # a header of few bytes can ask for terabytes: refuse before any shape becomes memory
-    few = h.num_layers * (1 + h.num_loops) < 4096
-    if not few or sum(math.prod(r.shape) for r in roles(h).values()) > 100 * len(blob) + 10_000_000:
-        raise Refusal(
+    require(h.num_layers * (1 + h.num_loops) < 4096 and
+            sum(math.prod(r.shape) for r in roles(h).values()) <= 100 * len(blob) + 10_000_000,
             f"{place}: its header claims a model far too large for a file of {len(blob)} bytes")
     return h, coder, lengths, first + length
 
 
-# The packed script is one Python file: a marker line, a string literal of raw compressed bytes, and
-# statements that unpack the text, show it to `linecache` (tracebacks and Triton read sources there)
-# and run it in place.
-PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
-
-
 # >>> not packed (a packed script is its own packed bytes)
 python_minifier = optional("python_minifier")
-# The entry of `linecache` must stand before `exec`: without it `inspect` finds no source, and
-# Triton compiles kernels from their source.
+# A packed script is one Python file: PACKED, a string literal of raw compressed bytes, and lines
+# that unpack the text, show it to `linecache` (`inspect`, and by it Triton, read sources there) and
+# run it in place.
 UNPACKER = (
     b"import linecache,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
     b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
@@ -3979,9 +3837,8 @@ UNPACKER = (
 
 
 def shipped(source: str) -> str:
-    """`source` with the regions between `# >>> not packed` and `# <<< not packed` lines left blank.
-
-    Raises Refusal where a fence does not pair with another one."""
+    """`source` with the regions between `# >>> not packed` and `# <<< not packed` lines left blank;
+    raises `Refusal` where a fence does not pair with another one."""
     kept = re.sub(r"^# >>> not packed(?:(?!^# >>> ).)*?^# <<< not packed[^\n]*",
                   lambda region: "\n" * region[0].count("\n"), source, flags=re.M | re.S)
     if odd := re.search(r"^# (>>>|<<<) not packed", kept, re.M):
@@ -3991,10 +3848,8 @@ def shipped(source: str) -> str:
 
 
 def literal(data: bytes) -> bytes:
-    """The shortest string literal of a latin-1 file whose text encodes to `data`: one byte of file
-    per byte of data but for the escapes, where base85 would take five for four.
-
-    Between triple quotes only NUL, carriage return, backslash and closing quotes need escapes."""
+    """The shortest triple-quoted literal of a latin-1 file whose text encodes to `data`: one byte
+    per byte but for the escapes, where base85 would take five for four."""
     text = data.replace(b"\\", b"\\\\").replace(b"\r", b"\\r")
     text = re.sub(rb"\0(?=[0-7])", rb"\\000", text).replace(b"\0", b"\\0")
     quoted = (3 * q + re.sub(q + b"(?=" + 2 * q + rb"|\Z)", rb"\\\g<0>", text) + 3 * q
@@ -4003,11 +3858,9 @@ def literal(data: bytes) -> bytes:
 
 
 def pack_source(source: str, block: str = "") -> bytes:
-    """The packed script: a Python file that behaves like `source` without its fenced regions, and
-    with a `block` takes it as the recipe `run` where RECIPE is not set.
-
-    Equal sources give equal bytes under equal Pythons; the file needs the Python version that
-    packed it, or a later one. Raises Refusal for unpaired fences, SyntaxError for broken text."""
+    """The packed script: a Python file, for this version of Python or a later one, that behaves
+    like `source` without its fenced regions, and with a `block` takes it as the recipe `run` where
+    RECIPE is not set. Raises Refusal for unpaired fences, SyntaxError for broken text."""
     text = shipped(source)
     if block:
         row = Recipe("the run that packed this script", "-", "-", "nothing", block)
@@ -4033,10 +3886,8 @@ def pack_source(source: str, block: str = "") -> bytes:
 
 
 def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, bytes]:
-    """(readable text, packed bytes) of the script at `path`, for a run of `h`.
-
-    The text is None where that script is itself packed: its own bytes are then what counts. The
-    packed script knows the run, less its seed, since all seeds of a record share one script."""
+    """(readable text, bytes that count) of the script at `path`: packed with the run of `h` less
+    its seed, so that all seeds share one script; None and its own bytes where it is packed."""
     raw = Path(path).read_bytes()
     if raw.startswith(PACKED):
         return None, raw

@@ -396,20 +396,6 @@ def test_expected_bits_are_those_of_the_coder(scale):
     assert expected == pytest.approx(t.code_bits([w.round().to(torch.int16).numpy()])[0], rel=0.04)
 
 
-def test_the_log_tells_the_bytes_before_the_run_ends():
-    """The line names every coded role; its sum is near the bytes of the codes at uniform steps."""
-    h = settings(model_dim=64, vocab_size=512, step_search="uniform")
-    model = model_of(h)
-    line = t.expected_bits(h, model.bank)
-    words = dict(word.split(":") for word in line.split()[1:] if ":" in word)
-    assert line.startswith("bits_per_weight ") and {n for n, r in t.roles(h).items() if r.tap
-                                                    } == set(words) - {"coded_bytes"}
-    codes = [v.codes.numpy() for n, v in t.quantise(model, factors_of(model)).items()
-             if t.roles(h)[n].tap]
-    spent = t.code_bits(codes, h.trellis_states).sum() / 8
-    assert float(words["coded_bytes"]) == pytest.approx(spent, rel=0.1)
-
-
 def test_bias_correction_brings_predictions_back(monkeypatch):
     """On text that it did not see the KL divergence from the exact model falls; codes and steps stay, the model comes
     back to the bit, and more steps read more text."""
