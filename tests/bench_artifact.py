@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_rebuild import methods
+
 from bench_model import Bench, bench_model
 from bench_model import tg as t
-from bench_rebuild import methods
 
 TARGETS = int(os.environ.get("BENCH_TARGETS", 120_000))
 WORLD, QUIET = t.World(), t.Log(t.World(), quiet=True)

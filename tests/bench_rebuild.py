@@ -6,13 +6,14 @@ default search that leaves `reserve` bytes free; it reads `train_gpt.searched_gr
 from __future__ import annotations
 
 import functools
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 from unittest import mock
 
 import torch
+from torch import Tensor
+
 from bench_model import Bench
 from bench_model import tg as t
-from torch import Tensor
 
 Factors, Fit = Mapping[str, t.Factor], Callable[[int], bytes]
 RANK, LARGEST, BITS = 4, 3, (2, 4)    # of LQER: rank, role-layers with the largest error, bits of A and B

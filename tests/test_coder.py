@@ -4,9 +4,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import (RANS_BITS, RUNGS, code_bits, decode_codes, encode_codes, fit_columns, fold,
-                  frequencies, read_models, refreshes, rung, unfold)
-from train_gpt import trellis_next
+from train_gpt import (
+    RANS_BITS,
+    RUNGS,
+    code_bits,
+    decode_codes,
+    encode_codes,
+    fit_columns,
+    fold,
+    frequencies,
+    read_models,
+    refreshes,
+    rung,
+    trellis_next,
+    unfold,
+)
 
 SPREADS = st.sampled_from([0.0, 0.3, 2.6, 40.0, 400.0, 20_000.0])
 SHAPES = st.tuples(st.integers(0, 4), st.integers(0, 300), st.integers(0, 30))

@@ -147,7 +147,7 @@ def test_each_block_comes_once_per_epoch(wide, ranks):
     shards, blocks = counted_shards(wide, 12), 12
     epochs = []
     loaders = [c.Loader(wide, c.World(rank, ranks), shards) for rank in range(ranks)]
-    for epoch in range(3):
+    for _epoch in range(3):
         batches = [loader.next() for _ in range(blocks // ranks) for loader in loaders]
         tokens = torch.cat([b.ids.flatten() for b in batches])
         assert len(tokens.unique()) == len(tokens) == blocks * wide.micro_batch_tokens

@@ -174,7 +174,7 @@ def test_the_model_with_kernels_equals_the_plain_one(k, looped):
         model = k.GPT(dataclasses.replace(h, fused_kernels=fused), torch.bfloat16).to(DEVICE)
         assert model.h.fused_kernels == fused
         with torch.no_grad():
-            for name, p in model.bank.items():
+            for _name, p in model.bank.items():
                 if not p.any():
                     p.normal_(std=0.1)
         nats = model.nats(ids, ids.roll(-1, 1), t.depth_plan(settings(matrix_init="uniform"), looped))

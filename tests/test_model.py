@@ -327,7 +327,7 @@ def test_probe_sees_every_tap(tiny):
     x = model.hidden(b.ids, plan, b.docs, probe=lambda tap, layer, t: seen.append((tap, layer, t)))
     assert torch.equal(x, model.hidden(b.ids, plan, b.docs)), "looking changes nothing"
     counts = {}
-    for tap, layer, t in seen:
+    for tap, layer, _t in seen:
         counts[tap, layer] = counts.get((tap, layer), 0) + 1
     runs = [[s.layer for s in plan].count(layer) for layer in range(tiny.num_layers)]
     for role in tg.roles(tiny).values():

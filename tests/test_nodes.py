@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, TINY, clean_env, run_script, write_dataset, tg
+
+from conftest import REPO, TINY, clean_env, run_script, tg, write_dataset
 
 KNOBS = {name.upper(): value for name, value in TINY.items()} | dict(RECIPE="record", CHECKPOINT_EVERY_S=0, SCORES="quantized")
 LIMIT_S = 60    # within which a wrong situation must have ended on every node

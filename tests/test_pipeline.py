@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, TINY, clean_env, run_script, write_dataset
 
+from conftest import REPO, TINY, clean_env, run_script, write_dataset
 from support import remembering, settings, t
 
 SMALL = dict(VOCAB_SIZE=512,

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from support import Half, Lines, WORLD, dataset, factors_of, model_of, moments_of, settings, stream, t
+from support import (
+    WORLD,
+    Half,
+    Lines,
+    dataset,
+    factors_of,
+    model_of,
+    moments_of,
+    settings,
+    stream,
+    t,
+)
 
 
 def bank(L: int = 3,
@@ -432,7 +443,7 @@ def test_a_corrected_artifact_keeps_to_the_budget(monkeypatch):
     plain, _ = t.fit_budget(model, factors, damage, 0, log)
     blob, ledger = t.fit_corrected(trainer(), factors, damage, 0, log)
     assert sum(ledger.values()) == len(blob) and "bias_correction:4 steps" in log.lines[-1]
-    for (name, a), b in zip(t.unpack(plain)[1].items(), t.unpack(blob)[1].values()):
+    for (_name, a), b in zip(t.unpack(plain)[1].items(), t.unpack(blob)[1].values()):
         assert torch.equal(a.codes, b.codes) if isinstance(a, t.Coded) else a.shape == b.shape
     assert not torch.equal(t.unpack(plain)[1]["attn_scale"], t.unpack(blob)[1]["attn_scale"])
     model.h, real = replace(h, budget_bytes=len(plain)), t.pack

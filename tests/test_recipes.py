@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import clean_env, write_dataset
 
-from support import Lines, WORLD, dataset, stream, t
+from conftest import clean_env, write_dataset
+from support import WORLD, Lines, dataset, stream, t
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(t.Hyperparameters)}
 STEMS = {"sp1024", "sp8192", "prequant"}    # what systems share: no system of its own

@@ -4,9 +4,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings as limits, strategies as st
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
 
-from support import Lines, WORLD, model_of, settings, stream, t, validation
+from support import WORLD, Lines, model_of, settings, stream, t, validation
 
 
 def plans(tokens: np.ndarray, T: int, stride: int, batch_tokens: int,
@@ -77,7 +79,7 @@ def test_document_windows_never_read_another_document():
     """Each document's windows start inside it, however long it is."""
     tokens = stream(300, document=40, seed=3)
     edges = validation(tokens).documents
-    for start, length, lo, hi in t.document_spans(edges, 16, 4):
+    for start, _length, _lo, hi in t.document_spans(edges, 16, 4):
         owner = np.searchsorted(edges, start, "right") - 1
         assert edges[owner] <= start and start + hi <= edges[owner + 1]
 

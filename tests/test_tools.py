@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, clean_env, write_dataset
 
+from conftest import REPO, TINY, clean_env, write_dataset
 from support import model_of, remembering, settings, stream, t, validation
 
 # Enough steps and no long average, so that the artifacts are far from their initial weights.
@@ -54,7 +54,7 @@ def bench(tmp_path_factory):
 
 def edit(path: Path, old: str, new: str, count: int = 0) -> None:
     """Replaces a pattern in a file, which must be there."""
-    text, found = re.subn(old, new, path.read_text(), count)
+    text, found = re.subn(old, new, path.read_text(), count=count)
     assert found, (path, old)
     path.write_text(text)
 
@@ -126,7 +126,7 @@ def test_the_folder_trains_and_scores_from_inside(bench, tmp_path):
     """Its packed script makes the very artifact again, and scores the one that lies beside it."""
     folder = shutil.copytree(bench.root / "record", tmp_path / "record")
     env = clean_env(**bench.env | dict(SEED=2, RUN_ID="again", LOGS_DIR=tmp_path / "logs"))
-    for arguments, wanted in (((), "val_bpb"), (("eval", "model_seed2.bin"), "val_bpb")):
+    for arguments, _wanted in (((), "val_bpb"), (("eval", "model_seed2.bin"), "val_bpb")):
         done = subprocess.run([sys.executable, "train_gpt.py", *arguments], cwd=folder, env=env, text=True,
                               capture_output=True)
         assert done.returncode == 0, done.stderr[-2000:]

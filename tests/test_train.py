@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import on_ranks
-from support import Lines, WORLD, dataset, repetitive, settings, stream, t
+from support import WORLD, Lines, dataset, repetitive, settings, stream, t
 
 
 def trainer(h: t.Hyperparameters, tokens: np.ndarray | None = None) -> tuple[t.Trainer, t.Dataset]:

@@ -7,8 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import check_trellis, decode_codes, encode_codes
-from train_gpt import TRELLIS_TAPS, trellis_codes, trellis_next
+from train_gpt import (
+    TRELLIS_TAPS,
+    check_trellis,
+    decode_codes,
+    encode_codes,
+    trellis_codes,
+    trellis_next,
+)
 
 STATES = sorted(TRELLIS_TAPS)
 

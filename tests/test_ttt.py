@@ -10,10 +10,10 @@ import gc
 import numpy as np
 import pytest
 import torch
-from conftest import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support import Half, Lines, WORLD, model_of, repetitive, settings, stream, t, validation
+from conftest import on_ranks
+from support import WORLD, Half, Lines, model_of, repetitive, settings, stream, t, validation
 
 # Tokens from here on are replaced: in the third chunk of 32, inside a window and a document.
 CUT = 75
