@@ -5721,10 +5721,10 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 # >>> not packed
 # ==================================================================================================
 # 16. Tools
-# Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs, `verify`
-# reviews a folder or a run as a stranger would, `report` compares runs, `sweep` makes a grid of
-# them. All read what a run left, as `Evidence`, and never change it. A review is a list of
-# `Finding`s: only where all that was written is right is code loaded, in a process listened to.
+# Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs,
+# `verify` reviews one as a stranger would, `report` compares runs, `sweep` makes a grid of them.
+# All read what a run left, as `Evidence`, and never change it. A review is a list of `Finding`s: only where
+# all that was written is right is the script loaded, in a process that is listened to.
 # ==================================================================================================
 CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
@@ -5799,8 +5799,7 @@ class Evidence:
         return re.findall(pattern, self.log, re.M)
 
     def knobs(self, **others: Any) -> Hyperparameters:
-        """The run's hyperparameters with `others` in their place; raises `Refusal` where this
-        script has other knobs."""
+        """Its hyperparameters but for `others`; raises `Refusal` where this script has no such."""
         try:
             return Hyperparameters(**self.result["knobs"] | others)
         except TypeError as error:
@@ -5903,7 +5902,7 @@ def check_run(e: Evidence, track: str | None) -> list[Finding]:
     knobs = [read_json(e.name, line) for line in e.said(r"^knobs:(.*)$")[-1:]]
     steps = e.said(r"^step:(\d+)/\d+ train_loss")[-1:]
     model, code, total, _ = (r["bytes"][n] for n in RESULT_FORM["bytes"])
-    totals = e.said(r"^Total submission size \w+: (\d+) bytes")[-1:]
+    counted = e.said(r"^Total submission size \w+: (\d+) bytes")[-1:] == [str(total)]
     limit_s, last_s = h.max_wallclock_seconds, e.score["seconds"]
     found = [
         ("log", list(scores) == wanted, f"scores complete: {', '.join(wanted)}"),
@@ -5913,8 +5912,7 @@ def check_run(e: Evidence, track: str | None) -> list[Finding]:
         ("log", not r["steps"] or steps == [str(r["steps"])], f"{r['steps']} steps"),
         ("rules", r["compliant"] and not r["violations"],
          "compliant" if r["compliant"] else f"not compliant: {r['violations']}"),
-        ("bytes", totals == [str(total)] and total == model + code,
-         f"total {total} = {model} + {code}"),
+        ("bytes", counted and total == model + code, f"total {total} = {model} + {code}"),
         ("bytes", total <= CAP_BYTES, f"total {total:,} of {CAP_BYTES:,} bytes")]
     for path, said in ((e.artifact, model), (e.code, code)):
         size = path.stat().st_size if path.is_file() else None
@@ -5978,18 +5976,16 @@ def check_code(e: Evidence) -> Iterator[Finding]:
 def check_written(runs: Sequence[Evidence], track: str | None) -> Iterator[Finding]:
     """All that can be seen without running any code. Runs with a track are at least three seeds of
     one configuration, code and machine: a mean over others is of no experiment (#2124)."""
-    def configured(e: Evidence) -> dict[str, Any]:
-        """What must be alike in all runs."""
-        return {n.upper(): v for n, v in e.result["knobs"].items() if n not in (*PLACES, "seed")} | {
-            n: e.result[n] for n in ("device", "world_size", "torch")}
-
-    seeds, first = [e.result["seed"] for e in runs], runs[0]
+    seeds, (first, *others) = [e.result["seed"] for e in runs], runs
+    alike = [n for n in first.result["knobs"] if n not in (*PLACES, "seed")]
+    settings = lambda e: {n.upper(): e.result["knobs"].get(n) for n in alike} | {
+        n: e.result[n] for n in ("device", "world_size", "torch")}
     if track is not None:
         yield Finding("runs", len(runs) >= 3, f"{len(runs)} runs, at least 3 are needed")
         yield Finding("runs", len(set(seeds)) == len(seeds), f"seeds {seeds}")
-    for e in runs[1:]:
-        mine, others = configured(e), configured(first)
-        mixed = [f"{n}={mine.get(n)} not {v}" for n, v in others.items() if mine.get(n) != v]
+    for e in others:
+        mine = settings(e)
+        mixed = [f"{n}={mine[n]} not {v}" for n, v in settings(first).items() if mine[n] != v]
         yield Finding("runs", not mixed,
                       ": ".join([f"{e.name} is configured as {first.name}", *mixed]))
         yield Finding("runs", e.code.read_bytes() == first.code.read_bytes(),
@@ -6001,10 +5997,9 @@ def check_written(runs: Sequence[Evidence], track: str | None) -> Iterator[Findi
 
 # -- submit ----------------------------------------------------------------------------------------
 def welch(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[float, float, float]:
-    """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`.
-
-    `a`, `b` are mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of
-    Student's t is cos(angle)^(dof - 1), summed here by the midpoint rule from -90 degrees on."""
+    """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`, each given
+    by mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of Student's t
+    is cos(angle)^(dof - 1), summed here by the midpoint rule from -90 degrees on."""
     shares = [std**2 / n for _, std, n in (a, b)]
     if not sum(shares):
         return math.copysign(math.inf, a[0] - b[0]), math.inf, float(a[0] >= b[0])
@@ -6024,8 +6019,7 @@ def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
 
 
 def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, Any]:
-    """submission.json: the fields of merged records, every number from the runs, or null without
-    any. `about` gives what ABOUT names."""
+    """submission.json, with `about` for what ABOUT names; each number is null without runs."""
     runs, seeds = sorted(runs, key=lambda e: e.result["seed"]), {}
     for e in runs:
         r, s, scores = e.result, e.score, e.result["scores"]
@@ -6049,7 +6043,8 @@ def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, 
         bytes_total=over(max, "artifact_bytes"), bytes_code=first and first["bytes"]["code"],
         artifact_bytes_mean=over(mean, "artifact_bytes"),
         artifact_bytes_max=over(max, "artifact_bytes"),
-        hardware=f"{first['world_size']}x {first['device']}" if runs else HARDWARE,
+        hardware=(f"{first['world_size']}x {first['device']}" if runs else
+                  "8xH100 80GB SXM (not measured)"),
         pytorch_version=first and first["torch"],
         technique_summary=first and "; ".join(
             f"{name}={value} ({source})" for name, value, _, source in sourced(first["knobs"])),
@@ -6068,11 +6063,11 @@ def markdown(table: Sequence[Sequence[Any]]) -> str:
 
 def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
     """The draft of a records folder's README: scores, ledgers, components, conditions, command."""
-    r, seed, seconds = runs[0].result, runs[0].result["seed"], runs[0].result["seconds"]
+    r = runs[0].result
+    seed, seconds, ranks = r["seed"], r["seconds"], r["world_size"]
     changed = run_block({n: v for n, v in r["changed_knobs"].items() if n != "seed"})
     scores = [n for n in SCORES if n in r["scores"]]
-    start = (f"torchrun --standalone --nproc_per_node={r['world_size']}" if r["world_size"] > 1
-             else "python")
+    start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     seeds = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
               f"{e.score['val_loss']:.8f}", e.result["bytes"]["total"], e.result["steps"],
               f"{e.score['seconds']:.1f}") for e in runs]
@@ -6173,8 +6168,7 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
 # -- verify ----------------------------------------------------------------------------------------
 def check_record(folder: Path, entry: Mapping[str, Any],
                  runs: Sequence[Evidence]) -> Iterator[Finding]:
-    """A records folder lacks no part, and every figure of submission.json follows from the logs: it
-    is made again from them."""
+    """A records folder lacks no part, and submission.json is as it is made again from the logs."""
     wanted = [folder / n for n in ("README.md", "requirements.txt", "train_gpt.py",
                                    "train_gpt_readable.py")]
     wanted += [path for e in runs for path in (e.artifact, *e.documents.values())]
@@ -6214,21 +6208,10 @@ def listen() -> list[str]:
 
 def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
                 sizes: np.ndarray) -> np.ndarray:
-    """Nats (N,) of every target of the stream tokens (N + 1,) under one score of `module`, by the
-    `score_by_name` that the run used."""
+    """Nats (N,) of the targets of a stream of tokens (N + 1,), scored as in a run of `module`."""
     world = module.World(0, 1, next(model.parameters()).device)
     val, log = module.Validation.of(tokens, sizes), module.Log(world, quiet=True)
     return module.score_by_name(name, model, val, world, log)[1].targets_nats()
-
-
-def small_steps(h: Any) -> Any:
-    """The knobs `h` with which the same scorers run on streams of a few hundred tokens, which then
-    cross borders of windows and chunks many times."""
-    T = min(h.eval_seq_len, 32)
-    each = dict.fromkeys(("eval_seq_len", "train_seq_len", "micro_batch_tokens",
-                          "train_batch_tokens", "ttt_chunk_tokens"), T)
-    return replace(h, **each, eval_stride=max(1, min(h.eval_stride, T // 2)),
-                   eval_batch_tokens=4 * T, ttt_stream_chunk=max(1, T // 2), compile="off")
 
 
 def apart(name: str, h: Any) -> bool:
@@ -6300,8 +6283,7 @@ def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | No
 def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any,
                  count: int) -> Iterator[Finding]:
     """The first `count` documents get again what the run's table says of them, but for the rounding
-    of other machines. A score that needs the whole stream is compared where the sample is all of
-    it."""
+    of other machines; where a score needs the whole stream, only if the sample is all of it."""
     starts = val.documents
     like = np.array_equal(table[:, 0], np.diff(starts)) and np.array_equal(
         table[:, 1], np.add.reduceat(val.bytes, starts[:-1]))
@@ -6324,9 +6306,8 @@ def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any
 
 def check_data(ours: Dataset, theirs: Any, e: Evidence,
                texts: Sequence[str] | None) -> Iterator[Finding]:
-    """The validation set as this script reads it, beside raw text where given: catches one cut
-    short or reordered, bytes counted twice or after a transformation of the text, and validation
-    documents that stand in the training shards (#2127)."""
+    """Both scripts read one validation set with the same bytes, those of the raw text where given,
+    and its documents do not stand in the training shards (#2127)."""
     val, s, total = ours.val, e.score, int(ours.val.bytes.sum())
     yield Finding("data", torch.equal(val.tokens, theirs.val.tokens),
                   f"{len(val.bytes)} targets, which the script reads in the order of the shards")
@@ -6350,11 +6331,9 @@ def check_data(ours: Dataset, theirs: Any, e: Evidence,
 
 def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
             heard: list[str]) -> Iterator[Finding]:
-    """Everything of a review that runs the submitted code; `heard` is of `listen`.
-
-    Without weights the packed script's loss must be ln V, for it knows nothing. Scores come from
-    the readable one, which packs to the same bytes. Data are found and models built before the
-    scoring: those may open files, which scoring may not."""
+    """Everything of a review that runs the submitted code; `heard` is of `listen`. The packed
+    script must know nothing without weights, so that its loss is ln V; scores come from the
+    readable one, which packs to the same bytes."""
     packed = load_script(e.code, "packed_script")
     h = packed.Hyperparameters(**e.result["changed_knobs"])
     torch.manual_seed(0)
@@ -6372,10 +6351,16 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     if not texts and must_build(mine):    # the embedded corpus is its own raw text
         raw = [text for name, text in embedded_documents() if held_out(name)]
     yield from check_data(data, other, e, raw)
-    whole, small = (theirs.build_model(k, world) for k in (h, small_steps(h)))
+    # The small one crosses borders of windows and chunks many times in a few hundred tokens.
+    T = min(h.eval_seq_len, 32)
+    sizes = dict.fromkeys(("eval_seq_len", "train_seq_len", "micro_batch_tokens",
+                           "train_batch_tokens", "ttt_chunk_tokens"), T)
+    small_h = replace(h, **sizes, eval_stride=max(1, min(h.eval_stride, T // 2)),
+                      eval_batch_tokens=4 * T, ttt_stream_chunk=max(1, T // 2), compile="off")
+    whole, small = (theirs.build_model(k, world) for k in (h, small_h))
     for model in (whole, small):
         theirs.load_stored(model, theirs.unpack(e.artifact.read_bytes())[1])
-    begin = len(heard)
+    begin = len(heard)    # from here on, no file may be opened
     for name, table in e.tables.items():
         if name != "prequant":    # whose weights no artifact has
             yield from check_scores(theirs, whole, name, table, other.val, count)
@@ -6494,8 +6479,7 @@ def draw_waterfall(ax: Any, e: Evidence, name: str) -> None:
     for i in range(1, len(bpb)):
         ax.plot((i - 1.3, i + 0.3), (last[i], last[i]), color="black", lw=0.6)
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set(ylabel="BPB (the axis does not start at 0)", ylim=(low, bpb.max() + 0.25 *
-                                                              (bpb.max() - low)),
+    ax.set(ylabel="BPB (the axis does not start at 0)", ylim=(low, 1.25 * bpb.max() - 0.25 * low),
            title=f"BPB by stage: {name} (green better, red worse)")
 
 
@@ -6531,7 +6515,7 @@ def draw_gain(stream: Any, lengths: Any, e: Evidence, name: str) -> None:
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     """The whole picture as PNG: curves of all runs, then the best one, the first, in detail."""
     figure = matplotlib.figure.Figure(figsize=(13, 17), layout="constrained")
-    axes, name = figure.subplots(4, 2), runs[0].artifact.parent.name
+    axes, best, name = figure.subplots(4, 2), runs[0], runs[0].artifact.parent.name
     for ax in (*axes[:2].flat, *axes[3]):
         ax.grid(alpha=0.3)
     if len(runs) > MOST_NAMED:
@@ -6544,32 +6528,16 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
         draw_curves(axes[:2], runs, "C{}".format)
         handles, names = axes[0, 1].get_legend_handles_labels()
         axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
-    draw_waterfall(axes[2, 0], runs[0], name)
-    parts = sorted(runs[0].parts.items(), key=lambda item: item[1])    # the largest on top
+    draw_waterfall(axes[2, 0], best, name)
+    parts = sorted(best.parts.items(), key=lambda item: item[1])    # the largest on top
     bars = axes[2, 1].barh([n for n, _ in parts], [size / 1e3 for _, size in parts])
     axes[2, 1].bar_label(bars, fmt=" {:,.1f}", fontsize="small")
     axes[2, 1].set(xlabel="thousand bytes", xlim=(0, 1.18 * parts[-1][1] / 1e3),
-                   title=f"{runs[0].result['bytes']['total']:,} bytes: {name}")
-    draw_gain(*axes[3], runs[0], name)
+                   title=f"{best.result['bytes']['total']:,} bytes: {name}")
+    draw_gain(*axes[3], best, name)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
-
-
-def page(table: Sequence[Sequence[str]], broken: Sequence[str], picture: bytes) -> str:
-    """report.html: the table, what is missing, and the picture inside it."""
-    tagged = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
-    image = base64.b64encode(picture).decode()
-    return "\n".join([
-        "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
-        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
-        "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
-        "</style>", f"<h1>{len(table) - 1} runs, best first</h1>",
-        f"<table><tr>{tagged('th', table[0])}</tr>",
-        *(f"<tr>{tagged('td', row)}</tr>" for row in table[1:]), "</table>",
-        *([f"<h2>Not shown</h2><ul>{tagged('li', broken)}</ul>"] if broken else []),
-        f"<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,{image}\">"
-        if picture else "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"])
 
 
 def report(arguments: list[str], env: Mapping[str, str]) -> int:
@@ -6600,7 +6568,18 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     picture = draw(runs, matplotlib) if matplotlib else b""
     if picture:
         write_atomically(out / "report.png", picture)
-    write_atomically(out / "report.html", page(table, broken, picture).encode())
+    tagged = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    write_atomically(out / "report.html", "\n".join([
+        "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
+        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
+        "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
+        "</style>", f"<h1>{len(runs)} runs, best first</h1>",
+        f"<table><tr>{tagged('th', table[0])}</tr>",
+        *(f"<tr>{tagged('td', row)}</tr>" for row in table[1:]), "</table>",
+        *([f"<h2>Not shown</h2><ul>{tagged('li', broken)}</ul>"] if broken else []),
+        "<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,"
+        f"{base64.b64encode(picture).decode()}\">" if picture else
+        "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"]).encode())
     print(f"report: {out / 'report.html'}" +
           ("" if picture else " (install matplotlib for pictures)"))
     return 0
@@ -6608,8 +6587,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
 
 # -- sweep -----------------------------------------------------------------------------------------
 def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y", all of them checked; raises
-    `Refusal` for a name that is no knob."""
+    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y"; raises `Refusal`."""
     text, axes, runs = env["SWEEP"], {}, {}
     for part in filter(None, map(str.strip, text.split(";"))):
         name, _, values = part.partition("=")
@@ -6631,9 +6609,8 @@ def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
-    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM. The last file that
-    a run writes is result.json, so the same command goes on where a sweep was stopped."""
+    """The verb `sweep`, also chosen by SWEEP: one run after the other, then the report; 1 if a run
+    failed, 130 after Ctrl-C or SIGTERM. Runs with a result.json, their last file, are finished."""
     parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
     parser.add_argument("--print", action="store_true", help="only print the commands")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
