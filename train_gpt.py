@@ -5723,8 +5723,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 # 16. Tools
 # Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs,
 # `verify` reviews one as a stranger would, `report` compares runs, `sweep` makes a grid of them.
-# All read what a run left, as `Evidence`, and never change it. A review is a list of `Finding`s: only where
-# all that was written is right is the script loaded, in a process that is listened to.
+# All read what a run left, as `Evidence`, and never change it. A review is a list of `Finding`s:
+# only where all that was written is right is the script loaded, in a process listened to.
 # ==================================================================================================
 CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
@@ -5893,9 +5893,8 @@ def read_record(folder: Path) -> list[Evidence]:
 # -- what a log must say ---------------------------------------------------------------------------
 def check_run(e: Evidence, track: str | None) -> list[Finding]:
     """What a log says agrees with itself, with the files beside it, and with the limits: catches
-    numbers corrected by hand, scores that are missing or that their documents do not give, files
-    exchanged after the run, code left out of the total, and a clock or cap exceeded. Whether the
-    documents are all there are is for `check_scores` and `check_data` to see."""
+    edited numbers, missing scores, exchanged files, code not counted. Whether the documents
+    are all there are is for `check_scores` and `check_data` to see."""
     r, h, scores, wanted = e.result, e.knobs(), e.result["scores"], wanted_scores(e.knobs())
     lines = dict(e.said(r"^final_(\w+)_exact (val_loss:\S+ val_bpb:\S+)"))
     mine = {n: "val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}".format(**scores[n]) for n in scores}
@@ -5957,16 +5956,15 @@ def unpacked(raw: bytes, place: object) -> str:
 def check_code(e: Evidence) -> Iterator[Finding]:
     """The counted bytes use nothing forbidden, and are what the readable source packs to. The list
     of names finds mistakes, not malice, which can spell a name otherwise; `listen` hears that."""
-    raw, names = e.code.read_bytes(), set()
+    raw = e.code.read_bytes()
     text = unpacked(raw, e.code)
-    for n in ast.walk(ast.parse(text)):
-        if isinstance(n, ast.Call):
-            names.add(ast.unparse(n.func))
-        elif isinstance(n, (ast.Import, ast.ImportFrom)):
-            names |= {a.name.split(".")[0] for a in n.names}
-    used = ", ".join(sorted(names & FORBIDDEN)) or "nothing forbidden"
-    yield Finding("code", not names & FORBIDDEN,
-                  f"{len(text):,} characters unpacked, which use {used}")
+    nodes = [*ast.walk(ast.parse(text))]
+    names = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
+    names |= {a.name.split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))
+              for a in n.names}
+    used = ", ".join(sorted(names & FORBIDDEN))
+    yield Finding("code", not used,
+                  f"{len(text):,} characters unpacked, which use {used or 'nothing forbidden'}")
     same = running_source(e.readable, e.knobs(recipe=e.result["recipe"]))[1] == raw
     yield Finding("code", same, f"{e.readable.name} " + (
         f"packs to the {len(raw):,} bytes that were counted" if same else
@@ -6239,9 +6237,8 @@ def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Fi
 
 def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
     """C2: the probabilities of all V tokens after the same others, each scored as if it were the
-    real one, sum to 1, which no n-gram cache's do that looks up the real one only (#886). By the
-    whole scorer where that takes a minute, else by a document for each token where documents do not
-    see each other, else by the model alone."""
+    real one, sum to 1 (what looks up the real one only does not, #886): by the whole scorer if that
+    takes a minute, else a document for each token if those stand apart, else by the model."""
     h, V = model.h, model.h.vocab_size
     # The last one ends a window, and learners have made a step before it.
     count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
