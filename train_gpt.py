@@ -5059,17 +5059,17 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 # ==================================================================================================
 # 16. Tools
 # Verbs beside a run, none of them packed: `submit` makes a records folder of finished runs,
-# `verify` reviews a folder or a run as a stranger would, `report` compares runs, `sweep` makes a
-# grid of them. All of them read what a run left, as `Evidence`, and never change it. A review is a
-# list of `Finding`s: checks of what a run wrote come first and run none of its code; only where all
-# of them pass is the script loaded, in a process that is listened to. `submit` asks for the former
-# before it makes a folder, so what it makes passes them.
+# `verify` reviews one as a stranger would, `report` compares runs, `sweep` makes a grid of them.
+# All read what a run left, as `Evidence`, and never change it. A review is a list of `Finding`s:
+# only where all that was written is right is the script loaded, in a process listened to.
 # ==================================================================================================
 CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
 RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
 ABOUT = ("track", "name", "author", "github_id", "date", "blurb")    # what people say of it
 PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
+PROBE_SECONDS = 60.0    # for the C2 check, all tokens of a vocabulary one after the other
+MOST_NAMED = 10    # runs that a legend can hold; more are coloured by their final score
 BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
 # Names that a script for the leaderboard has no business with.
 FORBIDDEN = {"eval", "exec", "compile", "globals", "pickle", "torch.load", "np.load", "os.system",
@@ -5136,13 +5136,12 @@ class Evidence:
         return re.findall(pattern, self.log, re.M)
 
     def knobs(self, **others: Any) -> Hyperparameters:
-        """The run's hyperparameters with `others` in their place; raises `Refusal` where this
-        script has other knobs."""
+        """Its hyperparameters but for `others`; raises `Refusal` where this script has no such."""
         try:
             return Hyperparameters(**self.result["knobs"] | others)
         except TypeError as error:
-            raise Refusal(f"{self.name}: made by another version of this script ({brief(error)})"
-                          ) from None
+            why = brief(error)
+            raise Refusal(f"{self.name}: made by another version of this script ({why})") from None
 
 
 def read_json(place: Path | str, text: str | None = None) -> Any:
@@ -5163,15 +5162,13 @@ def fits(value: Any, form: Any) -> bool:
 def logged_result(text: str, place: Path) -> dict[str, Any]:
     """The object of the last RESULT line of a log; raises `Refusal` where a field is missing."""
     lines = re.findall(r"^RESULT (.*)$", text, re.M)
-    if not lines:
-        raise Refusal(f"{place}: no RESULT line, the run is not finished")
+    require(lines, f"{place}: no RESULT line, the run is not finished")
     result = read_json(place, lines[-1])
     broken = [n for n, form in RESULT_FORM.items() if not fits(result, {n: form})]
     if not broken:
         broken = [f"score {n}" for n, s in result["scores"].items() if not fits(s, SCORE_FORM)]
         broken += [] if set(result["scores"]) & set(SCORES) else ["score"]
-    if broken:
-        raise Refusal(f"{place}: the RESULT line has no complete {', '.join(broken)}")
+    require(not broken, f"{place}: the RESULT line has no complete {', '.join(broken)}")
     return result
 
 
@@ -5198,13 +5195,12 @@ def read_evidence(log: Path, name: str, mark: str, readable: Path) -> Evidence:
 
 def read_run(folder: Path) -> Evidence:
     """A run's folder; raises `Refusal` where it is unfinished or broken."""
-    if not folder.is_dir():
-        raise Refusal(f"{folder}: there is no such folder")
-    if not (folder / "result.json").exists():
-        raise Refusal(f"{folder}: no result.json, the run is not finished")
+    require(folder.is_dir(), f"{folder}: there is no such folder")
+    result = folder / "result.json"
+    require(result.exists(), f"{folder}: no result.json, the run is not finished")
     e = read_evidence(folder / "log.txt", str(folder), "", Path(__file__))
-    if e.result != read_json(folder / "result.json"):
-        raise Refusal(f"{folder}: result.json is not what the log's last line says")
+    require(e.result == read_json(result),
+            f"{folder}: result.json is not what the log's last line says")
     return e
 
 
@@ -5220,43 +5216,29 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Evidence], list[str]]:
 
 
 def read_record(folder: Path) -> list[Evidence]:
-    """The runs of a records folder, by its logs in the order of their seeds."""
-    seeds = sorted(int(m[1]) for path in folder.glob("train_seed*.log")
-                   if (m := re.fullmatch(r"train_seed(\d+)\.log", path.name)))
-    if not seeds:
-        raise Refusal(f"{folder}: neither a run (result.json) nor a records folder "
-                      "(train_seed*.log)")
-    runs = [read_evidence(folder / f"train_seed{seed}.log", f"train_seed{seed}.log",
-                          f"_seed{seed}", folder / "train_gpt_readable.py") for seed in seeds]
-    for seed, e in zip(seeds, runs):
-        if e.result["seed"] != seed:
-            raise Refusal(f"{folder / e.name}: the log of SEED={e.result['seed']}")
+    """The runs of a records folder, by its logs in the order of their seeds; raises `Refusal`."""
+    logs = sorted((int(m[1]), path) for path in folder.glob("train_seed*.log")
+                  if (m := re.fullmatch(r"train_seed(\d+)\.log", path.name)))
+    require(logs, f"{folder}: neither a run (result.json) nor a records folder (train_seed*.log)")
+    runs = [read_evidence(log, log.name, f"_seed{seed}", folder / "train_gpt_readable.py")
+            for seed, log in logs]
+    for (seed, log), e in zip(logs, runs):
+        require(e.result["seed"] == seed, f"{log}: the log of SEED={e.result['seed']}")
     return runs
-
-
-def differing(runs: Sequence[Evidence]) -> list[str]:
-    """The knobs in which the runs differ, places left out."""
-    known = [e.result["knobs"] for e in runs]
-    return [n for n in known[0]
-            if n not in PLACES and any(k.get(n) != known[0][n] for k in known)]
 
 
 # -- what a log must say ---------------------------------------------------------------------------
 def check_run(e: Evidence, track: str | None) -> list[Finding]:
-    """What a log says agrees with itself, with the files beside it, and with the limits.
-
-    Catches a number corrected by hand, a score left out or not given by its own documents, a BPB
-    over other bytes than stated, and a run that itself says which rule it breaks; files exchanged
-    after the run, code left out of the total, a cap read as MiB, and the artifact of another run;
-    calibration that no longer fitted into the clock, and a score too slow for the record track.
-    Whether its documents are all there are is for `check_scores` and `check_data` to see."""
+    """What a log says agrees with itself, with the files beside it, and with the limits: catches
+    edited numbers, missing scores, exchanged files, code not counted. Whether the documents
+    are all there are is for `check_scores` and `check_data` to see."""
     r, h, scores, wanted = e.result, e.knobs(), e.result["scores"], wanted_scores(e.knobs())
     lines = dict(e.said(r"^final_(\w+)_exact (val_loss:\S+ val_bpb:\S+)"))
     mine = {n: "val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}".format(**scores[n]) for n in scores}
     knobs = [read_json(e.name, line) for line in e.said(r"^knobs:(.*)$")[-1:]]
     steps = e.said(r"^step:(\d+)/\d+ train_loss")[-1:]
     model, code, total, _ = (r["bytes"][n] for n in RESULT_FORM["bytes"])
-    totals = e.said(r"^Total submission size \w+: (\d+) bytes")[-1:]
+    counted = e.said(r"^Total submission size \w+: (\d+) bytes")[-1:] == [str(total)]
     limit_s, last_s = h.max_wallclock_seconds, e.score["seconds"]
     found = [
         ("log", list(scores) == wanted, f"scores complete: {', '.join(wanted)}"),
@@ -5266,8 +5248,7 @@ def check_run(e: Evidence, track: str | None) -> list[Finding]:
         ("log", not r["steps"] or steps == [str(r["steps"])], f"{r['steps']} steps"),
         ("rules", r["compliant"] and not r["violations"],
          "compliant" if r["compliant"] else f"not compliant: {r['violations']}"),
-        ("bytes", totals == [str(total)] and total == model + code,
-         f"total {total} = {model} + {code}"),
+        ("bytes", counted and total == model + code, f"total {total} = {model} + {code}"),
         ("bytes", total <= CAP_BYTES, f"total {total:,} of {CAP_BYTES:,} bytes")]
     for path, said in ((e.artifact, model), (e.code, code)):
         size = path.stat().st_size if path.is_file() else None
@@ -5279,14 +5260,14 @@ def check_run(e: Evidence, track: str | None) -> list[Finding]:
     except (OSError, Refusal) as error:
         found.append(("bytes", False, brief(error)))
     for name, s in scores.items():
-        bpb = s["val_loss"] * s["tokens"] / max(s["bytes"], 1) / math.log(2)
-        found.append(("log", math.isclose(bpb, s["val_bpb"], rel_tol=1e-9),
-                      f"{name}: val_bpb {s['val_bpb']:.8f} = val_loss x tokens / bytes / ln 2"))
-        table = e.tables.get(name, np.zeros((0, 3)))
+        table, nats_said = e.tables.get(name, np.zeros((0, 3))), s["val_loss"] * s["tokens"]
         targets, size, nats = table.sum(0)
+        bpb = nats_said / max(s["bytes"], 1) / math.log(2)
         same = (targets, size) == (s["tokens"], s["bytes"])
-        found.append(("log", same and math.isclose(nats, s["val_loss"] * s["tokens"], rel_tol=1e-6),
-                      f"{len(table)} documents of {e.documents[name].name} add up to {name}"))
+        found += [("log", math.isclose(bpb, s["val_bpb"], rel_tol=1e-9),
+                   f"{name}: val_bpb {s['val_bpb']:.8f} = val_loss x tokens / bytes / ln 2"),
+                  ("log", same and math.isclose(nats, nats_said, rel_tol=1e-6),
+                   f"{len(table)} documents of {e.documents[name].name} add up to {name}")]
     if limit_s:
         found.append(("time", e.clock_s <= limit_s,
                       f"{e.clock_s:.2f} s on the training clock of {limit_s:g} s"))
@@ -5300,26 +5281,24 @@ def check_run(e: Evidence, track: str | None) -> list[Finding]:
 
 def unpacked(raw: bytes, place: object) -> str:
     """The text inside a packed script, which is read and not run; `Refusal` for another file."""
+    broken = (SyntaxError, ValueError, lzma.LZMAError, getattr(brotli, "error", lzma.LZMAError))
     try:
         body = max((n.value for n in ast.walk(ast.parse(raw)) if isinstance(n, ast.Constant)
                     and isinstance(n.value, str)), key=len, default="").encode("latin-1")
         return (brotli if b"brotli.decompress" in raw else lzma).decompress(body).decode()
-    except (SyntaxError, ValueError, lzma.LZMAError, getattr(
-            brotli, "error", lzma.LZMAError)) as error:
+    except broken as error:
         raise Refusal(f"{place}: not a packed script ({brief(error)})") from None
 
 
 def check_code(e: Evidence) -> Iterator[Finding]:
-    """The counted bytes use nothing forbidden, and are what the readable source packs to: catches a
-    readable text that is not the program which ran. The list of names finds mistakes, not malice,
-    which can spell a name otherwise; `listen` hears what such code does."""
-    raw, names = e.code.read_bytes(), set()
+    """The counted bytes use nothing forbidden, and are what the readable source packs to. The list
+    of names finds mistakes, not malice, which can spell a name otherwise; `listen` hears that."""
+    raw = e.code.read_bytes()
     text = unpacked(raw, e.code)
-    for n in ast.walk(ast.parse(text)):
-        if isinstance(n, ast.Call):
-            names.add(ast.unparse(n.func))
-        elif isinstance(n, (ast.Import, ast.ImportFrom)):
-            names |= {a.name.split(".")[0] for a in n.names}
+    nodes = [*ast.walk(ast.parse(text))]
+    names = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
+    names |= {a.name.split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))
+              for a in n.names}
     used = ", ".join(sorted(names & FORBIDDEN))
     yield Finding("code", not used,
                   f"{len(text):,} characters unpacked, which use {used or 'nothing forbidden'}")
@@ -5331,17 +5310,17 @@ def check_code(e: Evidence) -> Iterator[Finding]:
 
 def check_written(runs: Sequence[Evidence], track: str | None) -> Iterator[Finding]:
     """All that can be seen without running any code. Runs with a track are at least three seeds of
-    one configuration, one code and one machine: catches a mean over runs that are not the same
-    experiment, such as a third seed from another configuration (#2124)."""
-    seeds, first = [e.result["seed"] for e in runs], runs[0]
+    one configuration, code and machine: a mean over others is of no experiment (#2124)."""
+    seeds, (first, *others) = [e.result["seed"] for e in runs], runs
+    alike = [n for n in first.result["knobs"] if n not in (*PLACES, "seed")]
+    settings = lambda e: {n.upper(): e.result["knobs"].get(n) for n in alike} | {
+        n: e.result[n] for n in ("device", "world_size", "torch")}
     if track is not None:
         yield Finding("runs", len(runs) >= 3, f"{len(runs)} runs, at least 3 are needed")
         yield Finding("runs", len(set(seeds)) == len(seeds), f"seeds {seeds}")
-    for e in runs[1:]:
-        pairs = [(n.upper(), e.result["knobs"].get(n), first.result["knobs"][n])
-                 for n in differing([first, e]) if n != "seed"]
-        pairs += [(n, e.result[n], first.result[n]) for n in ("device", "world_size", "torch")]
-        mixed = [f"{n}={mine} not {other}" for n, mine, other in pairs if mine != other]
+    for e in others:
+        mine = settings(e)
+        mixed = [f"{n}={mine[n]} not {v}" for n, v in settings(first).items() if mine[n] != v]
         yield Finding("runs", not mixed,
                       ": ".join([f"{e.name} is configured as {first.name}", *mixed]))
         yield Finding("runs", e.code.read_bytes() == first.code.read_bytes(),
@@ -5353,10 +5332,9 @@ def check_written(runs: Sequence[Evidence], track: str | None) -> Iterator[Findi
 
 # -- submit ----------------------------------------------------------------------------------------
 def welch(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[float, float, float]:
-    """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`.
-
-    `a`, `b` are mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of
-    Student's t is cos(angle)^(dof - 1), summed here by the midpoint rule from -90 degrees on."""
+    """(t, degrees of freedom, one-sided p) that the mean of `a` lies below that of `b`, each given
+    by mean, standard deviation and count. With x = sqrt(dof) tan(angle) the density of Student's t
+    is cos(angle)^(dof - 1), summed here by the midpoint rule from -90 degrees on."""
     shares = [std**2 / n for _, std, n in (a, b)]
     if not sum(shares):
         return math.copysign(math.inf, a[0] - b[0]), math.inf, float(a[0] >= b[0])
@@ -5376,8 +5354,7 @@ def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
 
 
 def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, Any]:
-    """submission.json: the fields of merged records, every number from the runs. `about` gives what
-    ABOUT names. Without runs each number is null."""
+    """submission.json, with `about` for what ABOUT names; each number is null without runs."""
     runs, seeds = sorted(runs, key=lambda e: e.result["seed"]), {}
     for e in runs:
         r, s, scores = e.result, e.score, e.result["scores"]
@@ -5391,6 +5368,7 @@ def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, 
                           ttt_gain_bpb=before["val_bpb"] - s["val_bpb"])
     first = runs[0].result if runs else None
     over = lambda work, name: work([entry[name] for entry in seeds.values()]) if runs else None
+    within = lambda limit, name: over(lambda numbers: max(numbers) <= limit, name)
     mean, deviation = lambda x: float(np.mean(x)), lambda x: float(np.std(x, ddof=1))
     return dict(
         **about,
@@ -5407,9 +5385,8 @@ def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, 
             f"{name}={value} ({source})" for name, value, _, source in sourced(first["knobs"])),
         compliance=dict(
             training_under_600s=all(e.clock_s <= TRACK_SECONDS for e in runs) if runs else None,
-            artifact_under_16000000_bytes=over(lambda sizes: max(sizes) <= CAP_BYTES,
-                                               "artifact_bytes"),
-            eval_under_600s=over(lambda times: max(times) <= TRACK_SECONDS, "eval_time_s"),
+            artifact_under_16000000_bytes=within(CAP_BYTES, "artifact_bytes"),
+            eval_under_600s=within(TRACK_SECONDS, "eval_time_s"),
             score_before_update=BEFORE_UPDATE))
 
 
@@ -5421,12 +5398,11 @@ def markdown(table: Sequence[Sequence[Any]]) -> str:
 
 def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
     """The draft of a records folder's README: scores, ledgers, components, conditions, command."""
-    r, seed, seconds = runs[0].result, runs[0].result["seed"], runs[0].result["seconds"]
-    changed = " ".join(f"{n.upper()}={int(v) if isinstance(v, bool) else v}"
-                       for n, v in r["changed_knobs"].items() if n != "seed")
+    r = runs[0].result
+    seed, seconds, ranks = r["seed"], r["seconds"], r["world_size"]
+    changed = run_block({n: v for n, v in r["changed_knobs"].items() if n != "seed"})
     scores = [n for n in SCORES if n in r["scores"]]
-    start = (f"torchrun --standalone --nproc_per_node={r['world_size']}" if r["world_size"] > 1
-             else "python")
+    start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     seeds = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
               f"{e.score['val_loss']:.8f}", e.result["bytes"]["total"], e.result["steps"],
               f"{e.score['seconds']:.1f}") for e in runs]
@@ -5461,8 +5437,8 @@ def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: s
 def compare(entry: Mapping[str, Any], score: Mapping[str, float], against: str) -> str:
     """The difference to `mean,std,n` of another record, in BPB and nats, with Welch's test."""
     try:
-        mean, std, count = (float(part) for part in against.split(","))
-        if std < 0 or count < 2 or not math.isfinite(mean + std):
+        mean, std, count = map(float, against.split(","))
+        if not (math.isfinite(mean + std + count) and std >= 0 and count >= 2):
             raise ValueError(against)
     except ValueError:
         raise Refusal(f"--against {against}: expected mean,std,n of another record, such as "
@@ -5485,69 +5461,59 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("--author", required=True)
     parser.add_argument("--github-id", required=True)
     parser.add_argument("--blurb", default="", help="one sentence")
-    parser.add_argument("--track", choices=(RECORD, NON_RECORD),
-                        help="chosen by hardware and clock unless given")
+    parser.add_argument("--track", choices=(RECORD, NON_RECORD), help="else chosen by hardware")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--against", default="", help="mean,std,n of the record to beat")
-    options = parser.parse_args(arguments)
-    with appearing(options.to) as folder:
-        runs, wrong = read_runs(options.runs)
+    o = parser.parse_args(arguments)
+    with appearing(o.to) as folder:
+        runs, wrong = read_runs(o.runs)
         if not wrong:
             runs.sort(key=lambda e: e.result["seed"])
             first = runs[0].result
             large = first["world_size"] == 8 and "H100" in first["device"]
-            options.track = options.track or (RECORD if large else NON_RECORD)
-            wrong = bad(check_written(runs, options.track))
-        if wrong:
-            raise Refusal("; ".join(wrong))
-        entry = submission(runs, {name: getattr(options, name) for name in ABOUT})
-        against = compare(entry, runs[0].score, options.against) if options.against else ""
-        write_record(folder, entry, runs, against)
-    print(f"{options.to}: val_bpb {entry['val_bpb']:.8f} std {entry['val_bpb_std']:.8f} of seeds "
-          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {options.track}")
+            o.track = o.track or (RECORD if large else NON_RECORD)
+            wrong = bad(check_written(runs, o.track))
+        require(not wrong, "; ".join(wrong))
+        entry = submission(runs, {name: getattr(o, name) for name in ABOUT})
+        against = compare(entry, runs[0].score, o.against) if o.against else ""
+        copies = {"train_gpt.py": runs[0].code, "train_gpt_readable.py": runs[0].readable}
+        for e in runs:
+            mark = f"_seed{e.result['seed']}"
+            copies[f"model{mark}.bin"] = e.artifact
+            copies |= {f"documents{mark}_{name}.txt": path for name, path in e.documents.items()}
+            (folder / f"train{mark}.log").write_text(e.log, encoding="utf-8")
+        for name, path in copies.items():
+            shutil.copyfile(path, folder / name)
+        # The versions of this installation, and the torch of the runs.
+        found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+        found["torch"] = entry["pytorch_version"].split("+")[0]
+        names = ("torch", "numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
+        needed = "".join(f"{n}=={found[n]}\n" for n in names if n in found)
+        for name, text in (("submission.json", json.dumps(entry, indent=2) + "\n"),
+                           ("README.md", record_readme(entry, runs, against)),
+                           ("requirements.txt", needed)):
+            (folder / name).write_text(text, encoding="utf-8")
+    print(f"{o.to}: val_bpb {entry['val_bpb']:.8f} std {entry['val_bpb_std']:.8f} of seeds "
+          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {o.track}")
     if against:
         print(against)
     return 0
 
 
-def write_record(folder: Path, entry: Mapping[str, Any], runs: Sequence[Evidence],
-                 against: str) -> None:
-    """Fills a records folder."""
-    for e in runs:
-        seed = e.result["seed"]
-        shutil.copyfile(e.artifact, folder / f"model_seed{seed}.bin")
-        for name, path in e.documents.items():
-            shutil.copyfile(path, folder / f"documents_seed{seed}_{name}.txt")
-        (folder / f"train_seed{seed}.log").write_text(e.log, encoding="utf-8")
-    shutil.copyfile(runs[0].code, folder / "train_gpt.py")
-    shutil.copyfile(runs[0].readable, folder / "train_gpt_readable.py")
-    # The versions of this installation, and the torch of the runs.
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    found["torch"] = entry["pytorch_version"].split("+")[0]
-    names = ("torch", "numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
-    needed = "".join(f"{n}=={found[n]}\n" for n in names if n in found)
-    for name, text in (("submission.json", json.dumps(entry, indent=2) + "\n"),
-                       ("README.md", record_readme(entry, runs, against)),
-                       ("requirements.txt", needed)):
-        (folder / name).write_text(text, encoding="utf-8")
-
-
 # -- verify ----------------------------------------------------------------------------------------
 def check_record(folder: Path, entry: Mapping[str, Any],
                  runs: Sequence[Evidence]) -> Iterator[Finding]:
-    """Catches a records folder that lacks a part, and any figure of submission.json that does not
-    follow from the logs: it is made again from them."""
+    """A records folder lacks no part, and submission.json is as it is made again from the logs."""
     wanted = [folder / n for n in ("README.md", "requirements.txt", "train_gpt.py",
                                    "train_gpt_readable.py")]
     wanted += [path for e in runs for path in (e.artifact, *e.documents.values())]
     missing = ", ".join(path.name for path in wanted if not path.is_file())
     yield Finding("files", not missing, f"missing: {missing}" if missing else "complete")
-    if missing:
-        return
-    again = submission(runs, {name: entry.get(name) for name in ABOUT})
-    differ = ", ".join(n for n in {**entry, **again} if entry.get(n) != again.get(n))
-    yield Finding("files", not differ, "submission.json: " + (
-        f"{differ} not as in the logs" if differ else "every number follows from the logs"))
+    if not missing:
+        again = submission(runs, {name: entry.get(name) for name in ABOUT})
+        differ = ", ".join(n for n in {**entry, **again} if entry.get(n) != again.get(n))
+        yield Finding("files", not differ, "submission.json: " + (
+            f"{differ} not as in the logs" if differ else "every number follows from the logs"))
 
 
 def load_script(path: Path, name: str) -> Any:
@@ -5577,21 +5543,10 @@ def listen() -> list[str]:
 
 def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
                 sizes: np.ndarray) -> np.ndarray:
-    """Nats (N,) of every target of the stream tokens (N + 1,) under one score of `module`: the same
-    `score_by_name` that the run used, on a stream of the reviewer's making."""
+    """Nats (N,) of the targets of a stream of tokens (N + 1,), scored as in a run of `module`."""
     world = module.World(0, 1, next(model.parameters()).device)
     val, log = module.Validation.of(tokens, sizes), module.Log(world, quiet=True)
     return module.score_by_name(name, model, val, world, log)[1].targets_nats()
-
-
-def small_steps(h: Any) -> Any:
-    """The knobs `h` with which the same scorers run on streams of a few hundred tokens, which then
-    cross borders of windows and chunks many times."""
-    T = min(h.eval_seq_len, 32)
-    each = dict.fromkeys(("eval_seq_len", "train_seq_len", "micro_batch_tokens",
-                          "train_batch_tokens", "ttt_chunk_tokens"), T)
-    return replace(h, **each, eval_stride=max(1, min(h.eval_stride, T // 2)),
-                   eval_batch_tokens=4 * T, ttt_stream_chunk=max(1, T // 2), compile="off")
 
 
 def apart(name: str, h: Any) -> bool:
@@ -5600,8 +5555,8 @@ def apart(name: str, h: Any) -> bool:
 
 
 def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
-    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay. Catches
-    attention or a cache that looks ahead, and learning from a chunk before it is booked."""
+    """C1 and C3: with every later token replaced, scores before a place in mid-chunk stay; they do
+    not where attention or a cache looks ahead, or a chunk is learned from before it is booked."""
     count = min(6 * model.h.eval_seq_len, len(val.bytes))
     tokens, sizes = val.tokens[:count + 1].numpy(), val.bytes[:count]
     rng, before = np.random.default_rng(0), stream_nats(module, model, name, tokens, sizes)
@@ -5610,40 +5565,32 @@ def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Fi
     for cut in (int(count * share) for share in (0.33, 0.52, 0.81)):
         later = rng.integers(2, model.h.vocab_size, count - cut)
         later[tokens[cut + 1:] == BOS] = BOS    # documents stay where they are
-        changed = np.append(tokens[:cut + 1], later)
-        after = stream_nats(module, model, name, changed, sizes)
+        after = stream_nats(module, model, name, np.append(tokens[:cut + 1], later), sizes)
         worst = max(worst, float(np.abs(after[:cut] - before[:cut]).max()))
     for group in ("C1", "C3") if name == "ttt" else ("C1", ):
         yield Finding(group, worst <= slack, f"{name}: later tokens replaced at 3 of {count} "
                       f"places move earlier scores by {worst:.3g} nats at most")
 
 
-PROBE_SECONDS = 60.0    # for all tokens of a vocabulary, one after the other
-
-
 def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
     """C2: the probabilities of all V tokens after the same others, each scored as if it were the
-    real one, sum to 1. By the whole scorer where that takes a minute, else by a document for each
-    token where documents do not see each other, else by the model alone.
-
-    Catches whatever looks up the token that came and nothing else (n-gram caches, #886): such
-    numbers are no probabilities, and their sum over V shows it."""
+    real one, sum to 1 (what looks up the real one only does not, #886): by the whole scorer if that
+    takes a minute, else a document for each token if those stand apart, else by the model."""
     h, V = model.h, model.h.vocab_size
     # The last one ends a window, and learners have made a step before it.
     count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
     before, sizes, begin_s = val.tokens[:count].numpy(), val.bytes[:count], time.perf_counter()
     last = lambda token: stream_nats(module, model, name, np.append(before, token), sizes)[-1]
     last(0)
+    what = f"{name}: probabilities of all {V} tokens"
     if V * (time.perf_counter() - begin_s) < PROBE_SECONDS:
-        nats = np.array([last(token) for token in range(V)])
-        what = f"{name}: probabilities of all {V} tokens after {count} others"
+        nats, what = np.array([last(token) for token in range(V)]), f"{what} after {count} others"
     elif apart(name, h):
         before = np.where(before == BOS, BOS + 1, before)
         before[0] = BOS    # one document, opened once
         stream = np.column_stack([np.tile(before, (V, 1)), np.arange(V)]).ravel()
         nats = stream_nats(module, model, name, np.append(stream, BOS), np.ones(len(stream)))
-        nats = nats[count - 1::count + 1]
-        what = f"{name}: probabilities of all {V} tokens, each after the same {count} others"
+        nats, what = nats[count - 1::count + 1], f"{what}, each after the same {count} others"
     else:
         rows = torch.cat([val.tokens[:8].expand(V, -1), torch.arange(V)[:, None]], 1)
         rows, plan = rows.to(next(model.parameters()).device), module.depth_plan(h, looped=True)
@@ -5669,9 +5616,8 @@ def sample_end(name: str, h: Any, documents: np.ndarray, count: int) -> int | No
 
 def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any,
                  count: int) -> Iterator[Finding]:
-    """The first `count` documents scored again and compared with the run's table: catches one that
-    this artifact does not give. A score that needs the whole stream is compared where the sample is
-    all of it. Other machines and kernels round otherwise, so some difference is let pass."""
+    """The first `count` documents get again what the run's table says of them, but for the rounding
+    of other machines; where a score needs the whole stream, only if the sample is all of it."""
     starts = val.documents
     like = np.array_equal(table[:, 0], np.diff(starts)) and np.array_equal(
         table[:, 1], np.add.reduceat(val.bytes, starts[:-1]))
@@ -5694,9 +5640,8 @@ def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any
 
 def check_data(ours: Dataset, theirs: Any, e: Evidence,
                texts: Sequence[str] | None) -> Iterator[Finding]:
-    """The validation set as this script reads it, beside raw text where given: catches a set cut
-    short or put in another order, bytes counted twice or after a transformation of the text, and
-    validation documents that stand in the training shards (#2127)."""
+    """Both scripts read one validation set with the same bytes, those of the raw text where given,
+    and its documents do not stand in the training shards (#2127)."""
     val, s, total = ours.val, e.score, int(ours.val.bytes.sum())
     yield Finding("data", torch.equal(val.tokens, theirs.val.tokens),
                   f"{len(val.bytes)} targets, which the script reads in the order of the shards")
@@ -5720,12 +5665,9 @@ def check_data(ours: Dataset, theirs: Any, e: Evidence,
 
 def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
             heard: list[str]) -> Iterator[Finding]:
-    """Everything of a review that runs the submitted code.
-
-    The packed script must build a model that knows nothing before it has weights from the artifact,
-    so that its loss is ln V; scores come from the readable one, which `check_code` has shown to
-    pack to the same bytes. Data are found and models built before the scoring: those may open
-    files, which scoring may not. `heard` is of `listen`."""
+    """Everything of a review that runs the submitted code; `heard` is of `listen`. The packed
+    script must know nothing without weights, so that its loss is ln V; scores come from the
+    readable one, which packs to the same bytes."""
     packed = load_script(e.code, "packed_script")
     h = packed.Hyperparameters(**e.result["changed_knobs"])
     torch.manual_seed(0)
@@ -5743,10 +5685,16 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     if not texts and must_build(mine):    # the embedded corpus is its own raw text
         raw = [text for name, text in embedded_documents() if held_out(name)]
     yield from check_data(data, other, e, raw)
-    whole, small = (theirs.build_model(k, world) for k in (h, small_steps(h)))
+    # The small one crosses borders of windows and chunks many times in a few hundred tokens.
+    T = min(h.eval_seq_len, 32)
+    sizes = dict.fromkeys(("eval_seq_len", "train_seq_len", "micro_batch_tokens",
+                           "train_batch_tokens", "ttt_chunk_tokens"), T)
+    small_h = replace(h, **sizes, eval_stride=max(1, min(h.eval_stride, T // 2)),
+                      eval_batch_tokens=4 * T, ttt_stream_chunk=max(1, T // 2), compile="off")
+    whole, small = (theirs.build_model(k, world) for k in (h, small_h))
     for model in (whole, small):
         theirs.load_stored(model, theirs.unpack(e.artifact.read_bytes())[1])
-    begin = len(heard)
+    begin = len(heard)    # from here on, no file may be opened
     for name, table in e.tables.items():
         if name != "prequant":    # whose weights no artifact has
             yield from check_scores(theirs, whole, name, table, other.val, count)
@@ -5754,9 +5702,9 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     yield from check_normalised(theirs, small, e.final, data.val)
     # C1 allows nothing but the artifact and the tokens before a target.
     ours = (*sysconfig.get_paths().values(), sys.prefix, "/proc/", "/sys/", "/dev/")
-    foreign = sorted({what for what in heard[begin:] if not what.startswith(ours)})
+    foreign = ", ".join(sorted({what for what in heard[begin:] if not what.startswith(ours)}))
     yield Finding("C1", not foreign, "files besides Python's own, sockets and processes opened "
-                  f"while scoring: {', '.join(foreign) or 'none'}")
+                  f"while scoring: {foreign or 'none'}")
 
 
 def verify(arguments: list[str], env: Mapping[str, str]) -> int:
@@ -5768,30 +5716,27 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("--text", nargs="+", type=Path, default=[],
                         help="raw validation documents (.jsonl, .jsonl.zst, .txt)")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)    # new process
-    options = parser.parse_args(arguments)
-    if options.documents < 1:
-        raise Refusal(f"--documents {options.documents}: expected 1 or more")
-    target, findings, entry = options.target, [], {}
-    is_run = (target / "result.json").exists()
-    runs = [read_run(target)] if is_run else read_record(target)
-    if options.alone:
+    o = parser.parse_args(arguments)
+    require(o.documents > 0, f"--documents {o.documents}: expected 1 or more")
+    findings, entry, is_run = [], {}, (o.target / "result.json").exists()
+    runs = [read_run(o.target)] if is_run else read_record(o.target)
+    if o.alone:
         heard = listen()
         for e in runs:
-            for f in examine(e, env, options.documents, options.text, heard):
+            for f in examine(e, env, o.documents, o.text, heard):
                 print("FINDING " + json.dumps((f.group, bool(f.good), f.text, f"{e.name}: ")))
         return 0
     if not is_run:
-        entry = read_json(target / "submission.json")
-        findings += check_record(target, entry, runs)
+        entry = read_json(o.target / "submission.json")
+        findings += check_record(o.target, entry, runs)
     if not bad(findings):
         findings += check_written(runs, None if is_run else entry.get("track") or "")
     if not bad(findings):
         findings += in_new_process(arguments, env)
     for f in findings:
         print(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.run}{f.text}")
-    wrong = len(bad(findings))
-    print(f"{target}: " + (f"FAILS, {wrong} of {len(findings)} checks" if wrong else
-                           f"passes all {len(findings)} checks"))
+    wrong, total = len(bad(findings)), len(findings)
+    print(f"{o.target}: {f'FAILS, {wrong} of' if wrong else 'passes all'} {total} checks")
     return int(wrong > 0)
 
 
@@ -5812,29 +5757,21 @@ def in_new_process(arguments: list[str], env: Mapping[str, str]) -> list[Finding
 # -- report ----------------------------------------------------------------------------------------
 def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
     """Titles, then one row per run: the knobs that differ, BPB by stage, bytes, speed, seconds."""
-    knobs, rows = differing(runs), []
+    known, rows = [e.result["knobs"] for e in runs], []
+    differing = [n for n, value in known[0].items()
+                 if n not in PLACES and any(k.get(n) != value for k in known)]
     stages = [n for n in SCORES if any(n in e.result["scores"] for e in runs)]
     for e in runs:
         r = e.result
         bpb = {n: f"{s['val_bpb']:.5f}" for n, s in r["scores"].items()}
         rows.append({"run": e.artifact.parent.name} |
-                    {n.upper(): r["knobs"].get(n, "-") for n in knobs} |
+                    {n.upper(): r["knobs"].get(n, "-") for n in differing} |
                     {f"{n} bpb": bpb.get(n, "-") for n in stages} |
                     {"bytes": r["bytes"]["total"], "steps": r["steps"],
                      "tok/s": f"{r['tokens_per_second']:.0f}",
                      "train s": f"{r['train_seconds']:.1f}",
                      "total s": f"{r['seconds']['total']:.1f}"})
-    return [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-
-
-def text_table(table: Sequence[Sequence[str]]) -> str:
-    """Columns wide enough for their widest cell; the first one flush left."""
-    first, *widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)])
-                     for row in table)
-
-
-MOST_NAMED = 10    # runs that a legend can hold; more are coloured by their final score
+    return [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
 
 
 def draw_curves(axes: Any, runs: Sequence[Evidence], colour: Callable) -> None:
@@ -5848,15 +5785,12 @@ def draw_curves(axes: Any, runs: Sequence[Evidence], colour: Callable) -> None:
         curve = curve.reshape(-1, 4)
         for y, row in enumerate(axes, 1):
             seen = curve[~np.isnan(curve[:, y])]
-            for ax, x, last in zip(row, (seen[:, 0], seen[:, 3] / 1e3),
-                                   (e.result["steps"], e.result["train_seconds"])):
+            for ax, x in zip(row, (seen[:, 0], seen[:, 3] / 1e3)):
                 ax.plot(x, seen[:, y], color=colour(i), lw=1, label=e.artifact.parent.name,
                         marker="." if len(seen) < 3 else "")
-                if y == 2:    # the final scores end the curves
-                    ax.plot(last, e.score["val_bpb"], "*", color=colour(i), zorder=3,
-                            ms=9 if len(runs) <= MOST_NAMED else 4)
-    for ax in axes.flat:
-        ax.grid(alpha=0.3)
+        for ax, last in zip(axes[1], (e.result["steps"], e.result["train_seconds"])):
+            ax.plot(last, e.score["val_bpb"], "*", color=colour(i), zorder=3,
+                    ms=9 if len(runs) <= MOST_NAMED else 4)
     for row, label in zip(axes, ("training loss (nats per token)", "validation BPB")):
         row[0].set(xlabel="steps", ylabel=label)
         row[1].set(xlabel="seconds of training")
@@ -5871,22 +5805,20 @@ def draw_waterfall(ax: Any, e: Evidence, name: str) -> None:
     low = bpb.min() - 0.15 * (np.ptp(bpb) + 1e-3)
     last = np.append(low, bpb[:-1])
     steps = bpb - last
-    bars = ax.bar([names.get(n, n) for n in scores], abs(steps), 0.6, np.minimum(bpb, last), color=[
-        "tab:gray", *("tab:red" if step > 0 else "tab:green" for step in steps[1:])])
+    colours = ["tab:gray", *("tab:red" if step > 0 else "tab:green" for step in steps[1:])]
+    bars = ax.bar([names.get(n, n) for n in scores], abs(steps), 0.6, np.minimum(bpb, last),
+                  color=colours)
     texts = [f"{after:.4f}\n({step:+.4f})" for after, step in zip(bpb, steps)]
     ax.bar_label(bars, [f"{bpb[0]:.4f}", *texts[1:]], fontsize="small")
     for i in range(1, len(bpb)):
         ax.plot((i - 1.3, i + 0.3), (last[i], last[i]), color="black", lw=0.6)
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set(ylabel="BPB (the axis does not start at 0)",
-           title=f"BPB by stage: {name} (green better, red worse)",
-           ylim=(low, bpb.max() + 0.25 * (bpb.max() - low)))
+    ax.set(ylabel="BPB (the axis does not start at 0)", ylim=(low, 1.25 * bpb.max() - 0.25 * low),
+           title=f"BPB by stage: {name} (green better, red worse)")
 
 
 def draw_gain(stream: Any, lengths: Any, e: Evidence, name: str) -> None:
     """What the final score wins over the one before: along the stream, and by document length."""
-    stream.grid(alpha=0.3)
-    lengths.grid(alpha=0.3)
     stages = [n for n in e.result["scores"] if n in e.tables][-2:]
     if len({len(e.tables[n]) for n in stages}) != 1 or len(stages) < 2:
         for ax in (stream, lengths):
@@ -5917,7 +5849,9 @@ def draw_gain(stream: Any, lengths: Any, e: Evidence, name: str) -> None:
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     """The whole picture as PNG: curves of all runs, then the best one, the first, in detail."""
     figure = matplotlib.figure.Figure(figsize=(13, 17), layout="constrained")
-    axes, name = figure.subplots(4, 2), runs[0].artifact.parent.name
+    axes, best, name = figure.subplots(4, 2), runs[0], runs[0].artifact.parent.name
+    for ax in (*axes[:2].flat, *axes[3]):
+        ax.grid(alpha=0.3)
     if len(runs) > MOST_NAMED:
         finals = [e.score["val_bpb"] for e in runs]
         norm = matplotlib.colors.Normalize(finals[0], max(finals[-1], finals[0] + 1e-9))
@@ -5928,32 +5862,16 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
         draw_curves(axes[:2], runs, "C{}".format)
         handles, names = axes[0, 1].get_legend_handles_labels()
         axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
-    draw_waterfall(axes[2, 0], runs[0], name)
-    parts = sorted(runs[0].parts.items(), key=lambda item: item[1])    # the largest on top
+    draw_waterfall(axes[2, 0], best, name)
+    parts = sorted(best.parts.items(), key=lambda item: item[1])    # the largest on top
     bars = axes[2, 1].barh([n for n, _ in parts], [size / 1e3 for _, size in parts])
     axes[2, 1].bar_label(bars, fmt=" {:,.1f}", fontsize="small")
     axes[2, 1].set(xlabel="thousand bytes", xlim=(0, 1.18 * parts[-1][1] / 1e3),
-                   title=f"{runs[0].result['bytes']['total']:,} bytes: {name}")
-    draw_gain(*axes[3], runs[0], name)
+                   title=f"{best.result['bytes']['total']:,} bytes: {name}")
+    draw_gain(*axes[3], best, name)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
-
-
-def page(table: Sequence[Sequence[str]], broken: Sequence[str], picture: bytes) -> str:
-    """report.html: the table, what is missing, and the picture inside it."""
-    tagged = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
-    image = base64.b64encode(picture).decode()
-    return "\n".join([
-        "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
-        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
-        "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
-        "</style>", f"<h1>{len(table) - 1} runs, best first</h1>",
-        f"<table><tr>{tagged('th', table[0])}</tr>",
-        *(f"<tr>{tagged('td', row)}</tr>" for row in table[1:]), "</table>",
-        *([f"<h2>Not shown</h2><ul>{tagged('li', broken)}</ul>"] if broken else []),
-        f"<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,{image}\">"
-        if picture else "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"])
 
 
 def report(arguments: list[str], env: Mapping[str, str]) -> int:
@@ -5961,20 +5879,21 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     parser = argparse.ArgumentParser("train_gpt.py report", description="compare runs")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of those")
     parser.add_argument("--to", type=Path, help="folder of the report; else beside the first run")
-    options = parser.parse_args(arguments)
-    folders, first = [], options.runs[0]
-    for path in options.runs:
+    o = parser.parse_args(arguments)
+    folders, first = [], o.runs[0]
+    for path in o.runs:
         inside = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
         folders += [path] if (path / "log.txt").exists() or not inside else inside
     runs, broken = read_runs(folders)
     runs.sort(key=lambda e: e.score["val_bpb"])
-    if runs:
-        print(text_table(report_table(runs)))
+    table = report_table(runs) if runs else []
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for title, *cells in table:
+        print("  ".join([title.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
     for line in broken:
         print(f"not shown: {line}")
-    if not runs:
-        raise Refusal(f"report: no finished run in {', '.join(map(str, options.runs))}")
-    out = options.to or (first.parent if (first / "log.txt").exists() else first)
+    require(runs, f"report: no finished run in {', '.join(map(str, o.runs))}")
+    out = o.to or (first.parent if (first / "log.txt").exists() else first)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -5983,7 +5902,18 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     picture = draw(runs, matplotlib) if matplotlib else b""
     if picture:
         write_atomically(out / "report.png", picture)
-    write_atomically(out / "report.html", page(report_table(runs), broken, picture).encode())
+    tagged = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    write_atomically(out / "report.html", "\n".join([
+        "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
+        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
+        "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
+        "</style>", f"<h1>{len(runs)} runs, best first</h1>",
+        f"<table><tr>{tagged('th', table[0])}</tr>",
+        *(f"<tr>{tagged('td', row)}</tr>" for row in table[1:]), "</table>",
+        *([f"<h2>Not shown</h2><ul>{tagged('li', broken)}</ul>"] if broken else []),
+        "<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,"
+        f"{base64.b64encode(picture).decode()}\">" if picture else
+        "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"]).encode())
     print(f"report: {out / 'report.html'}" +
           ("" if picture else " (install matplotlib for pictures)"))
     return 0
@@ -5991,60 +5921,53 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
 
 # -- sweep -----------------------------------------------------------------------------------------
 def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y", all of them checked; raises
-    `Refusal` for a name that is no knob."""
+    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y"; raises `Refusal`."""
     text, axes, runs = env["SWEEP"], {}, {}
-    known = [f.name.upper() for f in fields(Hyperparameters)]
     for part in filter(None, map(str.strip, text.split(";"))):
         name, _, values = part.partition("=")
-        if name not in known or name == "RUN_ID":
-            raise Refusal(f"SWEEP: {name} is no knob to sweep" + nearest(name, known))
-        if name in axes or not all(values.split(",")):
-            raise Refusal(f"SWEEP: {part!r}: expected NAME=value,value once for each name")
+        require(name in KNOBS and name != "RUN_ID",
+                f"SWEEP: {name} is no knob to sweep" + nearest(name, KNOBS))
+        require(name not in axes and all(values.split(",")),
+                f"SWEEP: {part!r}: expected NAME=value,value once for each name")
         axes[name] = values.split(",")
-    if not axes:
-        raise Refusal(f"SWEEP={text!r}: expected NAME=value,value;NAME=value,value")
+    require(axes, f"SWEEP={text!r}: expected NAME=value,value;NAME=value,value")
     recipe = env.get("RECIPE") or ("record" if torch.cuda.is_available() else "demo")
     common = {n: v for n, v in env.items() if n != "SWEEP"} | dict(RECIPE=recipe)
     for point in itertools.product(*axes.values()):
         words = (re.sub(r"[^\w.+-]", "+", f"{n.lower()}{v}") for n, v in zip(axes, point))
         name = "-".join([env.get("RUN_ID") or "sweep", *words])
-        if name in runs:
-            raise Refusal(f"SWEEP={text}: {name} comes twice")
+        require(name not in runs, f"SWEEP={text}: {name} comes twice")
         runs[name] = common | dict(zip(axes, point), RUN_ID=name)
         Hyperparameters.from_env(runs[name])
     return runs
 
 
 def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `sweep`, also chosen by SWEEP: one run after the other, those that are finished left
-    as they are, then the report. 1 if a run failed, 130 after Ctrl-C or SIGTERM. The last file that
-    a run writes is result.json, so the same command goes on where a sweep was stopped."""
+    """The verb `sweep`, also chosen by SWEEP: one run after the other, then the report; 1 if a run
+    failed, 130 after Ctrl-C or SIGTERM. Runs with a result.json, their last file, are finished."""
     parser = argparse.ArgumentParser("train_gpt.py sweep", description="a grid of runs")
     parser.add_argument("--print", action="store_true", help="only print the commands")
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
-    options = parser.parse_args(arguments)
-    if options.nproc < 1:
-        raise Refusal(f"--nproc {options.nproc}: expected 1 or more")
-    if not env.get("SWEEP"):
-        raise Refusal("sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
-    if "RANK" in env:
-        raise Refusal("SWEEP under torchrun: start it with python and sweep --nproc N instead")
+    o = parser.parse_args(arguments)
+    require(o.nproc > 0, f"--nproc {o.nproc}: expected 1 or more")
+    require(env.get("SWEEP"),
+            "sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
+    require("RANK" not in env,
+            "SWEEP under torchrun: start it with python and sweep --nproc N instead")
     runs, logs, failed = sweep_runs(env), Path(env.get("LOGS_DIR", "logs")), []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
-    command = [sys.executable, *(torchrun if options.nproc > 1 else []), __file__]
-    if options.print:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.nproc}"]
+    command = [sys.executable, *(torchrun if o.nproc > 1 else []), __file__]
+    if o.print:
         for variables in runs.values():
             mine = [f"{n}={shlex.quote(v)}" for n, v in variables.items() if env.get(n) != v]
             print(*mine, shlex.join(command))
         return 0
     for number, (name, variables) in enumerate(runs.items(), 1):
-        done = (logs / name / "result.json").exists()
-        print(f"sweep: run {number} of {len(runs)}: {name}" + (" is finished" if done else ""),
-              flush=True)
+        folder = logs / name
+        done = " is finished" if (folder / "result.json").exists() else ""
+        print(f"sweep: run {number} of {len(runs)}: {name}{done}", flush=True)
         if done:
             continue
-        folder = logs / name
         if (folder / "model.bin").exists() and not checkpoints(folder):
             # It died after its artifact and cannot be resumed: nothing is lost, its name is free.
             aside = (logs / f"{name}.unfinished{n}" for n in itertools.count(1))
@@ -6065,13 +5988,8 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
     return report([*(str(logs / n) for n in runs), "--to", str(logs)], env) or int(bool(failed))
 
 
-def run_data(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `data`."""
-    make_dataset(arguments)
-    return 0
-
-
-TOOLS = dict(data=run_data, submit=submit, verify=verify, report=report, sweep=sweep)
+TOOLS = dict(data=lambda arguments, env: int(not make_dataset(arguments)), submit=submit,
+             verify=verify, report=report, sweep=sweep)
 # <<< not packed
 
 if __name__ == "__main__":
