@@ -2253,7 +2253,7 @@ class GPT(nn.Module):
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
-        """(B, T) -> normalised (B, T, D). `last` (B, 2): those before, negative for none.
+        """Normalised embeddings (B, T, D) of ids (B, T); `last` (B, 2) precede, negative for none.
 
         x_t + scale * sigmoid(W x_t[:GATE_WINDOW]) * x_(t-1), 0 for the last term at a BOS: without
         that a document's first token would read the end of another (found in #1797). The form per
