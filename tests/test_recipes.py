@@ -216,6 +216,8 @@ def test_no_knob_of_a_recipe_is_dead(name):
             continue
         if knob == "step_search" and h.gptq_roles == "none":    # it only keeps BUDGET_BYTES from being aimed at
             continue
+        if STAGE_OF[knob] == "adapt" and not h.prequant_ttt_epochs:    # of TTT by chunks: test_ttt.py
+            continue
         back = next(v for v in (BACK.get(knob), DEFAULTS[knob]) if v not in (None, getattr(h, knob)))
         stage = STAGE_OF[knob]
         other = replace(h, **WITH.get(knob, {}) | {knob: back})
