@@ -47,6 +47,7 @@ import copy
 import ctypes
 import datetime
 import difflib
+import fnmatch
 import functools
 import hashlib
 import heapq
@@ -71,6 +72,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import types
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -109,6 +111,10 @@ VARLEN_CAUSAL: dict[str, Any] = (dict(is_causal=True) if "is_causal" in VARLEN_O
                                  dict(window_size=(-1, 0)))
 if "enable_gqa" in VARLEN_OPTIONS:
     VARLEN_CAUSAL["enable_gqa"] = True
+
+
+# A loader need not have registered this module, but dataclasses look it up to read annotations.
+sys.modules.setdefault(__name__, types.ModuleType(__name__))
 
 
 class Refusal(Exception):
@@ -173,7 +179,7 @@ class Hyperparameters:
     run_id: str = knob("", "name of the run's folder, no slash or blank; empty: date and time",
                        lambda v: not re.search(r"[^\w.+-]|^\.+$", v))
     recipe: str = knob("", "recipes joined by commas, left to right; single knobs are stronger")
-    seed: int = knob(1337, "seed of every random generator", natural)
+    seed: int = knob(1337, "seed of every random generator", lambda v: 0 <= v < 1 << 63)
     logs_dir: str = knob("logs", "folder in which each run gets a folder of its own")
     corpus: str = knob("", "embedded: text of this Python's library; shards: files; empty: either",
                        ("", "embedded", "shards").__contains__)
@@ -184,7 +190,7 @@ class Hyperparameters:
     vocab_size: int = knob(8192, "rows of the token embedding, V", lambda v: 4 <= v <= 65536)
 
     # -- model
-    num_layers: int = knob(11, "layers whose weights are stored, L", positive)
+    num_layers: int = knob(11, "layers whose weights are stored, L", lambda v: 0 < v <= 1000)
     model_dim: int = knob(512, "residual width, D", lambda v: 0 < v < 1 << 20)
     num_heads: int = knob(8, "query heads, H", positive)
     num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
@@ -200,7 +206,7 @@ class Hyperparameters:
     head_gate_scale: float = knob(0.5, "slope of the sparse head gate (#1787); 0: none", natural)
     smear_gate: str = one_of("token channel none", "what mixes in the token before, within a "
                              "document: a gate per token, or per channel (#162)")
-    num_loops: int = knob(2, "extra passes over layers LOOP_START to LOOP_END", natural)
+    num_loops: int = knob(2, "extra passes over LOOP_START to LOOP_END", lambda v: 0 <= v <= 100)
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
     enable_looping_at: float = knob(0.35, "share of training before the recurrence", fraction)
@@ -325,10 +331,11 @@ class Hyperparameters:
         """Checks every range and every relation between knobs; raises `Refusal` with the names and
         values."""
         for f in fields(self):
-            # an infinite rate is `natural`, and would show only as a loss that is not finite
+            # an infinite rate is `natural`, and would show only as a loss that is not finite; whole
+            # numbers beyond 2^53 are none to the floats that they meet
             value = getattr(self, f.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            if not finite or not f.metadata["check"](value):
+            number = isinstance(value, (int, float)) and f.name != "seed"
+            if number and not abs(value) < 1 << 53 or not f.metadata["check"](value):
                 raise Refusal(
                     f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
         # A step is whole micro-batches and a micro-batch whole rows, so that tokens weigh alike;
@@ -397,8 +404,8 @@ class Hyperparameters:
                  base: Mapping[str, Any] = {}) -> Hyperparameters:
         """`base`, recipes from left to right, single variables. Raises `Refusal` for values and
         near-miss names."""
-        refuse_near_misses(env)
-        recipe = env.get("RECIPE") or recipe
+        near_misses(env)
+        env, recipe = published_names(env)[0], env.get("RECIPE") or recipe
         single = parse_knobs({n: env[n] for n in KNOBS if n in env and n != "RECIPE"})
         values = apply_recipes(recipe, base) | dict(recipe=recipe) | single
         try:
@@ -626,18 +633,84 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def refuse_near_misses(env: Mapping[str, str]) -> None:
-    """Raises `Refusal` for a variable that is no knob but looks like one: a typo must not train the
-    wrong model."""
+# Variables of published scripts, as a pasted run block brings them: a knob of ours under another
+# name; what is built in here, with its value; what changes no result; what would change one and has
+# no counterpart, unless it is switched off.
+OTHER_NAMES, BUILT_IN = (dict(part.split("=") for part in text.split()) for text in ("""
+    VAL_BATCH_TOKENS=EVAL_BATCH_TOKENS VAL_BATCH_SIZE=EVAL_BATCH_TOKENS
+    TTT_CHUNK_SIZE=TTT_STREAM_CHUNK TTT_EVAL_SEQ_LEN=EVAL_SEQ_LEN TTT_GRAD_STEPS=TTT_STEPS
+    PHASED_TTT_NUM_PHASES=TTT_PHASES GLOBAL_TTT_LR=TTT_LR GLOBAL_TTT_EPOCHS=TTT_EPOCHS
+    GLOBAL_TTT_BATCH_SEQS=TTT_BATCH_SEQS GLOBAL_TTT_CHUNK_TOKENS=TTT_CHUNK_TOKENS
+    SPARSE_ATTN_GATE_SCALE=HEAD_GATE_SCALE SKIP_GATES_ENABLED=SKIP_GATES
+    NEGATIVE_SLOPE=LEAKY_SLOPE MUON_WEIGHT_DECAY=MUON_WD ADAM_WEIGHT_DECAY=ADAM_WD
+    GPTQ_CALIB_BATCHES=GPTQ_CALIBRATION_BATCHES""", """
+    BETA1=0.9 ADAM_EPS=1e-8 TIE_EMBEDDINGS=1 TIED_EMBED_INIT_STD=0.005 GATE_WINDOW=12
+    BIGRAM_DIM=128 EMA_ENABLED=1 PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_ENABLED=1
+    SMEAR_GATE_ENABLED=1 GATED_ATTN_QUANT_GATE=1 TTT_BETA1=0 TTT_BETA2=0.99 TTT_OPTIMIZER=adam
+    TTT_MOMENTUM=0.9 TTT_GRAD_CLIP=1 GLOBAL_TTT_MOMENTUM=0.9 GLOBAL_TTT_GRAD_CLIP=1
+    VAL_DOC_FRACTION=1"""))
+IDLE = """
+    WARMUP_STEPS CHECKPOINT_* EMBED_LR HEAD_LR FUSED_CE_ENABLED TTT_BATCH_SIZE TTT_EVAL_BATCHES
+    TTT_HEARTBEAT_SECONDS TTT_DEBUG_BYPASS TTT_OUTPUT_DIR ARTIFACT_DIR EVAL_BATCH_SEQS
+    SW_EVAL_BATCH SLIDING_WINDOW_ENABLED ZSTD_LEVEL USE_ZSTD COMPILE_MODEL USE_COMPILE
+    *_GATE_INIT_STD GATED_ATTN_INIT_STD NGRAM_HINT_PRECOMPUTE_OUTSIDE PHASED_TTT_ENABLED
+    MODEL_SAVE_PATH""".split()
+ABSENT = """
+    MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS LQER_* AWQ_* NGRAM_* TOKEN_ORDER TOKEN_THRESHOLD TOKEN_BOOST
+    WITHIN_* WORD_TAU WORD_BOOST AGREE_ADD_BOOST PHASED_TTT_* GLOBAL_TTT_* TTT_WEIGHT_DECAY
+    TTT_?_LORA TTT_MLP_LORA TTT_LORA_EMA_DECAY TTT_UPDATE_EVERY TTT_WARM_START_A
+    SMEAR_GATE_BOS_FIX SPARSE_ATTN_GATE_* GATED_ATTN_* GATED_ATTENTION ATTN_OUT_GATE_* ROPE_YARN
+    ROPE_TRAIN_SEQ_LEN MUON_BETA2 MTP_* SWA_* LAWA_* QAT_* LATE_QAT VE_ENABLED VE_LAYERS SLOT_*
+    TRIGRAM DTG_ENABLED VALUE_RESIDUAL EVAL_NTK_ALPHA MARKER_PAIR_* MLP_HIDDEN WD_TAPER_*
+    PRUNE_RATIO""".split()
+
+
+def published_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """(the environment with published names as our knobs, lines on what has no counterpart);
+    raises one `Refusal` that lists all of those that would change a result."""
+    found, idle, absent = dict(env), [], []
+    for name, value in env.items():
+        same = value == BUILT_IN.get(name)
+        with contextlib.suppress(ValueError):
+            same = same or float(value) == float(BUILT_IN.get(name, "nan"))
+        if name in KNOBS or same:
+            if name == "COMPRESSOR" and value == "pergroup":    # lossless, as ours is
+                idle.append(f"{name}={value}")
+                del found[name]
+        elif name in OTHER_NAMES:
+            found.setdefault(OTHER_NAMES[name], value)
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in IDLE):
+            idle.append(f"{name}={value}")
+        elif name in BUILT_IN or value not in ("", "0", "false") and any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in ABSENT):
+            absent.append(f"{name}={value}")
+    require(not absent, f"{', '.join(absent)}: published scripts know these names, this one has no "
+            "counterpart, and the result would be another; leave them unset")
+    return found, [f"no counterpart, and no result depends on it: {', '.join(idle)}"] * bool(idle)
+
+
+PASSED = {"COMPILER", "SEEDS"}    # which build systems and scripts around this one set
+
+
+def near_misses(env: Mapping[str, str]) -> list[str]:
+    """Lines on variables that look like a knob and may be meant for others; raises `Refusal` for
+    those that can hardly be: a typo must not train the wrong model."""
     # The same words in another order (LR_MATRIX) are as much a typo as a wrong letter. Names of up
-    # to four letters are let pass: among so many knobs they resemble one by chance.
+    # to four letters are let pass: among so many knobs they resemble one by chance. Containers and
+    # shells set places of their own (MODEL_DIR, LOG_DIR).
     words = {tuple(sorted(name.split("_"))): name for name in KNOBS}
-    for name in sorted(set(env) - set(KNOBS)):
+    known, doubtful = {*KNOBS, *OTHER_NAMES, *BUILT_IN, *PASSED}, []
+    for name in sorted(set(env) - known):
+        if len(name) <= 4 or any(fnmatch.fnmatchcase(name, p) for p in (*IDLE, *ABSENT)):
+            continue
         close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
             difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87)
-        if close and len(name) > 4 and name != "COMPILER":    # which build systems set
-            raise Refusal(
-                f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})")
+        if not close:
+            continue
+        told = f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})"
+        require(close[0] == "RUN_ID" or re.search("(DIR|PATH|ROOT|FILE)S?$", name), told)
+        doubtful.append(told)
+    return doubtful
 
 
 def help_text(topic: str = "") -> str:
@@ -4991,7 +5064,9 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
         raise Refusal(f"eval needs one file, such as logs/<RUN_ID>/model.bin; got "
                       f"{' '.join(arguments)!r}")
     log, (shipped, stored) = Log(world), unpack(path.read_bytes(), str(path))
-    h = Hyperparameters.from_env(env, base=shipped.changed())
+    # an artifact holds all that its run turned: stronger than a recipe, weaker than a variable
+    h = Hyperparameters.from_env({n: v for n, v in env.items() if n != "RECIPE"},
+                                 base=shipped.changed())
     for name in MODEL_KNOBS:
         mine, made = getattr(h, name), getattr(shipped, name)
         if mine != made:
@@ -5017,6 +5092,8 @@ def start(world: World, env: Mapping[str, str]) -> None:
     if h.fused_kernels and (trouble := kernels_trouble()):
         log(f"kernels:plain ({trouble})")
         h = replace(h, fused_kernels=False)
+    for line in (*near_misses(env), *published_names(env)[1]):
+        log(f"note: {line}")
     if small:
         log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
     watch = Clock(world)
@@ -5920,22 +5997,31 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
 
 
 # -- sweep -----------------------------------------------------------------------------------------
+LISTED = {"RECIPE", "SCORES", "TTT_TARGETS", "TRAIN_SEQ_SCHEDULE"}    # their values hold commas
+
+
 def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y"; raises `Refusal`."""
+    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y|z" (bars part values that hold
+    commas); raises `Refusal`."""
     text, axes, runs = env["SWEEP"], {}, {}
     for part in filter(None, map(str.strip, text.split(";"))):
         name, _, values = part.partition("=")
         require(name in KNOBS and name != "RUN_ID",
                 f"SWEEP: {name} is no knob to sweep" + nearest(name, KNOBS))
-        require(name not in axes and all(values.split(",")),
+        points = values.removesuffix("|").split("|" if "|" in values else ",")
+        require(name not in axes and all(points),
                 f"SWEEP: {part!r}: expected NAME=value,value once for each name")
-        axes[name] = values.split(",")
+        require(len(points) == 1 or "|" in values or name not in LISTED, f"SWEEP: {part!r}: values "
+                f"of {name} hold commas; put bars between them: {name}=a,b|c, or {name}=a,b|")
+        axes[name] = points
     require(axes, f"SWEEP={text!r}: expected NAME=value,value;NAME=value,value")
     recipe = env.get("RECIPE") or ("record" if torch.cuda.is_available() else "demo")
     common = {n: v for n, v in env.items() if n != "SWEEP"} | dict(RECIPE=recipe)
     for point in itertools.product(*axes.values()):
         words = (re.sub(r"[^\w.+-]", "+", f"{n.lower()}{v}") for n, v in zip(axes, point))
         name = "-".join([env.get("RUN_ID") or "sweep", *words])
+        if len(name) > 100:    # it becomes a folder's name
+            name = f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         require(name not in runs, f"SWEEP={text}: {name} comes twice")
         runs[name] = common | dict(zip(axes, point), RUN_ID=name)
         Hyperparameters.from_env(runs[name])

@@ -146,6 +146,73 @@ def test_ordinary_environments_are_accepted():
     assert from_env(dict.fromkeys(names, "x")) == from_env({})
 
 
+@pytest.mark.parametrize("env, value", [
+    (dict(TTT_CHUNK_SIZE="24"), dict(ttt_stream_chunk=24)), (dict(PHASED_TTT_NUM_PHASES="2"), dict(ttt_phases=2)),
+    (dict(VAL_BATCH_TOKENS="4096", TTT_EVAL_SEQ_LEN="1024"), dict(eval_batch_tokens=4096, eval_seq_len=1024)),
+    (dict(TTT_EVAL_SEQ_LEN="1024", EVAL_SEQ_LEN="512"), dict(eval_seq_len=512)),    # our own name is stronger
+    (dict(BETA1="0.9", ADAM_EPS="1e-08", TTT_BETA1="0.0", TIE_EMBEDDINGS="1", LQER_ENABLED="0", QAT_ENABLED=""), {}),
+    (dict(WARMUP_STEPS="20", CHECKPOINT_EVERY="500", FUSED_CE_ENABLED="1", COMPRESSOR="pergroup"), {})])
+def test_names_of_published_scripts_are_known(env, value):
+    """Taken where we have the thing under another name; silent where the value is what is built in; a line, and no
+    refusal, where no result depends on it."""
+    assert from_env(env).changed() == value
+    said = tg.published_names(env)[1]
+    idle = {"WARMUP_STEPS", "CHECKPOINT_EVERY", "FUSED_CE_ENABLED", "COMPRESSOR"} & set(env)
+    assert len(said) == bool(idle) and all(name in said[0] for name in idle)
+
+
+def test_published_names_without_a_counterpart_are_told_at_once():
+    """One sentence with all of them: the run block of #1855's README, which brings five mechanisms that are not here."""
+    block = """CASEOPS_ENABLED=1 ITERATIONS=20000 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=3
+        EMBED_BITS=7 MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0 EMBED_CLIP_SIGMAS=14.0 TTT_CHUNK_SIZE=48 WARMUP_STEPS=20
+        GLOBAL_TTT_MOMENTUM=0.9 BETA2=0.99 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5 TTT_LORA_RANK=80 SPARSE_ATTN_GATE_SCALE=0.5
+        GATED_ATTN_QUANT_GATE=1 SPARSE_ATTN_GATE_ENABLED=1 GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 LQER_ENABLED=1 LQER_RANK=4
+        FUSED_CE_ENABLED=1 COMPRESSOR=pergroup NCCL_NET=Socket"""
+    env = dict(part.split("=") for part in block.split())
+    with pytest.raises(tg.Refusal) as refusal:
+        from_env(env)
+    absent = ["PHASED_TTT_PREFIX_DOCS=2500", "MLP_CLIP_SIGMAS=11.5", "ATTN_CLIP_SIGMAS=13.0", "TTT_WEIGHT_DECAY=0.5",
+              "LQER_ENABLED=1", "LQER_RANK=4"]
+    assert str(refusal.value).split(": ")[0].split(", ") == absent
+    left = from_env({n: v for n, v in env.items() if f"{n}={v}" not in absent})
+    assert (left.ttt_phases, left.ttt_stream_chunk, left.head_gate_scale, left.compressor) == (3, 48, 0.5, "rans")
+
+
+@pytest.mark.parametrize("env, lines", [
+    (dict(MODEL_DIR="/models"), 1), (dict(LOG_DIR="/var/log", DATADIR="/x"), 2), (dict(SEEDS="1 2 3"), 0),
+    (dict(TOKENIZERS_PATH="/t"), 1), (dict(MODELS_DIR="/m", DATA_ROOT="/d", DATA_FILE="x"), None)])
+def test_places_of_others_are_no_typos(env, lines):
+    """What a container or a shell sets runs, with a line at most for each."""
+    assert from_env(env) == from_env({})
+    assert lines is None or len(tg.near_misses(env)) == lines
+
+
+@pytest.mark.parametrize("env", [
+    dict(SEED=str(1 << 64)), dict(SEED="9" * 5000), dict(ITERATIONS="1" + "0" * 400), dict(TRAIN_SEQ_LEN=str(1 << 60)),
+    dict(NUM_LAYERS="1000000000"), dict(NUM_LOOPS="99999"), dict(MATRIX_LR="1e400"), dict(MLP_MULT="nan")])
+def test_numbers_beyond_all_use_are_refused(env):
+    """In a sentence that names variable and value, whatever they would do later."""
+    with pytest.raises(tg.Refusal, match=f"^{[*env][0]}="):
+        from_env(env)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("way", ["spec", "exec"])
+def test_loaders_need_not_register_the_module(way, packed, tmp_path):
+    """The community's review robot executes a submission without putting it into sys.modules (parameter-golf #906)."""
+    path = REPO / "train_gpt.py"
+    if packed:
+        path = tmp_path / "packed.py"
+        path.write_bytes(tg.pack_source((REPO / "train_gpt.py").read_text(), "RECIPE=demo"))
+    spec = ("import importlib.util as u; s = u.spec_from_file_location('sub', P); m = u.module_from_spec(s); "
+            "s.loader.exec_module(m); print(m.Hyperparameters().num_layers)")
+    run = ("d = {'__name__': 'sub', '__file__': P}; exec(compile(open(P, 'rb').read(), P, 'exec'), d); "
+           "print(d['Hyperparameters']().num_layers)")
+    code = f"P = {str(path)!r}; " + dict(spec=spec, exec=run)[way]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_env(), cwd=tmp_path)
+    assert done.stdout == "11\n", done.stderr
+
+
 def test_recipes():
     """Rows apply from left to right, single knobs override them, and the row names only knobs."""
     demo = from_env(dict(RECIPE="demo"))

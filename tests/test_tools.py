@@ -459,6 +459,26 @@ def test_a_bad_sweep_stops_before_the_first_run(bench, text, words, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text, values", [
+    ("SCORES=quantized,sliding|quantized", ["quantized,sliding", "quantized"]), ("SCORES=quantized,sliding|", ["quantized,sliding"]),
+    ("RECIPE=pr578,demo|demo", ["pr578,demo", "demo"]), ("TTT_TARGETS=q", ["q"]), ("SCORES=quantized,sliding", None)])
+def test_values_with_commas_are_parted_by_bars(text, values):
+    """A knob whose values hold commas takes bars; without one it is refused, never cut."""
+    name = text.split("=")[0]
+    if values is None:
+        with pytest.raises(t.Refusal, match="values of SCORES hold commas; put bars between them"):
+            t.sweep_runs(dict(SWEEP=text))
+    else:
+        assert [env[name] for env in t.sweep_runs(dict(SWEEP=text, RECIPE="demo")).values()] == values
+
+
+def test_names_of_sweeps_fit_into_a_folder():
+    """However long the values are; and each is one of its own."""
+    runs = t.sweep_runs(dict(SWEEP="TRAIN_SEQ_SCHEDULE=" + "|".join(
+        ",".join(f"{n}@{i / 100:.2f}" for i in range(10, 99)) for n in (64, 128)), RECIPE="demo"))
+    assert len(runs) == 2 and all(len(name) <= 100 for name in runs)
+
+
 def test_a_sweep_runs_what_is_not_finished(bench, tmp_path, capsys, monkeypatch):
     """Four points; one finished before stays untouched, one dead with an artifact is set aside; a
     failure does not stop the rest, and the report comes last."""
