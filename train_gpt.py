@@ -1287,21 +1287,18 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
 def symbol_bytes(path: Path, V: int) -> np.ndarray:
     """Bytes int64 (V,) of each id of a published JSON tokenizer, whose ids behind the four special
     ones are single bytes or characters; raises Refusal for any other file."""
-    place, special = f"tokenizer {path}", dict(pad_id=0, bos_id=BOS, eos_id=2, unk_id=3)
+    place, ids = f"tokenizer {path}", dict(pad_id=0, bos_id=BOS, eos_id=2, unk_id=3)
     require(path.is_file(), f"{place}: there is no such file")
     try:
-        made = json.loads(path.read_bytes())
-        config, symbols = made["config"], "\0" * 256
-        if made["tokenizer_type"] == "char":
-            symbols = config.pop("chars")
-        else:
-            special |= dict(byte_offset=4, byte_count=256)
-        sizes = [0] * 4 + [len(symbol.encode()) for symbol in symbols]
-        if config != special or any(len(symbol) != 1 for symbol in symbols):
-            raise ValueError(config)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Refusal(f"{place}: not a published JSON tokenizer (pure_byte or char); expected one, "
-                      "or a SentencePiece model") from error
+        config = json.loads(path.read_bytes())["config"]
+        raw = config == ids | dict(byte_offset=4, byte_count=256)
+        symbols = "\0" * 256 if raw else config["chars"]
+        sizes = [0] * len(ids) + [len(symbol.encode()) for symbol in symbols]
+        known = raw or config == ids | dict(chars=symbols)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        known = False
+    require(known, f"{place}: neither a published JSON tokenizer (pure_byte or char) nor a "
+            "SentencePiece model")
     require(len(sizes) == V, f"{place}: {len(sizes)} ids, expected VOCAB_SIZE {V}")
     return np.array(sizes)
 
@@ -1376,42 +1373,30 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     write_atomically(path, header.tobytes(), np.asarray(tokens, "<u2").tobytes())
 
 
-class ShardWriter(contextlib.AbstractContextManager):
-    """A context that cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so
-    on: `paths`, of `limit` tokens each, the last one of the rest. `count` tokens came so far."""
+class ShardWriter:
+    """Cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so on: `paths`, of
+    `limit` tokens each, the last one of the rest. `count` tokens came so far."""
 
     def __init__(self, stem: Path, limit: int = 100_000_000):
         """Writes nothing yet; the limit is that of the published export."""
-        self.stem, self.limit, self.count, self.paths, self.file = stem, limit, 0, [], None
-
-    def __exit__(self, error_type, *_) -> None:
-        """Ends the last shard, which goes if the block failed."""
-        self.close()
-        if error_type and self.paths:
-            self.paths[-1].unlink()
-
-    def close(self) -> None:
-        """Ends the shard under way: its header gets the count of its tokens."""
-        if self.file:
-            self.file.seek(8)
-            self.file.write(struct.pack("<i", (self.count - 1) % self.limit + 1))
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+        self.stem, self.limit, self.count, self.paths = stem, limit, 0, []
 
     def append(self, tokens: Sequence[int]) -> None:
         """Adds `tokens` (T,), cut at shard ends wherever they fall, as the official export does."""
         tokens = np.asarray(tokens, "<u2")
         while len(tokens):
-            if self.count % self.limit == 0:
-                self.close()
+            filled = self.count % self.limit
+            part, tokens = np.split(tokens, [self.limit - filled])
+            self.count += len(part)
+            if not filled:
                 self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
-                write_shard(self.paths[-1], [])
-                self.file = open(self.paths[-1], "r+b")
-                self.file.seek(HEADER_BYTES)
-            part = tokens[:self.limit - self.count % self.limit]
-            self.file.write(part.tobytes())
-            self.count, tokens = self.count + len(part), tokens[len(part):]
+                write_shard(self.paths[-1], part)
+                continue
+            with open(self.paths[-1], "r+b") as file:
+                file.seek(8)    # the place of the count in the header
+                file.write(struct.pack("<i", filled + len(part)))
+                file.seek(0, os.SEEK_END)
+                file.write(part.tobytes())
 
 
 @contextlib.contextmanager
@@ -1446,7 +1431,6 @@ class Tally:
     skip_bad: bool = False
     bad_rows: int = 0
     first_bad: str = ""    # what is wrong with the first of them
-    marks: int = 0    # byte order marks, which are no text
     files: int = 0
     read_bytes: int = 0    # of `size_bytes` on disk
     size_bytes: int = 0
@@ -1463,7 +1447,7 @@ def read_documents(paths: Sequence[Path], tally: Tally | None = None) -> Iterato
         require(zstandard or path.suffix != ".zst", f"documents {path}: reading it needs the "
                 "package zstandard (pip install zstandard)")
     tally, before = tally or Tally(), 0
-    tally.bad_rows = tally.marks = tally.files = 0
+    tally.bad_rows = tally.files = 0
     tally.size_bytes = sum(path.stat().st_size for path in paths)
     for path in paths:
         tally.files, whole = tally.files + 1, path.suffix == ".txt"
@@ -1471,7 +1455,6 @@ def read_documents(paths: Sequence[Path], tally: Tally | None = None) -> Iterato
             lines = zstd_lines(file, path) if path.suffix == ".zst" else file
             for number, line in enumerate([file.read()] if whole else lines, 1):
                 tally.read_bytes = before + file.tell()
-                tally.marks += line.startswith(BYTE_MARK.encode())
                 try:
                     if whole or line.strip():
                         place = f"documents {path}" + f", line {number}" * (not whole)
@@ -1716,18 +1699,16 @@ def split_documents(paths: Sequence[Path], val_paths: Sequence[Path], val_first:
 def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[str]:
     """The documents of smallest hash, cut to SAMPLE_DOCUMENT characters, up to `limit_bytes`: a
     sample that does not depend on the order of the corpus."""
-    # Negative hashes make a heap whose top is the largest: the next to go. Once one has gone,
-    # nothing at or beyond it can come in again.
-    heap, size_bytes, lowest = [], 0, -(1 << 64)
+    kept, size_bytes, bound = [], 0, 1 << 64
     for text in texts:
-        entry = -fingerprint(text), text[:SAMPLE_DOCUMENT]
-        if entry[0] > lowest:
+        entry = fingerprint(text), text[:SAMPLE_DOCUMENT]
+        if entry[0] < bound:
             size_bytes += len(entry[1].encode())
-            heapq.heappush(heap, entry)
-        while size_bytes > limit_bytes and len(heap) > 1:
-            lowest, dropped = heapq.heappop(heap)
+            bisect.insort(kept, entry)
+        while size_bytes > limit_bytes and len(kept) > 1:
+            bound, dropped = kept.pop()    # nothing at or beyond it can come in again
             size_bytes -= len(dropped.encode())
-    return [text for _, text in sorted(heap, reverse=True)]
+    return [text for _, text in kept]
 
 
 def batches(corpus: Iterable[Document], title: str, say: Callable,
@@ -1776,31 +1757,34 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
     Raises Refusal when one side stays empty."""
     counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
                             "train_bytes", "val_documents_decoded_exactly"], 0)
-    with (ShardWriter(folder / "fineweb_train") as train,
-          ShardWriter(folder / "fineweb_val") as val,
-          ShardWriter(folder / "fineweb_val_bytes") as sidecar):
-        for batch in batches(corpus(), "encoding", say, tally):
-            texts = [caseops_encode(text) if caseops else text for _, text in batch]
-            # SentencePiece encodes a batch on all cores, and keeps its order.
-            encoded = tokenizer.encode(texts, num_threads=cpu_count())
-            for (held, original), text, ids in zip(batch, texts, encoded):
-                if not ids:    # the normaliser left no token for its bytes to stand on
-                    counts["empty_documents"] += 1
-                    continue
-                side, writer = ("val", val) if held else ("train", train)
-                counts[f"{side}_documents"] += 1
-                counts[f"{side}_bytes"] += len(original.encode())
-                # BOS opens each document on both sides, and has a 0 in the sidecar
-                writer.append([BOS, *ids])
-                if held:
-                    weights = caseops_weights(text) if caseops else utf8_widths(text)
-                    exact = raw_bytes(tokenizer, ids, text, weights)
-                    require(exact.max() < 65536, f"documents: one token stands for {exact.max()} "
-                            "bytes, a sidecar holds at most 65535; shorten the run of spaces")
-                    sidecar.append(np.append(0, exact))
-                    counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
-        check_sides(train.count, val.count)
-    return counts | dict(train_tokens=train.count, val_tokens=val.count, bad_rows=tally.bad_rows)
+    shards = {side: ShardWriter(folder / f"fineweb_{side}") for side in
+              ("train", "val", "val_bytes")}
+    for batch in batches(corpus(), "encoding", say, tally):
+        texts = [caseops_encode(text) if caseops else text for _, text in batch]
+        # SentencePiece encodes a batch on all cores, and keeps its order.
+        encoded = tokenizer.encode(texts, num_threads=cpu_count())
+        streams = {side: [] for side in shards}
+        for (held, original), text, ids in zip(batch, texts, encoded):
+            if not ids:    # the normaliser left no token for its bytes to stand on
+                counts["empty_documents"] += 1
+                continue
+            side = "val" if held else "train"
+            counts[f"{side}_documents"] += 1
+            counts[f"{side}_bytes"] += len(original.encode())
+            # BOS opens each document on both sides, and has a 0 in the sidecar
+            streams[side] += [BOS, *ids]
+            if held:
+                weights = caseops_weights(text) if caseops else utf8_widths(text)
+                exact = raw_bytes(tokenizer, ids, text, weights)
+                require(exact.max() < 65536, f"documents: one token stands for {exact.max()} "
+                        "bytes, a sidecar holds at most 65535; shorten the run of spaces")
+                streams["val_bytes"] += [0, *exact]
+                counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
+        for side, stream in streams.items():
+            shards[side].append(stream)
+    train, val = shards["train"].count, shards["val"].count
+    check_sides(train, val)
+    return counts | dict(train_tokens=train, val_tokens=val, bad_rows=tally.bad_rows)
 
 
 def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path, caseops: bool,
@@ -1819,10 +1803,8 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
         # A look at every row, so that a bad one is refused before the first is encoded.
         runs = batches(corpus(), "reading", say, tally)
         sample = sample_texts(text for run in runs for held, text in run if not held)
-        for count, words in ((tally.bad_rows, f"bad rows are left out, first {tally.first_bad}"),
-                             (tally.marks, "byte order marks at the start of files are left out")):
-            if count:
-                say(f"data: {count} {words}")
+        if tally.bad_rows:
+            say(f"data: {tally.bad_rows} bad rows are left out, the first {tally.first_bad}")
         check_sides(*tally.sides)
         if not tokenizer_path:
             say(f"data: a tokenizer of {V} pieces is trained on {len(sample)} documents")
@@ -1866,7 +1848,8 @@ def tell(line: str) -> None:
 def make_dataset(arguments: list[str], say: Callable[[str], None] = tell) -> dict:
     """The verb data: makes shards of the documents that the command line names."""
     parser = argparse.ArgumentParser("train_gpt.py data", description="documents to shards")
-    parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (text) or .txt")
+    parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (field "
+                        "text) or .txt, in UTF-8; a byte order mark is no part of the text")
     parser.add_argument("--vocab", type=int, required=True, help="pieces of the tokenizer")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
