@@ -1401,9 +1401,8 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def delivered(out: Path, option: str = "--to") -> Iterator[Path]:
-    """A folder to fill, which takes the name `out` when the block ends without an error; into an
-    empty `out`, such as a mounted volume, its files move instead. Raises `Refusal` where something
-    is there already, or nothing can be made."""
+    """A folder to fill, which takes the name `out` when the block ends without an error, or whose
+    files move into an empty `out`, such as a mounted volume; else raises `Refusal`."""
     try:
         there = out.exists()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -1715,7 +1714,7 @@ def batches(corpus: Iterable[Document], title: str, say: Callable,
             tally: Tally) -> Iterator[list[Document]]:
     """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory. Says
     how many were taken, how fast, and the time left by the bytes read, at the end and every 30 s
-    before, on a terminal each second."""
+    before, on a terminal each second. Raises Refusal when one side stays empty."""
     start_s = said_s = time.monotonic()
     millions, batch, size, tally.sides = 0.0, [], 0, [0, 0]
     for document in itertools.chain(corpus, [None]):    # None: the end
@@ -1733,19 +1732,14 @@ def batches(corpus: Iterable[Document], title: str, say: Callable,
             left_s = passed_s * (tally.size_bytes / max(tally.read_bytes, 1) - 1)
             say(f"data {title}: {sum(tally.sides)} documents, {millions:.1f} M characters, "
                 f"{millions / passed_s:.2f} M/s" + f", {left_s:.0f} s left" * (left_s > 0))
-
-
-def check_sides(train: int, val: int) -> None:
-    """Raises Refusal where one side has nothing."""
-    for side, count in (("train", train), ("val", val)):
+    for side, count in zip(("train", "val"), tally.sides):
         require(count, f"documents: none fell to {side}; give more documents, or choose those of "
                 "validation with --val or --val-first")
 
 
 def cpu_count(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Processors that this process may use: its affinity, within the quota of its container."""
-    affine = hasattr(os, "sched_getaffinity")
-    count = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
     # "200000 100000" are two processors, "max 100000" is no limit
     quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
     return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
@@ -1755,21 +1749,21 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
                  caseops: bool, say: Callable[[str], None], tally: Tally) -> dict[str, int]:
     """Writes train, val and val_bytes shards of `corpus` into `folder`; returns what it counted.
     Raises Refusal when one side stays empty."""
-    counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
-                            "train_bytes", "val_documents_decoded_exactly"], 0)
-    shards = {side: ShardWriter(folder / f"fineweb_{side}") for side in
-              ("train", "val", "val_bytes")}
+    counts = dict.fromkeys(["empty_documents", "val_bytes", "train_bytes",
+                            "val_documents_decoded_exactly"], 0)
+    names = ("train", "val", "val_bytes")
+    shards = {name: ShardWriter(folder / f"fineweb_{name}") for name in names}
     for batch in batches(corpus(), "encoding", say, tally):
         texts = [caseops_encode(text) if caseops else text for _, text in batch]
         # SentencePiece encodes a batch on all cores, and keeps its order.
         encoded = tokenizer.encode(texts, num_threads=cpu_count())
-        streams = {side: [] for side in shards}
+        streams = {name: [] for name in names}
         for (held, original), text, ids in zip(batch, texts, encoded):
             if not ids:    # the normaliser left no token for its bytes to stand on
                 counts["empty_documents"] += 1
+                tally.sides[held] -= 1
                 continue
-            side = "val" if held else "train"
-            counts[f"{side}_documents"] += 1
+            side = names[held]
             counts[f"{side}_bytes"] += len(original.encode())
             # BOS opens each document on both sides, and has a 0 in the sidecar
             streams[side] += [BOS, *ids]
@@ -1780,11 +1774,11 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
                         "bytes, a sidecar holds at most 65535; shorten the run of spaces")
                 streams["val_bytes"] += [0, *exact]
                 counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
-        for side, stream in streams.items():
-            shards[side].append(stream)
-    train, val = shards["train"].count, shards["val"].count
-    check_sides(train, val)
-    return counts | dict(train_tokens=train, val_tokens=val, bad_rows=tally.bad_rows)
+        for name in names:
+            shards[name].append(streams[name])
+    for side, documents in zip(("train", "val"), tally.sides):
+        counts |= {f"{side}_documents": documents, f"{side}_tokens": shards[side].count}
+    return counts | dict(bad_rows=tally.bad_rows)
 
 
 def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path, caseops: bool,
@@ -1805,7 +1799,6 @@ def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path
         sample = sample_texts(text for run in runs for held, text in run if not held)
         if tally.bad_rows:
             say(f"data: {tally.bad_rows} bad rows are left out, the first {tally.first_bad}")
-        check_sides(*tally.sides)
         if not tokenizer_path:
             say(f"data: a tokenizer of {V} pieces is trained on {len(sample)} documents")
             texts = map(caseops_encode, sample) if caseops else sample
@@ -1837,15 +1830,7 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
     return path
 
 
-def tell(line: str) -> None:
-    """Prints a line; characters that the output's encoding lacks are escaped, and an output that
-    is gone ends no work."""
-    code = getattr(sys.stdout, "encoding", None) or "utf-8"
-    with contextlib.suppress(OSError, ValueError):
-        print(line.encode(code, "backslashreplace").decode(code), flush=True)
-
-
-def make_dataset(arguments: list[str], say: Callable[[str], None] = tell) -> dict:
+def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
     """The verb data: makes shards of the documents that the command line names."""
     parser = argparse.ArgumentParser("train_gpt.py data", description="documents to shards")
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (field "
@@ -1854,8 +1839,8 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = tell) -> dic
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
     parser.add_argument("--caseops", action="store_true", help="lossless case transform")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out rows that are not JSON "
-                        "with a string field text, and count them in the manifest")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and count "
+                        "them in the manifest")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
                         "else one document in twenty, by a hash of its content")
@@ -1863,14 +1848,13 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = tell) -> dic
                         "validation (the official export: 50000, chosen for docs_selected.jsonl)")
     o = parser.parse_args(arguments)
     first, val_first = o.files[0], o.val_first or 0
-    require(val_first >= 0, f"--val-first {val_first}: expected 0 or more documents")
     if first.name.startswith("docs_selected.jsonl") and not o.val and o.val_first is None:
         val_first = OFFICIAL_VAL_DOCUMENTS
         say(f"data: {first}: the first {val_first} documents are validation, as in the official "
             "export (--val-first or --val chooses others)")
     require(o.val or len(o.files) > 1 or first.suffix != ".txt", f"{first}: a .txt file is one "
-            "document, of which no part can be validation; name other files with --val, give more "
-            'files, or put each document as {"text": ...} on a line of a .jsonl file')
+            "document, with none left for validation; name some with --val, give more files, or "
+            'one .jsonl file with a line {"text": ...} for each document')
     tally = Tally(skip_bad=o.skip_bad)
     corpus = functools.partial(split_documents, o.files, o.val, val_first, tally)
     manifest = build_dataset(corpus, o.vocab, o.tokenizer, o.out, o.caseops, say, tally)
