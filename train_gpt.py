@@ -1053,7 +1053,10 @@ def read_shard(path: Path) -> np.ndarray:
     require(size_bytes == HEADER_BYTES + 2 * count, f"{place}: {size_bytes} bytes, but a header of "
             f"{count} tokens asks for {HEADER_BYTES + 2 * count}")
     # Mapped, not read: 80 shards are 16 GB, of which a rank needs one block at a time.
-    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
+    try:
+        return np.memmap(path, "<u2", "r", HEADER_BYTES, (count, ))
+    except (OSError, ValueError):    # some file systems map nothing
+        return np.fromfile(path, "<u2", count, offset=HEADER_BYTES)
 
 
 class Docs(NamedTuple):
@@ -1233,21 +1236,36 @@ def check_tokens(tokens: np.ndarray, V: int, place: str) -> None:
             "shards and vocabulary do not belong together")
 
 
-def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int) -> None:
+def check_training(shards: Mapping[Path, np.ndarray], V: int) -> None:
+    """Raises `Refusal` for tokens that the vocabulary does not have, and where no document starts.
+    Of each shard it looks at 16 blocks, 2 MB; the loader checks every block that it reads."""
+    starts, block = 0, 1 << 16
+    for path, shard in shards.items():
+        places = np.linspace(0, max(0, len(shard) - block), 16).astype(int)
+        sample = np.concatenate([shard[place:place + block] for place in places])
+        check_tokens(sample, V, str(path))
+        starts += np.count_nonzero(sample == BOS)
+    require(starts, f"{next(iter(shards))}: no document start (token {BOS}) in the training shards, "
+            "while validation has some; open each document with it")
+
+
+def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int,
+                 log: Callable[[str], None]) -> None:
     """Raises `Refusal` where a manifest says that these shards were changed, or made for another
     vocabulary or text form, or where `count` validation tokens without one cannot be all of the
     published CaseOps set."""
-    manifest = folder / "manifest.json"
-    if manifest.exists():
+    manifest, made = folder / "manifest.json", manifest_of(folder)
+    if made:
         # Validation decides every score, so its files are hashed; training shards are gigabytes.
         require(intact(folder, "_train_"),
                 f"DATA_PATH={folder}: a validation file is not what manifest.json says")
-        made = json.loads(manifest.read_text())
         for name, mine in (("vocab_size", h.vocab_size), ("caseops", h.caseops_enabled)):
             theirs = made.get(name, mine)
             require(theirs == mine, f"{manifest}: {name} is {theirs}, the model's is {mine}")
+    elif manifest.exists():
+        log(f"data: {manifest} is not of the verb data and is passed over")
     if h.caseops_enabled:
-        whole = manifest.exists() or h.short_val_allowed or count >= CASEOPS_VAL_TOKENS
+        whole = made or h.short_val_allowed or count >= CASEOPS_VAL_TOKENS
         require(sidecars and whole, f"CASEOPS_ENABLED=1: {folder} holds {count:,} validation "
                 f"tokens and {sidecars} files fineweb_val_bytes_*.bin; the published set has "
                 f"{CASEOPS_VAL_TOKENS:,} and one for each shard. Of a set cut short the rest may "
@@ -1257,7 +1275,9 @@ def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int) ->
 def shards_folder(h: Hyperparameters) -> Path:
     """Where the shards of these hyperparameters are looked for."""
     case = "_lossless_caps_caseops_v1_reserved" if h.caseops_enabled else ""
-    return Path(h.data_path or Path(h.data_dir) / "datasets" / f"fineweb10B_sp{h.vocab_size}{case}")
+    folder = Path(h.data_dir) / "datasets" / f"fineweb10B_sp{h.vocab_size}{case}"
+    raw = folder.with_name("fineweb10B_byte260")    # the published one of this size
+    return Path(h.data_path or (raw if h.vocab_size == 260 and not folder.is_dir() else folder))
 
 
 def must_build(h: Hyperparameters) -> bool:
@@ -1287,25 +1307,26 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
         require(paths, f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
     shards = [read_shard(path) for path in train]
     tokens = np.concatenate([read_shard(path) for path in held])
-    check_origin(h, folder, len(sidecars), len(tokens))
-    for path, shard in zip(train, shards):
-        # Of huge shards a sample here; the loader checks every block that it reads.
-        check_tokens(shard[::max(1, len(shard) >> 22)], V, str(path))
+    check_origin(h, folder, len(sidecars), len(tokens), log)
     check_tokens(tokens, V, str(held[0]))
-    require(len(tokens) > 1 and (tokens == BOS).any(),
-            f"{held[0]}: no document start (token {BOS}) among {len(tokens)} tokens")
+    require((tokens[:-1] == BOS).any(), f"{held[0]}: no document start (token {BOS}) among "
+            f"{len(tokens)} tokens, or none before the last")
+    check_training(dict(zip(train, shards)), V)
     # Of transformed text only the sidecar knows the bytes of the original, by which BPB divides.
     if sidecars:
         sizes = np.concatenate([read_shard(path) for path in sidecars])[1:]
         require(len(sizes) + 1 == len(tokens),
                 f"{sidecars[0]}: {len(sizes) + 1} byte counts for {len(tokens)} tokens; "
                 "the sidecar must hold one for each token")
-        require(sizes.any(), f"{sidecars[0]}: every byte count is zero")
         rule = f"sidecar {sidecars[0].name}"
     else:
-        path = Path(h.tokenizer_path or Path(h.data_dir) / "tokenizers" / f"fineweb_{V}_bpe.model")
-        sizes = target_bytes(tokens, load_tokenizer(path, V, False))
+        places = [Path(h.data_dir) / "tokenizers" / name
+                  for name in (f"fineweb_{V}_bpe.model", f"fineweb_pure_byte_{V}.json")]
+        path = Path(h.tokenizer_path or next(filter(Path.is_file, places), places[V == 260]))
+        sizes = (symbol_bytes(path, V)[tokens[1:]] if path.suffix == ".json" else
+                 target_bytes(tokens, load_tokenizer(path, V, False)))
         rule = f"tokenizer {path.name}"
+    require(sizes.any(), f"{held[0]}: every byte count is zero by {rule}")
     return Dataset(shards, Validation.of(tokens, sizes), rule)
 
 
@@ -1336,6 +1357,25 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     return tokenizer
 
 
+def symbol_bytes(path: Path, V: int) -> np.ndarray:
+    """Bytes int64 (V,) of each id of a published JSON tokenizer, whose ids behind the four special
+    ones are single bytes or characters; raises Refusal for any other file."""
+    place, ids = f"tokenizer {path}", dict(pad_id=0, bos_id=BOS, eos_id=2, unk_id=3)
+    require(path.is_file(), f"{place}: there is no such file")
+    try:
+        config = json.loads(path.read_bytes())["config"]
+        raw = config == ids | dict(byte_offset=4, byte_count=256)
+        symbols = "\0" * 256 if raw else config["chars"]
+        sizes = [0] * len(ids) + [len(symbol.encode()) for symbol in symbols]
+        known = raw or config == ids | dict(chars=symbols)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        known = False
+    require(known, f"{place}: neither a published JSON tokenizer (pure_byte or char) nor a "
+            "SentencePiece model")
+    require(len(sizes) == V, f"{place}: {len(sizes)} ids, expected VOCAB_SIZE {V}")
+    return np.array(sizes)
+
+
 def target_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     """Bytes uint16 (T-1,) of the targets tokens[1:] by the challenge's rule.
 
@@ -1352,7 +1392,16 @@ def target_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProce
     sizes = [len(text.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for text in texts]
     base = np.where(boundary, 0, np.where(byte, 1, sizes)).astype(np.int16)
     previous, target = tokens[:-1], tokens[1:]
-    return (base[target] + (spaced[target] & ~boundary[previous])).astype(np.uint16)
+    counted = (base[target] + (spaced[target] & ~boundary[previous])).astype(np.uint16)
+    if tokenizer.piece_to_id(SPACE_MARK) == tokenizer.unk_id():
+        # Without a piece of its own the mark of a space comes as its three bytes (#897). A real
+        # U+2581 looks the same: counted as a space, it can only make BPB higher.
+        bytes_ = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        at = np.flatnonzero((target[:-2] == bytes_[0]) & (target[1:-1] == bytes_[1])
+                            & (target[2:] == bytes_[2]))
+        counted[at] = counted[at + 1] = 0
+        counted[at + 2] = ~boundary[previous[at]]
+    return counted
 
 
 def file_sha256(path: Path) -> str:
@@ -1361,14 +1410,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What the verb data noted in manifest.json; {} for none, a damaged or another program's."""
+    try:
+        made = json.loads((folder / "manifest.json").read_bytes())
+        return made if "builder" in made and isinstance(made["files"], dict) else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+
+
 def intact(folder: Path, skipped: str = "/") -> bool:
     """True where `folder` has a manifest and every file it names is there and unchanged; names with
     `skipped` in them are passed over."""
+    made = manifest_of(folder)
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all(skipped in name or file_sha256(folder / name) == digest
-                   for name, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return bool(made) and all(skipped in name or file_sha256(folder / name) == digest
+                                  for name, digest in made["files"].items())
+    except (OSError, ValueError):
         return False    # whatever is wrong with it, the answer is to build it again
 
 
@@ -1388,59 +1446,119 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     write_atomically(path, header.tobytes(), np.asarray(tokens, "<u2").tobytes())
 
 
-class ShardWriter(contextlib.AbstractContextManager):
-    """A context that cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so
-    on: `paths`, of `limit` tokens each, the last one of the rest. `count` tokens came so far."""
+class ShardWriter:
+    """Cuts a stream of tokens into `<stem>_000000.bin`, `<stem>_000001.bin` and so on: `paths`, of
+    `limit` tokens each, the last one of the rest. `count` tokens came so far."""
 
     def __init__(self, stem: Path, limit: int = 100_000_000):
         """Writes nothing yet; the limit is that of the published export."""
-        self.stem, self.limit = stem, limit
-        self.count, self.paths, self.rest = 0, [], bytearray()
+        self.stem, self.limit, self.count, self.paths = stem, limit, 0, []
 
-    def __exit__(self, error_type, *_) -> None:
-        """Writes the last shard, unless there is nothing for it or the block failed."""
-        if error_type is None:
-            self.append([], last=True)
-
-    def append(self, tokens: Sequence[int], last: bool = False) -> None:
+    def append(self, tokens: Sequence[int]) -> None:
         """Adds `tokens` (T,), cut at shard ends wherever they fall, as the official export does."""
-        self.count += len(tokens)
-        self.rest += np.asarray(tokens, "<u2").tobytes()
-        while len(self.rest) >= 2 * self.limit or last and self.rest:
-            self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
-            write_shard(self.paths[-1], np.frombuffer(self.rest[:2 * self.limit], "<u2"))
-            del self.rest[:2 * self.limit]
+        tokens = np.asarray(tokens, "<u2")
+        while len(tokens):
+            filled = self.count % self.limit
+            part, tokens = np.split(tokens, [self.limit - filled])
+            self.count += len(part)
+            if not filled:
+                self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
+                write_shard(self.paths[-1], part)
+                continue
+            with open(self.paths[-1], "r+b") as file:
+                file.seek(8)    # the place of the count in the header
+                file.write(struct.pack("<i", filled + len(part)))
+                file.seek(0, os.SEEK_END)
+                file.write(part.tobytes())
 
 
-def read_documents(paths: Sequence[Path]) -> Iterator[str]:
+@contextlib.contextmanager
+def delivered(out: Path, option: str = "--to") -> Iterator[Path]:
+    """A folder to fill, which takes the name `out` when the block ends without an error, or whose
+    files move into an empty `out`, such as a mounted volume; else raises `Refusal`."""
+    try:
+        there = out.exists()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.",
+                                         dir=out if there else out.parent) as workshop:
+            folder, own = Path(workshop) / out.name, {Path(workshop).name, "lost+found"}
+            others = {path.name for path in out.iterdir()} - own if there else ()
+            require(not others, f"{option} {out}: already there and not empty "
+                    f"({', '.join(sorted(others)[:3])}), expected a new folder")
+            folder.mkdir()
+            yield folder
+            if not there:
+                os.rename(folder, out)
+            else:    # the manifest first: half of what it names is not `intact`
+                for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
+                    os.rename(path, out / path.name)
+    except OSError as error:    # where another process was faster, too
+        raise Refusal(f"{option} {out}: cannot be made ({error})") from error
+
+
+@dataclass
+class Tally:
+    """What one pass over documents has met so far; `skip_bad` leaves bad rows out."""
+
+    skip_bad: bool = False
+    bad_rows: int = 0
+    first_bad: str = ""    # what is wrong with the first of them
+    files: int = 0
+    read_bytes: int = 0    # of `size_bytes` on disk
+    size_bytes: int = 0
+    sides: Sequence[int] = (0, 0)    # documents of training, of validation
+
+
+def read_documents(paths: Sequence[Path], tally: Tally | None = None) -> Iterator[str]:
     """The texts of `.jsonl` and `.jsonl.zst` (field `text`) and `.txt` files (one document each),
-    of which one line is held at a time; raises Refusal for a missing or damaged file."""
+    of which one line is held at a time; raises Refusal for a missing or damaged file or row."""
     for path in paths:
         require(path.is_file(), f"documents {path}: there is no such file")
         require(path.name.endswith((".txt", ".jsonl", ".jsonl.zst")),
                 f"documents {path}: expected a name ending in .jsonl, .jsonl.zst or .txt")
         require(zstandard or path.suffix != ".zst", f"documents {path}: reading it needs the "
                 "package zstandard (pip install zstandard)")
+    tally, before = tally or Tally(), 0
+    tally.bad_rows = tally.files = 0
+    tally.size_bytes = sum(path.stat().st_size for path in paths)
     for path in paths:
+        tally.files, whole = tally.files + 1, path.suffix == ".txt"
         with open(path, "rb") as file:
-            if path.suffix == ".txt":
-                yield text_of(file.read(), f"documents {path}", lambda text: {"text": text})
-                continue
             lines = zstd_lines(file, path) if path.suffix == ".zst" else file
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield text_of(line, f"documents {path}, line {number}", json.loads)
+            for number, line in enumerate([file.read()] if whole else lines, 1):
+                tally.read_bytes = before + file.tell()
+                try:
+                    if whole or line.strip():
+                        place = f"documents {path}" + f", line {number}" * (not whole)
+                        yield text_of(line, place, whole)
+                except Refusal as error:
+                    if not tally.skip_bad:
+                        raise
+                    tally.bad_rows += 1
+                    tally.first_bad = tally.first_bad or str(error)
+            before += file.tell()
 
 
-def text_of(raw: bytes, place: str, parse: Callable[[str], Any]) -> str:
-    """The field `text` of what `parse` makes of UTF-8; raises Refusal that names `place`."""
+BYTE_MARK = "\ufeff"    # of an encoding, at the start of a file
+
+
+def text_of(raw: bytes, place: str, whole: bool) -> str:
+    """What stands in UTF-8, all of it or the field `text` of JSON, less a byte order mark; raises
+    Refusal that names `place`."""
+    for code in ("UTF-32-LE", "UTF-32-BE", "UTF-16-LE", "UTF-16-BE"):
+        require(not raw.startswith(BYTE_MARK.encode(code)), f"{place}: its byte order mark says "
+                f"{code}, expected UTF-8 (iconv -f {code[:6]} -t UTF-8 makes it)")
     try:
-        row = parse(raw.decode())
+        text = raw.decode().removeprefix(BYTE_MARK)
+        # Numbers that nobody needs may have more digits than Python turns into an int.
+        row = {"text": text} if whole else json.loads(text, parse_int=float)
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} (0x{raw[error.start]:02x})"
         raise Refusal(f"{place}: {byte} is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise Refusal(f"{place}: not JSON ({error.msg}, column {error.colno})") from error
+    except RecursionError as error:
+        raise Refusal(f"{place}: nested too deeply") from error
     text = row.get("text") if isinstance(row, dict) else None
     require(isinstance(text, str), f'{place}: expected an object with a string field "text"')
     require(not re.search("[\ud800-\udfff]", text),
@@ -1450,17 +1568,22 @@ def text_of(raw: bytes, place: str, parse: Callable[[str], Any]) -> str:
 
 def zstd_lines(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
     """The lines of a zstd file of any number of frames; raises Refusal for a damaged or cut one."""
-    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+    # any window that the format allows, of up to 2 GB (zstd --long=31)
+    frames = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame, rest = frames.decompressobj(), []    # parts of a line that may be long
     try:
         while packed := frame.unused_data or file.read(1 << 17):
             if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            *lines, rest = (rest + frame.decompress(packed)).split(b"\n")
-            yield from lines
+                frame = frames.decompressobj()
+            part, *lines = frame.decompress(packed).split(b"\n")
+            rest.append(part)
+            for line in lines:
+                yield b"".join(rest)
+                rest = [line]
     except zstandard.ZstdError as error:
         raise Refusal(f"documents {path}: damaged zstd stream ({error})") from error
     require(frame.eof, f"documents {path}: the zstd stream ends in the middle of a frame")
-    yield rest
+    yield b"".join(rest)
 
 
 def fingerprint(text: str) -> int:
@@ -1621,22 +1744,25 @@ def caseops_weights(text: str) -> np.ndarray:
     return weights
 
 
+OFFICIAL_VAL_DOCUMENTS = 50_000    # the first of docs_selected.jsonl
 Document = tuple[bool, str]    # held out, text
 Corpus = Callable[[], Iterator[Document]]    # each call starts over
 SAMPLE_BYTES, SAMPLE_DOCUMENT, BATCH_CHARACTERS = 32_000_000, 200_000, 4_000_000
 
 
-def split_documents(paths: Sequence[Path], val_paths: Sequence[Path]) -> Iterator[Document]:
-    """(held out, text) of all documents: by file, or 95/5 by content where `val_paths` is empty.
-    Copies of one document land on one side, or are left out of training."""
+def split_documents(paths: Sequence[Path], val_paths: Sequence[Path], val_first: int = 0,
+                    tally: Tally | None = None) -> Iterator[Document]:
+    """(held out, text) of all documents: by file where `val_paths` names some, the first
+    `val_first`, else 95/5 by content. Copies of one land on one side, or are left out of
+    training."""
     # What training has seen is no test: of 34 audited submissions 15 had documents of the
     # validation set among their training shards (#2127).
-    seen = set()
-    for text in read_documents(val_paths):
-        seen.add(fingerprint(text))
-        yield True, text
-    for text in read_documents(paths):
-        if not val_paths:
+    seen, tally = set(), tally or Tally()
+    for number, text in enumerate(read_documents([*val_paths, *paths], tally)):
+        if tally.files <= len(val_paths) or number < val_first:
+            seen.add(fingerprint(text))
+            yield True, text
+        elif not (val_paths or val_first):
             yield held_out(text), text
         elif fingerprint(text) not in seen:
             yield False, text
@@ -1645,94 +1771,113 @@ def split_documents(paths: Sequence[Path], val_paths: Sequence[Path]) -> Iterato
 def sample_texts(texts: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> list[str]:
     """The documents of smallest hash, cut to SAMPLE_DOCUMENT characters, up to `limit_bytes`: a
     sample that does not depend on the order of the corpus."""
-    # Negative hashes make a heap whose top is the largest: the next to go. Once one has gone,
-    # nothing at or beyond it can come in again.
-    heap, size_bytes, lowest = [], 0, -(1 << 64)
+    kept, size_bytes, bound = [], 0, 1 << 64
     for text in texts:
-        entry = -fingerprint(text), text[:SAMPLE_DOCUMENT]
-        if entry[0] > lowest:
+        entry = fingerprint(text), text[:SAMPLE_DOCUMENT]
+        if entry[0] < bound:
             size_bytes += len(entry[1].encode())
-            heapq.heappush(heap, entry)
-        while size_bytes > limit_bytes and len(heap) > 1:
-            lowest, dropped = heapq.heappop(heap)
+            bisect.insort(kept, entry)
+        while size_bytes > limit_bytes and len(kept) > 1:
+            bound, dropped = kept.pop()    # nothing at or beyond it can come in again
             size_bytes -= len(dropped.encode())
-    return [text for _, text in sorted(heap, reverse=True)]
+    return [text for _, text in kept]
 
 
-def batches(corpus: Iterable[Document], title: str, say: Callable) -> Iterator[list[Document]]:
+def batches(corpus: Iterable[Document], title: str, say: Callable,
+            tally: Tally) -> Iterator[list[Document]]:
     """Runs of documents of about BATCH_CHARACTERS: enough for all threads, in bounded memory. Says
-    at the end, and at most once a second before, how many were taken and how fast."""
+    how many were taken, how fast, and the time left by the bytes read, at the end and every 30 s
+    before, on a terminal each second. Raises Refusal when one side stays empty."""
     start_s = said_s = time.monotonic()
-    documents, millions, batch, size = 0, 0.0, [], 0
+    millions, batch, size, tally.sides = 0.0, [], 0, [0, 0]
     for document in itertools.chain(corpus, [None]):    # None: the end
         if document:
             batch.append(document)
+            tally.sides[document[0]] += 1
             size += len(document[1])
             if size < BATCH_CHARACTERS:
                 continue
         yield batch
-        documents += len(batch)
         millions += size / 1e6
-        if not document or time.monotonic() - said_s >= 1:
-            said_s = time.monotonic()
-            say(f"data {title}: {documents} documents, {millions:.1f} M characters, "
-                f"{millions / max(said_s - start_s, 1e-9):.2f} M/s")
-        batch, size = [], 0
+        now_s, batch, size = time.monotonic(), [], 0
+        if not document or now_s - said_s >= (1 if sys.stdout and sys.stdout.isatty() else 25):
+            said_s, passed_s = now_s, max(now_s - start_s, 1e-9)
+            left_s = passed_s * (tally.size_bytes / max(tally.read_bytes, 1) - 1)
+            say(f"data {title}: {sum(tally.sides)} documents, {millions:.1f} M characters, "
+                f"{millions / passed_s:.2f} M/s" + f", {left_s:.0f} s left" * (left_s > 0))
+    for side, count in zip(("train", "val"), tally.sides):
+        require(count, f"documents: none fell to {side}; give more documents, or choose those of "
+                "validation with --val or --val-first")
+
+
+def cpu_count(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processors that this process may use: its affinity, within the quota of its container."""
+    count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    # "200000 100000" are two processors, "max 100000" is no limit
+    quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
 def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
-                 caseops: bool, say: Callable[[str], None]) -> dict[str, int]:
+                 caseops: bool, say: Callable[[str], None], tally: Tally) -> dict[str, int]:
     """Writes train, val and val_bytes shards of `corpus` into `folder`; returns what it counted.
     Raises Refusal when one side stays empty."""
-    counts = dict.fromkeys(["train_documents", "val_documents", "empty_documents", "val_bytes",
-                            "train_bytes", "val_documents_decoded_exactly"], 0)
-    with (ShardWriter(folder / "fineweb_train") as train,
-          ShardWriter(folder / "fineweb_val") as val,
-          ShardWriter(folder / "fineweb_val_bytes") as sidecar):
-        for batch in batches(corpus(), "encoding", say):
-            texts = [caseops_encode(text) if caseops else text for _, text in batch]
-            # SentencePiece encodes a batch on all cores, and keeps its order.
-            encoded = tokenizer.encode(texts, num_threads=os.cpu_count() or 1)
-            for (held, original), text, ids in zip(batch, texts, encoded):
-                if not ids:    # the normaliser left no token for its bytes to stand on
-                    counts["empty_documents"] += 1
-                    continue
-                side, writer = ("val", val) if held else ("train", train)
-                counts[f"{side}_documents"] += 1
-                counts[f"{side}_bytes"] += len(original.encode())
-                # BOS opens each document on both sides, and has a 0 in the sidecar
-                writer.append([BOS, *ids])
-                if held:
-                    weights = caseops_weights(text) if caseops else utf8_widths(text)
-                    exact = raw_bytes(tokenizer, ids, text, weights)
-                    require(exact.max() < 65536, f"documents: one token stands for {exact.max()} "
-                            "bytes, a sidecar holds at most 65535; shorten the run of spaces")
-                    sidecar.append(np.append(0, exact))
-                    counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
-        for side, writer in (("train", train), ("val", val)):
-            require(writer.count, f"documents: none fell to {side}; give more documents, or name "
-                    "the validation files with --val")
-    return counts | {"train_tokens": train.count, "val_tokens": val.count}
+    counts = dict.fromkeys(["empty_documents", "val_bytes", "train_bytes",
+                            "val_documents_decoded_exactly"], 0)
+    names = ("train", "val", "val_bytes")
+    shards = {name: ShardWriter(folder / f"fineweb_{name}") for name in names}
+    for batch in batches(corpus(), "encoding", say, tally):
+        texts = [caseops_encode(text) if caseops else text for _, text in batch]
+        # SentencePiece encodes a batch on all cores, and keeps its order.
+        encoded = tokenizer.encode(texts, num_threads=cpu_count())
+        streams = {name: [] for name in names}
+        for (held, original), text, ids in zip(batch, texts, encoded):
+            if not ids:    # the normaliser left no token for its bytes to stand on
+                counts["empty_documents"] += 1
+                tally.sides[held] -= 1
+                continue
+            side = names[held]
+            counts[f"{side}_bytes"] += len(original.encode())
+            # BOS opens each document on both sides, and has a 0 in the sidecar
+            streams[side] += [BOS, *ids]
+            if held:
+                weights = caseops_weights(text) if caseops else utf8_widths(text)
+                exact = raw_bytes(tokenizer, ids, text, weights)
+                require(exact.max() < 65536, f"documents: one token stands for {exact.max()} "
+                        "bytes, a sidecar holds at most 65535; shorten the run of spaces")
+                streams["val_bytes"] += [0, *exact]
+                counts["val_documents_decoded_exactly"] += tokenizer.decode(ids) == text
+        for name in names:
+            shards[name].append(streams[name])
+    for side, documents in zip(("train", "val"), tally.sides):
+        counts |= {f"{side}_documents": documents, f"{side}_tokens": shards[side].count}
+    return counts | dict(bad_rows=tally.bad_rows)
 
 
 def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path, caseops: bool,
-                  say: Callable[[str], None]) -> dict:
+                  say: Callable[[str], None], tally: Tally | None = None) -> dict:
     """Makes the folder `out` of shards, byte sidecar, tokenizer (`tokenizer_path`, or trained on a
     bounded sample of the train side of `corpus`) and manifest, whole or not at all; returns the
     manifest. Raises Refusal when `out` holds something else or V does not fit."""
     require(260 <= V <= 65536,
             f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
-    with appearing(out, "--out") as folder:
+    tally = tally or Tally()
+    with delivered(out, "--out") as folder:
         model = folder / f"fineweb_{V}_bpe.model"
         if tokenizer_path:
             load_tokenizer(tokenizer_path, V, caseops)
             shutil.copyfile(tokenizer_path, model)
-        else:
-            runs = batches(corpus(), "sampling for the tokenizer", say)
-            sample = sample_texts(text for run in runs for held, text in run if not held)
+        # A look at every row, so that a bad one is refused before the first is encoded.
+        runs = batches(corpus(), "reading", say, tally)
+        sample = sample_texts(text for run in runs for held, text in run if not held)
+        if tally.bad_rows:
+            say(f"data: {tally.bad_rows} bad rows are left out, the first {tally.first_bad}")
+        if not tokenizer_path:
+            say(f"data: a tokenizer of {V} pieces is trained on {len(sample)} documents")
             texts = map(caseops_encode, sample) if caseops else sample
             train_tokenizer(texts, V, model, MARKERS if caseops else ())
-        counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, say)
+        counts = write_shards(corpus, load_tokenizer(model, V, caseops), folder, caseops, say,
+                              tally)
         # The hashes come last, of files that are closed: `intact` later compares them.
         files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
         manifest = dict(builder=BUILDER, vocab_size=V, caseops=caseops, **counts, files=files)
@@ -1761,16 +1906,31 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
 def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
     """The verb data: makes shards of the documents that the command line names."""
     parser = argparse.ArgumentParser("train_gpt.py data", description="documents to shards")
-    parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (text) or .txt")
+    parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (field "
+                        "text) or .txt, in UTF-8; a byte order mark is no part of the text")
     parser.add_argument("--vocab", type=int, required=True, help="pieces of the tokenizer")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
     parser.add_argument("--caseops", action="store_true", help="lossless case transform")
-    parser.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and count "
+                        "them in the manifest")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
                         "else one document in twenty, by a hash of its content")
+    choice.add_argument("--val-first", type=int, metavar="N", help="the first N documents are "
+                        "validation (the official export: 50000, chosen for docs_selected.jsonl)")
     o = parser.parse_args(arguments)
-    corpus = functools.partial(split_documents, o.files, o.val)
-    manifest = build_dataset(corpus, o.vocab, o.tokenizer, o.out, o.caseops, say)
+    first, val_first = o.files[0], o.val_first or 0
+    if first.name.startswith("docs_selected.jsonl") and not o.val and o.val_first is None:
+        val_first = OFFICIAL_VAL_DOCUMENTS
+        say(f"data: {first}: the first {val_first} documents are validation, as in the official "
+            "export (--val-first or --val chooses others)")
+    require(o.val or len(o.files) > 1 or first.suffix != ".txt", f"{first}: a .txt file is one "
+            "document, with none left for validation; name some with --val, give more files, or "
+            'one .jsonl file with a line {"text": ...} for each document')
+    tally = Tally(skip_bad=o.skip_bad)
+    corpus = functools.partial(split_documents, o.files, o.val, val_first, tally)
+    manifest = build_dataset(corpus, o.vocab, o.tokenizer, o.out, o.caseops, say, tally)
     say(f"data: {manifest['train_tokens']} train and {manifest['val_tokens']} val tokens "
         f"({manifest['val_bytes']} bytes) in {o.out}")
     return manifest

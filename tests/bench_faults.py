@@ -50,7 +50,7 @@ class Site:
         h = t.Hyperparameters(**TINY)
         self.data = write_dataset(root / "shards", h)
         files = {p.name: t.file_sha256(p) for p in self.data.iterdir()}
-        (self.data / "manifest.json").write_text(json.dumps(dict(files=files)))
+        (self.data / "manifest.json").write_text(json.dumps(dict(builder=1, files=files)))
         packed = t.pack_source(Path(t.__file__).read_text(), t.run_block(h.changed()))
         t.pack_source = lambda *_: packed    # takes longer than a whole run
 

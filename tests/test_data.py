@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -79,6 +80,14 @@ def test_shard_inverse_and_layout(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
+@pytest.mark.parametrize("error", [OSError(19, "No such device"), ValueError("mmap length")])
+def test_a_shard_that_cannot_be_mapped_is_read(tmp_path, monkeypatch, error):
+    """Some network and container file systems map no files."""
+    c.write_shard(tmp_path / "a.bin", np.arange(1, 9))
+    monkeypatch.setattr(c.np, "memmap", lambda *_: (_ for _ in ()).throw(error))
+    assert c.read_shard(tmp_path / "a.bin").tolist() == list(range(1, 9))
+
+
 def test_shard_refusals(tmp_path):
     path = tmp_path / "a.bin"
     shard_header = lambda count: np.array([20240520, 1, count] + [0] * 253, "<i4").tobytes()
@@ -99,20 +108,20 @@ def test_shard_refusals(tmp_path):
 
 def test_writer_splits_and_cleans_up(tmp_path):
     tokens = np.arange(2500)
-    with c.ShardWriter(tmp_path / "x", limit=1000) as writer:
-        for part in np.split(tokens, [10, 10, 1000, 1001, 2400]):
-            writer.append(part)
+    writer = c.ShardWriter(tmp_path / "x", limit=1000)
+    for part in np.split(tokens, [10, 10, 1000, 1001, 2400]):
+        writer.append(part)
     assert [path.name for path in writer.paths] == [f"x_{i:06d}.bin" for i in range(3)]
     shards = [c.read_shard(path) for path in writer.paths]
     assert [len(shard) for shard in shards] == [1000, 1000, 500] and writer.count == 2500
     assert (np.concatenate(shards) == tokens).all()
-    with c.ShardWriter(tmp_path / "y", limit=1000) as writer:
-        writer.append(tokens[:2000])
+    writer = c.ShardWriter(tmp_path / "y", limit=1000)
+    writer.append(tokens[:2000])
     assert [len(c.read_shard(path)) for path in writer.paths] == [1000, 1000]
-    with pytest.raises(ZeroDivisionError), c.ShardWriter(tmp_path / "z") as writer:
-        writer.append(tokens)
+    with pytest.raises(ZeroDivisionError), c.delivered(tmp_path / "z") as folder:
+        c.ShardWriter(folder / "z").append(tokens)
         raise ZeroDivisionError
-    assert not list(tmp_path.glob("z*"))
+    assert not list(tmp_path.glob("*z*"))
 
 
 # ------------------------------------------------------------------------------------------------------------ loader
@@ -333,6 +342,10 @@ TRAIN, VAL, SIDECAR = "fineweb_train_000001.bin", "fineweb_val_000000.bin", "fin
     (lambda d: c.write_shard(d / SIDECAR, np.ones(699)), SIDECAR + ": 699 byte counts for 700"),
     (lambda d: c.write_shard(d / VAL, np.full(700, 5)), VAL + r": no document start \(token 1\) among 700 tokens"),
     (lambda d: c.write_shard(d / VAL, np.ones(1)), VAL + r": no document start \(token 1\) among 1 tokens"),
+    (lambda d: [c.write_shard(p, np.full(900, 5)) for p in d.glob("fineweb_train*")],
+     r"fineweb_train_000000.bin: no document start \(token 1\) in the training shards, while validation has some"),
+    (lambda d: (c.write_shard(d / VAL, [5, 1]), c.write_shard(d / SIDECAR, [0, 0])), "among 2 tokens, or none before the last"),
+    (lambda d: c.write_shard(d / SIDECAR, np.zeros(700)), "every byte count is zero by sidecar " + SIDECAR),
     (lambda d: [p.unlink() for p in d.glob("fineweb_train*")], r"no file fineweb_train_\*.bin there"),
     (lambda d: (d / VAL).unlink(), r"no file fineweb_val_\*.bin there"),
     (lambda d: [p.unlink() for p in d.iterdir()], "DATA_PATH=.*: no file fineweb_train"),
@@ -343,6 +356,85 @@ def test_bad_shards_are_refused(tiny, tmp_path, damage, words):
     damage(folder)
     with pytest.raises(c.Refusal, match=words):
         c.find_dataset(replace(tiny, data_path=str(folder), data_dir=str(tmp_path)), c.World(), SILENT)
+
+
+def test_a_huge_training_shard_is_looked_at_in_blocks(tmp_path):
+    """A few megabytes of whole blocks, of both ends and between, so that a network disk is not read as a whole."""
+    looked = []
+
+    class Shard(np.ndarray):
+        """Tokens that note what is read of them."""
+
+        def __getitem__(self, place):
+            """The same, noted."""
+            looked.append(place)
+            return super().__getitem__(place)
+
+    shard = np.full(20_000_000, 1, np.uint16).view(Shard)
+    c.check_training({tmp_path: shard}, 64)
+    assert all(place.step is None for place in looked) and looked[0].start == 0 and looked[-1].stop == len(shard)
+    assert sum(place.stop - place.start for place in looked) * 2 <= 4 << 20
+    for place in (0, 999_999, 524_288):
+        small = np.full(1_000_000, 1, np.uint16)
+        small[place] = 64
+        with pytest.raises(c.Refusal, match="token 64 is outside VOCAB_SIZE=64"):
+            c.check_training({tmp_path: small}, 64)
+
+
+@pytest.mark.parametrize("text", ['{"version":"1","num_docs":1,"datasets":[],"tokenizers":[]}', "[]", "7", '"files builder"',
+                                  '{"files": [], "builder": 1}', "{", "\xff", "[" * 100_000, '{"files": {}}'])
+def test_a_manifest_of_others_is_passed_over_and_said(tiny, tmp_path, text):
+    """The official export writes a manifest.json of its own beside the shards."""
+    folder, said = write_dataset(tmp_path / "d", tiny), []
+    (folder / "manifest.json").write_text(text, encoding="latin-1")
+    c.find_dataset(replace(tiny, data_path=str(folder)), c.World(), said.append)
+    assert said == [f"data: {folder}/manifest.json is not of the verb data and is passed over"]
+
+
+IDS = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+PURE_BYTE = dict(tokenizer_type="pure_byte", config=IDS | dict(byte_offset=4, byte_count=256), vocab_size=260)
+
+
+def published_dataset(root: Path, h: c.Hyperparameters, tokens: list[int], tokenizer: object) -> c.Validation:
+    """The validation set of byte shards under the official names in DATA_DIR."""
+    folder = root / "datasets" / "fineweb10B_byte260"
+    folder.mkdir(parents=True)
+    (root / "tokenizers").mkdir()
+    for side in "train", "val":
+        c.write_shard(folder / f"fineweb_{side}_000000.bin", tokens)
+    (root / "tokenizers" / "fineweb_pure_byte_260.json").write_text(json.dumps(tokenizer))
+    return c.find_dataset(replace(h, vocab_size=260, data_dir=str(root)), c.World(), SILENT)
+
+
+def test_the_published_byte_vocabulary(tiny, tmp_path):
+    """Shards and tokenizer are found under their official names; a token is a byte, a special one is none."""
+    tokens = [1, *(4 + byte for byte in "é日 a".encode()), 2, 1, 3, 260 - 1]
+    data = published_dataset(tmp_path, tiny, tokens, PURE_BYTE)
+    assert data.val.bytes.tolist() == [1] * 7 + [0, 0, 0, 1] and data.byte_rule == "tokenizer fineweb_pure_byte_260.json"
+
+
+def test_the_published_character_vocabulary(tmp_path):
+    """The id of a character is its place + 4."""
+    path = tmp_path / "fineweb_char.json"
+    path.write_text(json.dumps(dict(tokenizer_type="char", config=IDS | dict(chars=["e", "é", "日", "😀"]), vocab_size=8)))
+    assert c.symbol_bytes(path, 8).tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
+    with pytest.raises(c.Refusal, match="fineweb_char.json: 8 ids, expected VOCAB_SIZE 9"):
+        c.symbol_bytes(path, 9)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", "x", "\xff", '{"model": {"type": "BPE"}}', "[" * 100_000,
+                                  json.dumps(PURE_BYTE | dict(config=IDS)),
+                                  json.dumps(PURE_BYTE | dict(config=PURE_BYTE["config"] | dict(byte_offset=3))),
+                                  json.dumps(dict(config=IDS | dict(chars="\ud800"))),
+                                  json.dumps(dict(config=IDS | dict(chars=[7]))),
+                                  json.dumps(dict(config=IDS | dict(bos_id=0, chars=["a"])))])
+def test_any_other_json_is_no_tokenizer(tmp_path, text):
+    """One sentence, whatever it is."""
+    (tmp_path / "t.json").write_text(text, encoding="latin-1")
+    with pytest.raises(c.Refusal, match="t.json: neither a published JSON tokenizer"):
+        c.symbol_bytes(tmp_path / "t.json", 260)
+    with pytest.raises(c.Refusal, match="none.json: there is no such file"):
+        c.symbol_bytes(tmp_path / "none.json", 260)
 
 
 def test_wrong_tokenizers_are_refused(tiny, tmp_path, lossy):
@@ -401,6 +493,9 @@ def test_reading_streams(tmp_path):
     ("a.jsonl", b'{"text": 3}\n', "line 1: expected an object"),
     ("a.jsonl", b'\n{"text": "\xff"}\n', r"line 2: byte 10 \(0xff\) is not UTF-8"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: half of a surrogate"),
+    ("a.jsonl", b'{"text": null}\n', 'line 1: expected an object with a string field "text"'),
+    ("a.jsonl", b'{"text": "x"} words\n', "line 1: not JSON .Extra data, column 15"),
+    ("a.jsonl", b'{"text": "x", "f": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: nested too deeply"),
     ("a.txt", b"ab\xe9", r"a.txt: byte 2 \(0xe9\) is not UTF-8"),
     ("a.jsonl.zst", b"not zstd at all", "damaged zstd stream"),
     ("a.jsonl.zst", zstandard.compress(b'{"text": "' + os.urandom(9999).hex().encode())[:5000],
@@ -415,6 +510,44 @@ def test_document_refusals(tmp_path, name, raw, words):
     with pytest.raises(c.Refusal, match=words) as refusal:
         list(c.read_documents([path]))
     assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("row, text", [
+    ('{"n": ' + "9" * 5000 + ', "text": "x"}', "x"), ('{"text": "a", "f": NaN, "text": "b"}', "b"),
+    ('{"f": -Infinity, "text": "x"}', "x"), ("\ufeff" + '{"text": "x"}', "x"), ('{"text": "\ufeffx"}', "\ufeffx")])
+def test_odd_json_rows_are_read(tmp_path, row, text):
+    """Fields that nobody needs may hold anything; a byte order mark is no part of the text."""
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "first"}}\n{row}\n', encoding="utf-8")
+    assert list(c.read_documents([tmp_path / "a.jsonl"])) == ["first", text]
+
+
+def test_byte_order_marks(tmp_path):
+    """UTF-8's is left out of .jsonl and .txt, any other encoding is refused by its name."""
+    for name, raw in (("a.txt", b"\xef\xbb\xbfplain"), ("a.jsonl", b'\xef\xbb\xbf{"text": "plain"}\n')):
+        (tmp_path / name).write_bytes(raw)
+        assert list(c.read_documents([tmp_path / name])) == ["plain"]
+    for code in ("UTF-16-LE", "UTF-16-BE", "UTF-32-LE", "UTF-32-BE"):
+        for name in ("b.txt", "b.jsonl"):
+            (tmp_path / name).write_bytes('\ufeff{"text": "x"}\n'.encode(code))
+            with pytest.raises(c.Refusal, match=f"{name}.*byte order mark says {code}, expected UTF-8"):
+                list(c.read_documents([tmp_path / name]))
+
+
+def test_zstd_streams_of_every_kind(tmp_path):
+    """The largest window, frames that are skipped, a document that is longer than what is read at once."""
+    long = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(
+        window_log=31, compression_level=1, write_content_size=False)).compressobj()
+    texts = ["one", os.urandom(300_000).hex(), "three"]
+    rows = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+    skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
+    raw = skipped + long.compress(rows[:400_000]) + long.flush() + skipped + zstandard.compress(rows[400_000:]) + skipped
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(raw)
+    assert list(c.read_documents([path])) == texts
+    for end in (len(raw) - 3, len(raw) - len(skipped) - 3, 300_000, 7):
+        path.write_bytes(raw[:end])
+        with pytest.raises(c.Refusal, match="ends in the middle of a frame"):
+            list(c.read_documents([path]))
 
 
 def test_missing_zstandard(tmp_path, monkeypatch):
@@ -494,6 +627,23 @@ def test_byte_rule(lossy):
     sizes = c.target_bytes(np.array(tokens, np.uint16), tokenizer)
     assert sizes.dtype == np.uint16 and sizes.tolist() == rule_by_hand(tokenizer, tokens)
     assert sizes[-3] == 3  # no byte for the space behind a boundary
+
+
+def test_a_space_without_a_piece_is_one_byte(tmp_path):
+    """A vocabulary made of text without spaces has no U+2581: each space is three byte pieces (#897)."""
+    stem, text = tmp_path / "bare", "abc abd xyz " * 200
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcabd", "xyzabc"] * 20), model_prefix=str(stem), model_type="bpe", vocab_size=272,
+        byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="identity", pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, hard_vocab_limit=False, remove_extra_whitespaces=False, minloglevel=4)
+    tokenizer = spm.SentencePieceProcessor(model_file=f"{stem}.model")
+    assert tokenizer.piece_to_id("\u2581") == tokenizer.unk_id()
+    ids = tokenizer.encode(text)
+    assert len(ids) > 3 * text.count(" ")
+    assert c.target_bytes(np.array([1, *ids]), tokenizer).sum() == len(text) == 2400
+    assert c.raw_bytes(tokenizer, ids, text, c.utf8_widths(text)).sum() == 2400
+    # behind a boundary it is the tokenizer's own mark, as for any other vocabulary
+    assert c.target_bytes(np.array([1, *tokenizer.encode(" a")]), tokenizer).sum() == 1
 
 
 def test_raw_bytes_equal_the_rule_on_plain_text(lossless, lossy):
@@ -794,6 +944,144 @@ def test_data_verb_refusals(tmp_path, library, lossy):
             c.make_dataset(arguments, SILENT)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"docs.jsonl", "few.jsonl", "full", "blank.txt"}, "a refusal leaves nothing"
+
+
+def made(tmp_path: Path, *arguments: object, say=SILENT) -> dict:
+    """The manifest of the verb data in tmp_path / "out"."""
+    return c.make_dataset([*map(str, arguments), "--out", str(tmp_path / "out")], say)
+
+
+def texts_of(folder: Path, side: str, tokenizer: spm.SentencePieceProcessor) -> list[str]:
+    """The documents of one side, decoded."""
+    tokens = c.read_shard(folder / f"fineweb_{side}_000000.bin")
+    return [tokenizer.decode(d[1:].tolist()) for d in np.split(tokens, np.flatnonzero(tokens == 1)[1:])]
+
+
+def test_bad_rows_are_found_before_the_first_is_encoded(tmp_path, library, lossless, embedded, monkeypatch):
+    """A bad last row costs one reading; with --skip-bad bad ones are left out and counted."""
+    source, model = write_jsonl(tmp_path / "docs.jsonl", library), embedded / "fineweb_1024_bpe.model"
+    with source.open("ab") as file:
+        file.write(b'{"text": null}\n{"text": "\\ud800"}\n{"txt": 1}\n{"text": "x"} y\n\xff\n')
+    arguments, encode = (source, "--vocab", 1024, "--tokenizer", model), c.write_shards
+    monkeypatch.setattr(c, "write_shards", None)
+    with pytest.raises(c.Refusal, match="docs.jsonl, line 301: expected an object"):
+        made(tmp_path, *arguments)
+    monkeypatch.setattr(c, "write_shards", encode)
+    said = []
+    manifest = made(tmp_path, *arguments, "--skip-bad", say=said.append)
+    assert manifest["bad_rows"] == 5 and manifest["train_documents"] + manifest["val_documents"] == len(library)
+    assert sum("5 bad rows are left out, the first documents" in line and "line 301" in line for line in said) == 1
+    assert sorted(texts_of(tmp_path / "out", "train", lossless) + texts_of(tmp_path / "out", "val", lossless)) == sorted(library)
+
+
+@pytest.mark.parametrize("name, option, held", [
+    ("docs.jsonl", ["--val-first", 7], 7), ("docs_selected.jsonl", [], 5), ("docs_selected.jsonl", ["--val-first", 9], 9)])
+def test_the_first_documents_are_validation(tmp_path, library, lossless, embedded, monkeypatch, name, option, held):
+    """As in the official export, whose own file is known by its name; copies of them are no training text."""
+    monkeypatch.setattr(c, "OFFICIAL_VAL_DOCUMENTS", 5)
+    said, source = [], write_jsonl(tmp_path / name, library[:60] + library[:3])
+    made(tmp_path, source, "--vocab", 1024, "--tokenizer", embedded / "fineweb_1024_bpe.model", *option, say=said.append)
+    assert texts_of(tmp_path / "out", "val", lossless) == library[:held]
+    assert texts_of(tmp_path / "out", "train", lossless) == library[held:60]
+    assert any("official export" in line for line in said) == (not option)
+
+
+def test_validation_is_by_hash_where_nothing_is_the_first(tmp_path, library, embedded):
+    """--val-first 0 asks for it also where the official file is read."""
+    source = write_jsonl(tmp_path / "docs_selected.jsonl", library)
+    manifest = made(tmp_path, source, "--vocab", 1024, "--tokenizer", embedded / "fineweb_1024_bpe.model", "--val-first", 0)
+    assert manifest["val_documents"] == sum(map(c.held_out, library))
+    with pytest.raises(c.Refusal, match="none fell to val"):
+        made(tmp_path / "none", source, "--vocab", 1024, "--val-first=-1")
+
+
+def test_one_text_file_is_refused_at_once(tmp_path, monkeypatch):
+    """It is a single document; what to do is said before anything is read."""
+    (tmp_path / "input.txt").write_text("text")
+    monkeypatch.setattr(c, "build_dataset", None)
+    with pytest.raises(c.Refusal, match="input.txt: a .txt file is one document.*--val, give more files, or .*jsonl"):
+        made(tmp_path, tmp_path / "input.txt", "--vocab", 512)
+
+
+def test_a_side_without_documents_is_refused_before_encoding(tmp_path, library, embedded, monkeypatch):
+    """Empty --val files, too many first ones, or nothing that fell to validation."""
+    monkeypatch.setattr(c, "write_shards", None)
+    (tmp_path / "empty.jsonl").touch()
+    train = write_jsonl(tmp_path / "a.jsonl", [text for text in library if not c.held_out(text)])
+    arguments = train, "--vocab", 1024, "--tokenizer", embedded / "fineweb_1024_bpe.model"
+    for more, side in ((["--val", tmp_path / "empty.jsonl"], "val"), ([], "val"), (["--val-first", 999], "train")):
+        with pytest.raises(c.Refusal, match=f"none fell to {side}"):
+            made(tmp_path, *arguments, *more)
+    with pytest.raises(c.Refusal, match="none.jsonl: there is no such file"):
+        made(tmp_path, tmp_path / "none.jsonl", *arguments, "--val", train)
+
+
+def test_an_empty_folder_is_filled_in_place(tmp_path):
+    """A mounted volume cannot be renamed onto; its manifest comes first, so that half of the files is not intact."""
+    out, moved = tmp_path / "out", []
+    (out / "lost+found").mkdir(parents=True)
+    inode, rename = out.stat().st_ino, os.rename
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c.os, "rename", lambda a, b: (moved.append(b.name), rename(a, b)))
+        with c.delivered(out, "--out") as folder:
+            assert folder.parent.parent == out and folder.stat().st_mode & 0o755 == 0o755
+            for name in ("a.bin", "manifest.json", "z.bin"):
+                (folder / name).touch()
+            with pytest.raises(c.Refusal, match="--out .*already there and not empty"), c.delivered(out, "--out"):
+                pass
+    assert moved[0] == "manifest.json" and out.stat().st_ino == inode
+    assert sorted(path.name for path in out.iterdir()) == ["a.bin", "lost+found", "manifest.json", "z.bin"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path, monkeypatch):
+    """Before the first document: a parent that is a file or read-only; later a disk that is full."""
+    (tmp_path / "file").touch()
+    with pytest.raises(c.Refusal, match="--out .*file/out: cannot be made"), c.delivered(tmp_path / "file" / "out", "--out"):
+        pytest.fail("nothing is made")
+    with pytest.raises(c.Refusal, match="--to .*cannot be made .*No space left"), c.delivered(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(c.tempfile, "mkdtemp", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(c.Refusal, match="--out .*cannot be made .*Read-only"), c.delivered(tmp_path / "out", "--out"):
+        pytest.fail("nothing is made")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_names_of_any_bytes(tmp_path, library, embedded):
+    """Files and folders whose names are no ASCII, or no UTF-8."""
+    source = write_jsonl(tmp_path / os.fsdecode(b"\xff.jsonl"), library)
+    for name in ("данные", os.fsdecode(b"\xfe")):
+        said, arguments = [], [str(source), "--vocab", "1024", "--out", str(tmp_path / name)]
+        c.make_dataset([*arguments, "--tokenizer", str(embedded / "fineweb_1024_bpe.model")], said.append)
+        assert c.intact(tmp_path / name) and said[-1].endswith(f"in {tmp_path / name}")
+
+
+def test_progress_says_what_is_left(monkeypatch):
+    """By the bytes of the files: every 30 s into a file, and at the end."""
+    now = itertools.count(0, 10)
+    monkeypatch.setattr(c.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(c, "BATCH_CHARACTERS", 1)
+    tally, said = c.Tally(size_bytes=900), []
+
+    def corpus():
+        """Nine documents of 100 bytes."""
+        for number in range(9):
+            tally.read_bytes += 100
+            yield number == 8, "x"
+
+    list(c.batches(corpus(), "reading", said.append, tally))
+    assert [line.split(", ")[0] for line in said] == [f"data reading: {n} documents" for n in (3, 6, 9, 9)]
+    assert said[0].endswith("M/s, 60 s left") and said[1].endswith("30 s left") and said[-1].endswith("M/s")
+    assert tally.sides == [8, 1]
+
+
+def test_threads_keep_to_what_the_process_may_use(tmp_path, monkeypatch):
+    """Its affinity, within the quota of its container."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    limit = tmp_path / "cpu.max"
+    assert c.cpu_count(limit) == 4
+    for text, count in (("max 100000\n", 4), ("250000 100000\n", 2), ("50000 100000\n", 1), ("900000 100000\n", 4)):
+        limit.write_text(text)
+        assert c.cpu_count(limit) == count
 
 
 def test_sample_is_bounded_and_does_not_depend_on_order(library):

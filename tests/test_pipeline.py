@@ -337,7 +337,7 @@ def test_a_changed_validation_file_is_refused(tmp_path):
     checked(tmp_path)
     data = tmp_path / "shards"
     files = {p.name: t.file_sha256(p) for p in data.iterdir()}
-    (data / "manifest.json").write_text(json.dumps(dict(files=files)))
+    (data / "manifest.json").write_text(json.dumps(dict(builder=1, files=files)))
     assert checked(tmp_path) == []
     for name, bad in (("fineweb_train_000000.bin", False), ("fineweb_val_bytes_000000.bin", True)):
         raw = bytearray((data / name).read_bytes())

@@ -620,12 +620,12 @@ def test_shards_must_fit_the_recipe(tmp_path, monkeypatch):
     find(replace(h, short_val_allowed=True), folder)
     monkeypatch.setattr(t, "CASEOPS_VAL_TOKENS", 700)
     find(h, folder)
-    for manifest, words in ((dict(files={}, vocab_size=128, caseops=True), "vocab_size is 128, the model's is 64"),
-                            (dict(files={}, vocab_size=64, caseops=False), "caseops is False, the model's is True")):
+    for manifest, words in ((dict(builder=1, files={}, vocab_size=128, caseops=True), "vocab_size is 128, the model's is 64"),
+                            (dict(builder=1, files={}, vocab_size=64, caseops=False), "caseops is False, the model's is True")):
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(t.Refusal, match=words):
             find(h, folder)
-    (folder / "manifest.json").write_text(json.dumps(dict(files={}, vocab_size=64, caseops=True)))
+    (folder / "manifest.json").write_text(json.dumps(dict(builder=1, files={}, vocab_size=64, caseops=True)))
     monkeypatch.setattr(t, "CASEOPS_VAL_TOKENS", 47_851_520)
     find(h, folder)
     with pytest.raises(t.Refusal, match="caseops is True, the model's is False"):
