@@ -47,6 +47,7 @@ import copy
 import ctypes
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import heapq
@@ -62,6 +63,7 @@ import math
 import os
 import platform
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -70,6 +72,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import warnings
 import zlib
@@ -674,6 +677,52 @@ def brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def complain(sentence: object, env: Mapping[str, str] = os.environ) -> int:
+    """Tells on standard error what ended this process, and which it is; returns exit status 2."""
+    rank = (f" (rank {env.get('RANK')}, node {env.get('GROUP_RANK', 0)} = {platform.node()})"
+            if "RANK" in env else "")
+    print(f"train_gpt.py: error{rank}: {sentence}", file=sys.stderr, flush=True)
+    return 2
+
+
+class Outlet(io.FileIO):
+    """Standard output or error, which may go away: a closed pipe, a lost terminal or a full disk
+    lose the text, not the run. It has no buffer, so that nothing is left to fail at exit."""
+
+    def write(self, data: bytes) -> int:
+        """Writes what can be written, and says that all was."""
+        rest = memoryview(data)
+        with contextlib.suppress(OSError):
+            # a stream that does not block may take a part, or None for now
+            while rest and ((sent := super().write(rest)) or select.select((), [self], (), 0.1)[1]):
+                rest = rest[sent or 0:]
+        return len(data)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within the block all output goes to an `Outlet`, its unprintable characters escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:    # closed: else the next file to be opened would get what is printed
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    with contextlib.ExitStack() as stack:
+        for number, stream, own, redirect in (
+                (1, sys.stdout, sys.__stdout__, contextlib.redirect_stdout),
+                (2, sys.stderr, sys.__stderr__, contextlib.redirect_stderr)):
+            if stream is None or stream is own:    # else somebody else listens already
+                stack.enter_context(redirect(io.TextIOWrapper(
+                    Outlet(number, "w", closefd=False), getattr(stream, "encoding", "utf-8"),
+                    "backslashreplace", write_through=True)))
+        yield
+
+
+def on_terminal() -> bool:
+    """True where standard output can show a line that changes."""
+    return bool(sys.stdout and sys.stdout.isatty())
+
+
 @dataclass(frozen=True)
 class World:
     """This process: rank, number of ranks, device; and all collectives that the file knows."""
@@ -927,7 +976,7 @@ class Log:
         """Appends lines to log.txt, opened anew each time, so that what was said outlives this
         process. Raises `Refusal` where that fails."""
         try:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+            with open(self.folder / "log.txt", "a", -1, "utf-8", "backslashreplace") as f:
                 f.writelines(line + "\n" for line in lines)
         except OSError as error:
             raise Refusal(
@@ -946,7 +995,7 @@ class Log:
 
     def progress(self, line: str) -> None:
         """One updating line on a terminal, an ordinary one in a file; callers say it sparsely."""
-        if not sys.stdout.isatty():
+        if not on_terminal():
             self(line)
         elif not self.quiet:
             print("\r" + line.ljust(self.width), end="", flush=True)
@@ -4101,7 +4150,7 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
     begin_s = time.perf_counter()
     quarters = {len(mine) * i // 4 for i in (1, 2, 3)}
     for i, w in enumerate(mine):
-        if i and (i in quarters or sys.stdout.isatty() and i % 8 == 0):
+        if i and (i in quarters or on_terminal() and i % 8 == 0):
             left_s = (time.perf_counter() - begin_s) / i * (len(mine) - i)
             log.progress(f"score:{name} {i}/{len(mine)} left:{left_s:.0f}s")
         yield w
@@ -5026,33 +5075,35 @@ def start(world: World, env: Mapping[str, str]) -> None:
     run(h, world, log, data, watch.read_s())
 
 
+def obey(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Does what the command line asks for; returns the exit status."""
+    if arguments and arguments[0] in ("--help", "-h", "help"):
+        print(help_text(*arguments[1:2]))
+        return 0
+    verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
+    if verb not in ("", *VERBS):
+        raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
+                      f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+    if verb not in ("", "eval"):
+        require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
+        return TOOLS[verb](list(arguments[1:]), env)
+    world = World.from_env(env)
+    tune_process(world.device)
+    if arguments:
+        evaluate(arguments[1:], world, env)
+    else:
+        start(world, env)
+    world.leave()
+    return 0
+
+
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """The command line; returns the exit status: 2 after a `Refusal`, told on standard error."""
-    try:
-        if arguments and arguments[0] in ("--help", "-h", "help"):
-            print(help_text(*arguments[1:2]))
-            return 0
-        verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
-        if verb not in ("", *VERBS):
-            raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
-                          f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
-        if verb not in ("", "eval"):
-            if not TOOLS:
-                raise Refusal(f"{verb}: not in this packed script; use the readable train_gpt.py")
-            return TOOLS[verb](list(arguments[1:]), env)
-        world = World.from_env(env)
-        tune_process(world.device)
-        if arguments:
-            evaluate(arguments[1:], world, env)
-        else:
-            start(world, env)
-        world.leave()
-        return 0
-    except (Refusal, OSError) as error:    # a full disk may meet standard output too
-        rank = (f" (rank {env.get('RANK')}, node {env.get('GROUP_RANK', 0)} = {platform.node()})"
-                if "RANK" in env else "")
-        print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
-        return 2
+    with lasting_output():
+        try:
+            return obey(arguments, env)
+        except (Refusal, OSError) as error:
+            return complain(error, env)
 
 
 # >>> not packed
