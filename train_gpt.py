@@ -718,6 +718,30 @@ def lasting_output() -> Iterator[None]:
         yield
 
 
+def heed(handler: Any) -> dict[int, Any]:
+    """Makes `handler` answer whatever asks this process to stop (Ctrl-C, kill, a closed session,
+    the warnings of schedulers); returns what answered before."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+               if hasattr(signal, name)]
+    # nohup ignores hangups, and means it; SIGINT is ignored in whatever a script starts with "&"
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def restore_signals(before: Mapping[int, Any]) -> None:
+    """Undoes `heed`."""
+    for number, handler in before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
+
+def interrupt(number: int, _: Any) -> None:
+    """Ends what is under way in one sentence, as a signal handler: `main` catches it."""
+    heed(signal.SIG_IGN)    # a launcher passes on the Ctrl-C that the terminal sent as well
+    raise KeyboardInterrupt(
+        f"stopped by a signal ({signal.Signals(number).name}); no checkpoint was made by it")
+
+
 def on_terminal() -> bool:
     """True where standard output can show a line that changes."""
     return bool(sys.stdout and sys.stdout.isatty())
@@ -2806,15 +2830,14 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
 class Checkpoints:
     """The saves of one run: the two newest stay in its folder until it is finished, so that a
     damaged one leaves another. None are made where the training clock is no longer than
-    CHECKPOINT_EVERY_S. Else SIGTERM and Ctrl-C let the step end, save it and stop."""
+    CHECKPOINT_EVERY_S. Else a signal to stop lets the step end, saves it and stops."""
 
     def __init__(self, t: Trainer, clock: Clock, folder: Path | None):
         """Listens to the signals if it is on."""
         every_s, limit_s = t.h.checkpoint_every_s, t.h.max_wallclock_seconds
         self.t, self.clock, self.folder, self.saved_s = t, clock, folder, 0.0
         self.on = folder and every_s and not 0 < limit_s <= every_s
-        self.before = {s: signal.signal(s, clock.ask)
-                       for s in (signal.SIGTERM, signal.SIGINT) if self.on}
+        self.before = heed(clock.ask) if self.on else {}
 
     def resume(self, log: Log) -> int:
         """Restores the newest checkpoint on every rank; returns its step, 0 without any."""
@@ -2862,8 +2885,7 @@ class Checkpoints:
         """Saves the end of training, from which a run that dies while scoring goes on."""
         if self.on:
             self.save(step)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        restore_signals(self.before)
 
 
 def train(t: Trainer, reserve_s: float, log: Log,
@@ -5098,12 +5120,16 @@ def obey(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The command line; returns the exit status: 2 after a `Refusal`, told on standard error."""
+    """The command line; returns the exit status: 2 after a `Refusal` or a signal, told on standard
+    error."""
     with lasting_output():
+        before = heed(interrupt)
         try:
             return obey(arguments, env)
-        except (Refusal, OSError) as error:
+        except (Refusal, OSError, KeyboardInterrupt) as error:
             return complain(error, env)
+        finally:
+            restore_signals(before)
 
 
 # >>> not packed
@@ -6044,4 +6070,6 @@ TOOLS = dict(data=lambda arguments, env: int(not make_dataset(arguments)), submi
 # <<< not packed
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    status = main(sys.argv[1:], os.environ)
+    heed(signal.SIG_DFL)    # a second Ctrl-C finds nothing that could print a traceback
+    sys.exit(status)
