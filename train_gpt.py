@@ -911,6 +911,18 @@ class Clock:
         return self.mean_s().item()
 
 
+def supported(call: Callable, *arguments: Any) -> bool:
+    """Makes a system call; False where this file system has no such thing."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS,
+                           errno.EINVAL):
+            return False
+        raise
+    return True
+
+
 # A run may be killed at any instant, so a file has its final name only when it is whole. A rename
 # is atomic only within one file system, hence in the same folder; two processes never share a
 # temporary file; without fsync a power cut could leave the name without the bytes.
@@ -921,7 +933,7 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         with open(partial, "wb") as f:
             f.writelines(parts)
             f.flush()
-            os.fsync(f.fileno())
+            supported(os.fsync, f.fileno())
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -982,8 +994,8 @@ class Log:
             # Kept open, since closing it would give the lock away. flock and not a POSIX lock: that
             # one would go as soon as `write` closes the same file.
             self.lock = open(folder / "log.txt", "a")
-            if fcntl:    # the system gives the lock back however this process ends
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the system gives the lock back however this process ends
+            locked = fcntl and supported(fcntl.flock, self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
         except OSError as error:
@@ -995,6 +1007,8 @@ class Log:
         for path in folder.glob(".*.partial"):    # of a process that was killed
             path.unlink()
         self.write(self.early)
+        if not locked:
+            self(f"lock: none to be had in {folder.parent}; start no second RUN_ID={folder.name}")
 
     def write(self, lines: Sequence[str]) -> None:
         """Appends lines to log.txt, opened anew each time, so that what was said outlives this
@@ -4710,15 +4724,23 @@ def kernels_trouble() -> str:
 # writes; all ranks load what it read back from its disk, so what is scored is what is submitted.
 # ==================================================================================================
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
-    """COMPILE, with auto resolved; says why where compilation cannot work."""
-    if h.compile != "auto":
-        return h.compile
-    if device.type == "cuda":
-        return "full"
-    if any(map(shutil.which, (os.environ.get("CXX") or "g++ clang++ c++").split())):
-        return "block"
-    log("compile:off (no C++ compiler was found; install g++ for several times the speed)")
-    return "off"
+    """COMPILE, with auto resolved, once a small function was compiled; where that fails auto is off
+    and says why, anything else raises `Refusal`."""
+    mode = h.compile
+    if mode == "auto":
+        mode = "full" if device.type == "cuda" else "block"
+    if mode == "off":
+        return mode
+    try:
+        fresh = os.getpid()    # no cache has this function yet, so that the compiler is asked
+        torch.compile(lambda x: x.sin() * fresh + 1)(torch.ones(8, device=device))
+    except Exception as error:    # whatever compilers, linkers and loaders may raise
+        reason = next((line for line in str(error).splitlines() if "error:" in line), brief(error))
+        require(h.compile == "auto", f"COMPILE={mode} cannot work here ({reason}); install a "
+                "compiler such as g++ and Python's header files, or set COMPILE=off")
+        log(f"compile:off ({reason}; install g++ and Python.h for several times the speed)")
+        return "off"
+    return mode
 
 
 def tune_process(device: torch.device) -> None:
@@ -4753,6 +4775,9 @@ def least_gpu_bytes(h: Hyperparameters) -> int:
     return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
 
 
+NAME_BYTES = 255    # the longest name of a file on nearly all systems
+
+
 def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     """The data. Checks what later stages need before anything costs time; raises one `Refusal` that
     lists all that is wrong, so that one start shows every mistake."""
@@ -4769,6 +4794,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
         wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} "
                      f"(pip install {package})")
+    if len(os.fsencode(h.run_id)) > NAME_BYTES:
+        raise Refusal(f"RUN_ID={h.run_id}: {len(os.fsencode(h.run_id))} bytes, which no folder can "
+                      f"be called; expected at most {NAME_BYTES}")
     if h.run_id:
         check(refuse_used, folder)
         found = h.checkpoint_every_s and check(read_checkpoint, folder)
@@ -5045,14 +5073,28 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     return result
 
 
+def fresh_name(h: Hyperparameters) -> str:
+    """Time, recipe and seed, and a number where that is taken; the folder is made here and now, so
+    that no other start can have the name too."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
+    for run_id in (name, *(f"{name}-{n}" for n in range(2, 1000))):
+        try:
+            (Path(h.logs_dir) / run_id).mkdir(parents=True)
+            return run_id
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise Refusal(f"LOGS_DIR={h.logs_dir} cannot be written ({error.strerror})") from None
+    raise Refusal(f"LOGS_DIR={h.logs_dir}: no folder {name} can be made there; set RUN_ID")
+
+
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
-    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings;
+    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or `fresh_name`;
     `Refusal` where this rank's knobs are not those of rank 0, as nodes may be started apart."""
-    fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
-    run_id, theirs = world.share([h.run_id or fresh, h.changed()])
+    theirs = world.share(h.changed())
     if odd := h.changed().items() ^ theirs.items():
         raise Refusal(f"rank 0 has other knobs, here or there {sorted(odd)}: give all the same")
-    return replace(h, run_id=run_id)
+    return replace(h, run_id=world.share(h.run_id or world.main and fresh_name(h)))
 
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
