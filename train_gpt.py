@@ -973,6 +973,9 @@ def refuse_used(folder: Path) -> None:
                       "RUN_ID, no run is ever overwritten")
 
 
+SILENCE_S = 25    # after which a reader wonders whether a process still lives
+
+
 class Log:
     """What rank 0 prints; once a folder is claimed, its log.txt too. Other ranks say nothing."""
 
@@ -980,6 +983,7 @@ class Log:
         """With a folder, claims it at once. A quiet log says nothing at all."""
         self.world, self.folder, self.width, self.early = world, None, 0, []
         self.quiet = quiet or not world.main
+        self.said_s, self.doing = time.monotonic(), ("starting", time.monotonic())
         if folder:
             self.claim(folder)
 
@@ -1020,10 +1024,40 @@ class Log:
             raise Refusal(
                 f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within the block a long silence is broken, by a thread, with what is under way."""
+        ended = threading.Event()
+
+        def remind() -> None:
+            """Says what was last under way, and for how long, until the block ends."""
+            while not (ended.wait(1) or self.quiet):
+                now_s, (what, begin_s) = time.monotonic(), self.doing
+                if now_s - self.said_s >= SILENCE_S:
+                    with contextlib.suppress(Refusal):    # a full disk, which stops the run itself
+                        self(f"busy:{now_s - begin_s:.0f}s since {what}")
+
+        threading.Thread(target=remind, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def begin(self, what: str) -> None:
+        """Names what is under way from now on."""
+        self.doing = what, time.monotonic()
+
+    def due(self) -> bool:
+        """True where `progress` is called for: five times a second on a terminal, in a file after a
+        long silence."""
+        wait_s = 0.2 if on_terminal() else SILENCE_S
+        return not self.quiet and time.monotonic() - self.said_s >= wait_s
+
     def __call__(self, line: str) -> None:
         """One line on the terminal and in log.txt."""
         if self.quiet:
             return
+        self.said_s = time.monotonic()
         print("\r" + " " * self.width + "\r" + line if self.width else line, flush=True)
         self.width = 0
         if self.folder:
@@ -1036,6 +1070,7 @@ class Log:
         if not on_terminal():
             self(line)
         elif not self.quiet:
+            self.said_s = time.monotonic()
             print("\r" + line.ljust(self.width), end="", flush=True)
             self.width = max(self.width, len(line))
 
@@ -2907,7 +2942,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the
     average. Raises `Refusal` when the loss is not finite."""
     # The clock starts here, after the rehearsal; every read of training data from now on counts.
-    h, clock, looped = t.h, Clock(t.world), False
+    h, clock, looped, loss_read = t.h, Clock(t.world), False, math.nan
     saves = Checkpoints(t, clock, log.folder)
     step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
@@ -2916,12 +2951,17 @@ def train(t: Trainer, reserve_s: float, log: Log,
                       f"{reserve_s:.1f} s are kept for calibration")
     last = h.iterations or sys.maxsize
     ahead = 1 + clock.lag    # steps under way at the stop
+    log.begin("train")
     while True:
         elapsed_s = clock.tick()
         saves.visit(step, elapsed_s)
         # what is under way is added, at the mean pace so far: the last step ends inside the budget
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
+        if elapsed_s and log.due():
+            left_s = min(budget_s - elapsed_s, (last - step) * elapsed_s / step)
+            log.progress(f"train:{step}/{last} loss:{loss_read:.4f} "
+                         f"tok/s:{step * h.train_batch_tokens / elapsed_s:.0f} left:{left_s:.0f}s")
         if h.val_loss_every and step % h.val_loss_every == 0:
             # a validation score reads no training data, so it is off the clock
             watch = Clock(t.world)
@@ -2939,7 +2979,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
         step += 1
         # reading the loss waits for the device, and so is rare
         if step % h.train_log_every == 0 or step <= 3:
-            report_step(t, loss, step, last, clock.read_s(), log)
+            loss_read = report_step(t, loss, step, last, clock.read_s(), log)
     seconds = clock.read_s()
     if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
@@ -2950,8 +2990,8 @@ def train(t: Trainer, reserve_s: float, log: Log,
     return Trained(step, seconds, resumed), clock
 
 
-def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> None:
-    """One training line in the official form; raises `Refusal` when the loss is not finite."""
+def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> float:
+    """Says one training line in the official form and returns its loss; raises `Refusal` when the loss is not finite."""
     value = float(t.world.mean(loss.clone()))
     if not math.isfinite(value):
         raise Refusal(
@@ -2960,6 +3000,7 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
+    return value
 
 
 # ==================================================================================================
@@ -4183,10 +4224,11 @@ def score(ledger: Ledger, batches: Iterable[Windows], nats_of: Callable[[Tensor,
 
 def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
     """This rank's batches (or other parts), with a line of progress and the time left."""
+    log.begin(f"score {name}")
     begin_s = time.perf_counter()
     quarters = {len(mine) * i // 4 for i in (1, 2, 3)}
     for i, w in enumerate(mine):
-        if i and (i in quarters or on_terminal() and i % 8 == 0):
+        if i and (i in quarters or log.due()):
             left_s = (time.perf_counter() - begin_s) / i * (len(mine) - i)
             log.progress(f"score:{name} {i}/{len(mine)} left:{left_s:.0f}s")
         yield w
@@ -4846,19 +4888,23 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
-def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) -> float:
+def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
+             targets: int = 0) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
-    for calibration and for adapting to `held` tokens.
+    for calibration and for adapting to `held` tokens. Says how long `targets` will take to score.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
     touched. The snapshot puts back all that the stages changed, so training goes as without."""
     h, watch, before, quiet = t.h, Clock(t.world), t.snapshot(), Log(t.world, quiet=True)
+    say = lambda stage: (log(f"rehearse:{stage}"), log.begin(f"rehearse {stage}"))
+    say("train")
     # every plan, context and rounding that training will come to: each compiles to its own graphs
     points = {end for end, _ in h.contexts} if h.train_seq_schedule or h.late_qat_threshold else {}
     for looped, progress, number in itertools.product(
             sorted({False, h.num_loops > 0}), sorted({0.0, *points}), range(h.rehearsal_steps)):
         t.step(number, progress, looped)
     adaptation_s = 0.0
+    say("calibrate")
     for _ in range(2 if h.prequant_ttt_epochs else 0):    # the first time compiles
         adaptation = Clock(t.world)
         few = torch.from_numpy(
@@ -4879,13 +4925,17 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
         calibration_s = moments_s + calibration.read_s()
     # 1.3, because a late stop breaks the rule and an early one costs a few steps
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
+    say("quantise and pack")
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
-    fake = rehearsal_text(h, data)
+    fake, need = rehearsal_text(h, data), []
     for name in wanted_scores(h):
-        score_by_name(name, t.model, fake, t.world, quiet)
+        say(f"score {name}")
+        took_s = score_by_name(name, t.model, fake, t.world, quiet)[0]["seconds"]
+        need.append(f"{name} {took_s / len(fake.bytes) * targets:.0f}s")
     t.restore(before)
+    log(f"estimate: scores take at most about {', '.join(need) or '0s'}")    # one may have compiled
     log(f"rehearsal:{watch.read_s():.1f}s (every stage ran and was rewound; not counted) "
         f"reserve:{reserve_s:.2f}s for {h.gptq_calibration_batches} calibration batches")
     return reserve_s
@@ -4942,17 +4992,20 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     announce(h, model, world, data, log)
     code = running_source(__file__, h)[1] if world.main else b""
     model.compile(compile_mode(h, world.device, log))
+    graphs = [model.graphs()]
     trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), h.gptq_reserve_seconds
     if h.rehearsal_steps:
-        reserve_s = rehearse(trainer, data, log, held)
+        targets = len(data.val.bytes)
+        reserve_s = rehearse(trainer, data, log, held, targets)
         h = model.retune(ttt_steps=affordable_steps(
-            model, rehearsal_text(h, data), len(data.val.bytes), world, log))
+            model, rehearsal_text(h, data), targets, world, log))
     seconds["rehearsal"] = watch.read_s()
-    graphs = [model.graphs()]
+    graphs.append(model.graphs())
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
+    log.begin("calibrate")
     factors = inverse_factors(h, calibrate(trainer, held, clock))
     damage = step_damage(model, world, trainer.loader, factors)
     fitted = h.bias_correction_steps and fit_corrected(trainer, factors, damage, len(code), log)
@@ -4963,10 +5016,12 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     seconds |= dict(train=trained.seconds, calibration=clock_s - trained.seconds)
     scores = measured_scores(model, data, world, log, packed=False)
 
+    log.begin("quantise")
     watch = Clock(world)
     blob, ledger = fitted or (fit_budget(model, factors, damage, len(code), log)
                               if world.main else (b"", {}))
     seconds["quantise"] = watch.read_s()
+    log.begin("pack and read back")
     watch = Clock(world)
     if world.main:
         blob = keep(blob, ledger, code, h, log)
@@ -4974,8 +5029,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     load_stored(model, unpack(blob)[1])
     seconds["pack"] = watch.read_s()
     scores |= measured_scores(model, data, world, log, packed=True)
-    log(f"graphs:{graphs[0]} compiled before the clock, {graphs[1] - graphs[0]} inside, "
-        f"{model.graphs() - graphs[1]} after")
+    graphs.append(model.graphs())
+    log("graphs:{} compiled before the clock, {} inside, {} after".format(*np.diff(graphs)))
     sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
     seconds["total"] = time.perf_counter() - begin_s
     return conclude(h, world, model, trained, clock_s, sizes, scores, seconds, log)
@@ -5110,10 +5165,11 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
         if mine != made:
             raise Refusal(f"{name.upper()}={mine} contradicts {path}, which was made with {made}; "
                           "leave it unset")
-    data, model = find_dataset(h, world, log), build_model(h, world)
-    model.compile(compile_mode(h, world.device, log))
-    load_stored(model, stored)
-    scores = measured_scores(model, data, world, log, packed=True)
+    with log.awake():
+        data, model = find_dataset(h, world, log), build_model(h, world)
+        model.compile(compile_mode(h, world.device, log))
+        load_stored(model, stored)
+        scores = measured_scores(model, data, world, log, packed=True)
     log("RESULT " + json.dumps(dict(artifact=str(path), bytes=path.stat().st_size, scores=scores)))
 
 
@@ -5132,11 +5188,12 @@ def start(world: World, env: Mapping[str, str]) -> None:
         h = replace(h, fused_kernels=False)
     if small:
         log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
-    watch = Clock(world)
-    data = preflight(h, world, log)
-    h = named_run(h, world)
-    log.claim(Path(h.logs_dir) / h.run_id)
-    run(h, world, log, data, watch.read_s())
+    with log.awake():
+        watch = Clock(world)
+        data = preflight(h, world, log)
+        h = named_run(h, world)
+        log.claim(Path(h.logs_dir) / h.run_id)
+        run(h, world, log, data, watch.read_s())
 
 
 def obey(arguments: Sequence[str], env: Mapping[str, str]) -> int:
