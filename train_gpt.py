@@ -47,6 +47,7 @@ import copy
 import ctypes
 import datetime
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -63,6 +64,7 @@ import math
 import os
 import platform
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -71,6 +73,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import types
 import warnings
@@ -747,6 +750,76 @@ def brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def complain(sentence: object, env: Mapping[str, str] = os.environ) -> int:
+    """Tells on standard error what ended this process, and which it is; returns exit status 2."""
+    rank = (f" (rank {env.get('RANK')}, node {env.get('GROUP_RANK', 0)} = {platform.node()})"
+            if "RANK" in env else "")
+    print(f"train_gpt.py: error{rank}: {sentence}", file=sys.stderr, flush=True)
+    return 2
+
+
+class Outlet(io.FileIO):
+    """Standard output or error, which may go away: a closed pipe, a lost terminal or a full disk
+    lose the text, not the run. It has no buffer, so that nothing is left to fail at exit."""
+
+    def write(self, data: bytes) -> int:
+        """Writes what can be written, and says that all was."""
+        rest = memoryview(data)
+        with contextlib.suppress(OSError):
+            # a stream that does not block may take a part, or None for now
+            while rest and ((sent := super().write(rest)) or select.select((), [self], (), 0.1)[1]):
+                rest = rest[sent or 0:]
+        return len(data)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within the block all output goes to an `Outlet`, its unprintable characters escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:    # closed: else the next file to be opened would get what is printed
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    with contextlib.ExitStack() as stack:
+        for number, stream, own, redirect in (
+                (1, sys.stdout, sys.__stdout__, contextlib.redirect_stdout),
+                (2, sys.stderr, sys.__stderr__, contextlib.redirect_stderr)):
+            if stream is None or stream is own:    # else somebody else listens already
+                stack.enter_context(redirect(io.TextIOWrapper(
+                    Outlet(number, "w", closefd=False), getattr(stream, "encoding", "utf-8"),
+                    "backslashreplace", write_through=True)))
+        yield
+
+
+def heed(handler: Any) -> dict[int, Any]:
+    """Makes `handler` answer whatever asks this process to stop (Ctrl-C, kill, a closed session,
+    the warnings of schedulers); returns what answered before."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+               if hasattr(signal, name)]
+    # nohup ignores hangups, and means it; SIGINT is ignored in whatever a script starts with "&"
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def restore_signals(before: Mapping[int, Any]) -> None:
+    """Undoes `heed`."""
+    for number, handler in before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
+
+def interrupt(number: int, _: Any) -> None:
+    """Ends what is under way in one sentence, as a signal handler: `main` catches it."""
+    heed(signal.SIG_IGN)    # a launcher passes on the Ctrl-C that the terminal sent as well
+    raise KeyboardInterrupt(
+        f"stopped by a signal ({signal.Signals(number).name}); no checkpoint was made by it")
+
+
+def on_terminal() -> bool:
+    """True where standard output can show a line that changes."""
+    return bool(sys.stdout and sys.stdout.isatty())
+
+
 @dataclass(frozen=True)
 class World:
     """This process: rank, number of ranks, device; and all collectives that the file knows."""
@@ -911,6 +984,18 @@ class Clock:
         return self.mean_s().item()
 
 
+def supported(call: Callable, *arguments: Any) -> bool:
+    """Makes a system call; False where this file system has no such thing."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS,
+                           errno.EINVAL):
+            return False
+        raise
+    return True
+
+
 # A run may be killed at any instant, so a file has its final name only when it is whole. A rename
 # is atomic only within one file system, hence in the same folder; two processes never share a
 # temporary file; without fsync a power cut could leave the name without the bytes.
@@ -921,7 +1006,7 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         with open(partial, "wb") as f:
             f.writelines(parts)
             f.flush()
-            os.fsync(f.fileno())
+            supported(os.fsync, f.fileno())
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -961,6 +1046,9 @@ def refuse_used(folder: Path) -> None:
                       "RUN_ID, no run is ever overwritten")
 
 
+SILENCE_S = 25    # after which a reader wonders whether a process still lives
+
+
 class Log:
     """What rank 0 prints; once a folder is claimed, its log.txt too. Other ranks say nothing."""
 
@@ -968,6 +1056,7 @@ class Log:
         """With a folder, claims it at once. A quiet log says nothing at all."""
         self.world, self.folder, self.width, self.early = world, None, 0, []
         self.quiet = quiet or not world.main
+        self.said_s, self.doing = time.monotonic(), ("starting", time.monotonic())
         if folder:
             self.claim(folder)
 
@@ -982,8 +1071,8 @@ class Log:
             # Kept open, since closing it would give the lock away. flock and not a POSIX lock: that
             # one would go as soon as `write` closes the same file.
             self.lock = open(folder / "log.txt", "a")
-            if fcntl:    # the system gives the lock back however this process ends
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the system gives the lock back however this process ends
+            locked = fcntl and supported(fcntl.flock, self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
         except OSError as error:
@@ -995,21 +1084,53 @@ class Log:
         for path in folder.glob(".*.partial"):    # of a process that was killed
             path.unlink()
         self.write(self.early)
+        if not locked:
+            self(f"lock: none to be had in {folder.parent}; start no second RUN_ID={folder.name}")
 
     def write(self, lines: Sequence[str]) -> None:
         """Appends lines to log.txt, opened anew each time, so that what was said outlives this
         process. Raises `Refusal` where that fails."""
         try:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+            with open(self.folder / "log.txt", "a", -1, "utf-8", "backslashreplace") as f:
                 f.writelines(line + "\n" for line in lines)
         except OSError as error:
             raise Refusal(
                 f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within the block a long silence is broken, by a thread, with what is under way."""
+        ended = threading.Event()
+
+        def remind() -> None:
+            """Says what was last under way, and for how long, until the block ends."""
+            while not (ended.wait(1) or self.quiet):
+                now_s, (what, begin_s) = time.monotonic(), self.doing
+                if now_s - self.said_s >= SILENCE_S:
+                    with contextlib.suppress(Refusal):    # a full disk, which stops the run itself
+                        self(f"busy:{now_s - begin_s:.0f}s since {what}")
+
+        threading.Thread(target=remind, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def begin(self, what: str) -> None:
+        """Names what is under way from now on."""
+        self.doing = what, time.monotonic()
+
+    def due(self) -> bool:
+        """True where `progress` is called for: five times a second on a terminal, in a file after a
+        long silence."""
+        wait_s = 0.2 if on_terminal() else SILENCE_S
+        return not self.quiet and time.monotonic() - self.said_s >= wait_s
+
     def __call__(self, line: str) -> None:
         """One line on the terminal and in log.txt."""
         if self.quiet:
             return
+        self.said_s = time.monotonic()
         print("\r" + " " * self.width + "\r" + line if self.width else line, flush=True)
         self.width = 0
         if self.folder:
@@ -1019,9 +1140,10 @@ class Log:
 
     def progress(self, line: str) -> None:
         """One updating line on a terminal, an ordinary one in a file; callers say it sparsely."""
-        if not sys.stdout.isatty():
+        if not on_terminal():
             self(line)
         elif not self.quiet:
+            self.said_s = time.monotonic()
             print("\r" + line.ljust(self.width), end="", flush=True)
             self.width = max(self.width, len(line))
 
@@ -1245,8 +1367,8 @@ def check_training(shards: Mapping[Path, np.ndarray], V: int) -> None:
         sample = np.concatenate([shard[place:place + block] for place in places])
         check_tokens(sample, V, str(path))
         starts += np.count_nonzero(sample == BOS)
-    require(starts, f"{next(iter(shards))}: no document start (token {BOS}) in the training shards, "
-            "while validation has some; open each document with it")
+    require(starts, f"{next(iter(shards))}: no document start (token {BOS}) in the training "
+            "shards, while validation has some; open each document with it")
 
 
 def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int,
@@ -2990,15 +3112,14 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
 class Checkpoints:
     """The saves of one run: the two newest stay in its folder until it is finished, so that a
     damaged one leaves another. None are made where the training clock is no longer than
-    CHECKPOINT_EVERY_S. Else SIGTERM and Ctrl-C let the step end, save it and stop."""
+    CHECKPOINT_EVERY_S. Else a signal to stop lets the step end, saves it and stops."""
 
     def __init__(self, t: Trainer, clock: Clock, folder: Path | None):
         """Listens to the signals if it is on."""
         every_s, limit_s = t.h.checkpoint_every_s, t.h.max_wallclock_seconds
         self.t, self.clock, self.folder, self.saved_s = t, clock, folder, 0.0
         self.on = folder and every_s and not 0 < limit_s <= every_s
-        self.before = {s: signal.signal(s, clock.ask)
-                       for s in (signal.SIGTERM, signal.SIGINT) if self.on}
+        self.before = heed(clock.ask) if self.on else {}
 
     def resume(self, log: Log) -> int:
         """Restores the newest checkpoint on every rank; returns its step, 0 without any."""
@@ -3046,8 +3167,7 @@ class Checkpoints:
         """Saves the end of training, from which a run that dies while scoring goes on."""
         if self.on:
             self.save(step)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        restore_signals(self.before)
 
 
 def train(t: Trainer, reserve_s: float, log: Log,
@@ -3055,7 +3175,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     """Trains until MAX_WALLCLOCK_SECONDS less the reserve, or ITERATIONS; the weights are then the
     average. Raises `Refusal` when the loss is not finite."""
     # The clock starts here, after the rehearsal; every read of training data from now on counts.
-    h, clock, looped = t.h, Clock(t.world), False
+    h, clock, looped, loss_read = t.h, Clock(t.world), False, math.nan
     saves = Checkpoints(t, clock, log.folder)
     step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
@@ -3064,12 +3184,17 @@ def train(t: Trainer, reserve_s: float, log: Log,
                       f"{reserve_s:.1f} s are kept for calibration")
     last = h.iterations or sys.maxsize
     ahead = 1 + clock.lag    # steps under way at the stop
+    log.begin("train")
     while True:
         elapsed_s = clock.tick()
         saves.visit(step, elapsed_s)
         # what is under way is added, at the mean pace so far: the last step ends inside the budget
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
+        if elapsed_s and log.due():
+            left_s = min(budget_s - elapsed_s, (last - step) * elapsed_s / step)
+            log.progress(f"train:{step}/{last} loss:{loss_read:.4f} "
+                         f"tok/s:{step * h.train_batch_tokens / elapsed_s:.0f} left:{left_s:.0f}s")
         if h.val_loss_every and step % h.val_loss_every == 0:
             # a validation score reads no training data, so it is off the clock
             watch = Clock(t.world)
@@ -3087,7 +3212,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
         step += 1
         # reading the loss waits for the device, and so is rare
         if step % h.train_log_every == 0 or step <= 3:
-            report_step(t, loss, step, last, clock.read_s(), log)
+            loss_read = report_step(t, loss, step, last, clock.read_s(), log)
     seconds = clock.read_s()
     if step > max(3, resumed) and step % h.train_log_every:
         report_step(t, loss, step, last, seconds, log)
@@ -3098,8 +3223,9 @@ def train(t: Trainer, reserve_s: float, log: Log,
     return Trained(step, seconds, resumed), clock
 
 
-def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> None:
-    """One training line in the official form; raises `Refusal` when the loss is not finite."""
+def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> float:
+    """Says one training line in the official form and returns its loss; `Refusal` where that is not
+    finite."""
     value = float(t.world.mean(loss.clone()))
     if not math.isfinite(value):
         raise Refusal(
@@ -3108,6 +3234,7 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
+    return value
 
 
 # ==================================================================================================
@@ -4331,10 +4458,11 @@ def score(ledger: Ledger, batches: Iterable[Windows], nats_of: Callable[[Tensor,
 
 def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
     """This rank's batches (or other parts), with a line of progress and the time left."""
+    log.begin(f"score {name}")
     begin_s = time.perf_counter()
     quarters = {len(mine) * i // 4 for i in (1, 2, 3)}
     for i, w in enumerate(mine):
-        if i and (i in quarters or sys.stdout.isatty() and i % 8 == 0):
+        if i and (i in quarters or log.due()):
             left_s = (time.perf_counter() - begin_s) / i * (len(mine) - i)
             log.progress(f"score:{name} {i}/{len(mine)} left:{left_s:.0f}s")
         yield w
@@ -4872,15 +5000,23 @@ def kernels_trouble() -> str:
 # writes; all ranks load what it read back from its disk, so what is scored is what is submitted.
 # ==================================================================================================
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
-    """COMPILE, with auto resolved; says why where compilation cannot work."""
-    if h.compile != "auto":
-        return h.compile
-    if device.type == "cuda":
-        return "full"
-    if any(map(shutil.which, (os.environ.get("CXX") or "g++ clang++ c++").split())):
-        return "block"
-    log("compile:off (no C++ compiler was found; install g++ for several times the speed)")
-    return "off"
+    """COMPILE, with auto resolved, once a small function was compiled; where that fails auto is off
+    and says why, anything else raises `Refusal`."""
+    mode = h.compile
+    if mode == "auto":
+        mode = "full" if device.type == "cuda" else "block"
+    if mode == "off":
+        return mode
+    try:
+        fresh = os.getpid()    # no cache has this function yet, so that the compiler is asked
+        torch.compile(lambda x: x.sin() * fresh + 1)(torch.ones(8, device=device))
+    except Exception as error:    # whatever compilers, linkers and loaders may raise
+        reason = next((line for line in str(error).splitlines() if "error:" in line), brief(error))
+        require(h.compile == "auto", f"COMPILE={mode} cannot work here ({reason}); install a "
+                "compiler such as g++ and Python's header files, or set COMPILE=off")
+        log(f"compile:off ({reason}; install g++ and Python.h for several times the speed)")
+        return "off"
+    return mode
 
 
 def tune_process(device: torch.device) -> None:
@@ -4915,6 +5051,9 @@ def least_gpu_bytes(h: Hyperparameters) -> int:
     return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
 
 
+NAME_BYTES = 255    # the longest name of a file on nearly all systems
+
+
 def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     """The data. Checks what later stages need before anything costs time; raises one `Refusal` that
     lists all that is wrong, so that one start shows every mistake."""
@@ -4931,6 +5070,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
         wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} "
                      f"(pip install {package})")
+    if len(os.fsencode(h.run_id)) > NAME_BYTES:
+        raise Refusal(f"RUN_ID={h.run_id}: {len(os.fsencode(h.run_id))} bytes, which no folder can "
+                      f"be called; expected at most {NAME_BYTES}")
     if h.run_id:
         check(refuse_used, folder)
         found = h.checkpoint_every_s and check(read_checkpoint, folder)
@@ -4980,19 +5122,23 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
-def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) -> float:
+def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
+             targets: int = 0) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
-    for calibration and for adapting to `held` tokens.
+    for calibration and for adapting to `held` tokens. Says how long `targets` will take to score.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
     touched. The snapshot puts back all that the stages changed, so training goes as without."""
     h, watch, before, quiet = t.h, Clock(t.world), t.snapshot(), Log(t.world, quiet=True)
+    say = lambda stage: (log(f"rehearse:{stage}"), log.begin(f"rehearse {stage}"))
+    say("train")
     # every plan, context and rounding that training will come to: each compiles to its own graphs
     points = {end for end, _ in h.contexts} if h.train_seq_schedule or h.late_qat_threshold else {}
     for looped, progress, number in itertools.product(
             sorted({False, h.num_loops > 0}), sorted({0.0, *points}), range(h.rehearsal_steps)):
         t.step(number, progress, looped)
     adaptation_s = 0.0
+    say("calibrate")
     for _ in range(2 if h.prequant_ttt_epochs else 0):    # the first time compiles
         adaptation = Clock(t.world)
         few = torch.from_numpy(
@@ -5013,13 +5159,17 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None) ->
         calibration_s = moments_s + calibration.read_s()
     # 1.3, because a late stop breaks the rule and an early one costs a few steps
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
+    say("quantise and pack")
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
-    fake = rehearsal_text(h, data)
+    fake, need = rehearsal_text(h, data), []
     for name in wanted_scores(h):
-        score_by_name(name, t.model, fake, t.world, quiet)
+        say(f"score {name}")
+        took_s = score_by_name(name, t.model, fake, t.world, quiet)[0]["seconds"]
+        need.append(f"{name} {took_s / len(fake.bytes) * targets:.0f}s")
     t.restore(before)
+    log(f"estimate: scores take at most about {', '.join(need) or '0s'}")    # one may have compiled
     log(f"rehearsal:{watch.read_s():.1f}s (every stage ran and was rewound; not counted) "
         f"reserve:{reserve_s:.2f}s for {h.gptq_calibration_batches} calibration batches")
     return reserve_s
@@ -5076,17 +5226,20 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     announce(h, model, world, data, log)
     code = running_source(__file__, h)[1] if world.main else b""
     model.compile(compile_mode(h, world.device, log))
+    graphs = [model.graphs()]
     trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), h.gptq_reserve_seconds
     if h.rehearsal_steps:
-        reserve_s = rehearse(trainer, data, log, held)
+        targets = len(data.val.bytes)
+        reserve_s = rehearse(trainer, data, log, held, targets)
         h = model.retune(ttt_steps=affordable_steps(
-            model, rehearsal_text(h, data), len(data.val.bytes), world, log))
+            model, rehearsal_text(h, data), targets, world, log))
     seconds["rehearsal"] = watch.read_s()
-    graphs = [model.graphs()]
+    graphs.append(model.graphs())
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
+    log.begin("calibrate")
     factors = inverse_factors(h, calibrate(trainer, held, clock))
     damage = step_damage(model, world, trainer.loader, factors)
     fitted = h.bias_correction_steps and fit_corrected(trainer, factors, damage, len(code), log)
@@ -5097,10 +5250,12 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     seconds |= dict(train=trained.seconds, calibration=clock_s - trained.seconds)
     scores = measured_scores(model, data, world, log, packed=False)
 
+    log.begin("quantise")
     watch = Clock(world)
     blob, ledger = fitted or (fit_budget(model, factors, damage, len(code), log)
                               if world.main else (b"", {}))
     seconds["quantise"] = watch.read_s()
+    log.begin("pack and read back")
     watch = Clock(world)
     if world.main:
         blob = keep(blob, ledger, code, h, log)
@@ -5108,8 +5263,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     load_stored(model, unpack(blob)[1])
     seconds["pack"] = watch.read_s()
     scores |= measured_scores(model, data, world, log, packed=True)
-    log(f"graphs:{graphs[0]} compiled before the clock, {graphs[1] - graphs[0]} inside, "
-        f"{model.graphs() - graphs[1]} after")
+    graphs.append(model.graphs())
+    log("graphs:{} compiled before the clock, {} inside, {} after".format(*np.diff(graphs)))
     sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
     seconds["total"] = time.perf_counter() - begin_s
     return conclude(h, world, model, trained, clock_s, sizes, scores, seconds, log)
@@ -5207,14 +5362,28 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     return result
 
 
+def fresh_name(h: Hyperparameters) -> str:
+    """Time, recipe and seed, and a number where that is taken; the folder is made here and now, so
+    that no other start can have the name too."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
+    for run_id in (name, *(f"{name}-{n}" for n in range(2, 1000))):
+        try:
+            (Path(h.logs_dir) / run_id).mkdir(parents=True)
+            return run_id
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise Refusal(f"LOGS_DIR={h.logs_dir} cannot be written ({error.strerror})") from None
+    raise Refusal(f"LOGS_DIR={h.logs_dir}: no folder {name} can be made there; set RUN_ID")
+
+
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
-    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time and settings;
+    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or `fresh_name`;
     `Refusal` where this rank's knobs are not those of rank 0, as nodes may be started apart."""
-    fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
-    run_id, theirs = world.share([h.run_id or fresh, h.changed()])
+    theirs = world.share(h.changed())
     if odd := h.changed().items() ^ theirs.items():
         raise Refusal(f"rank 0 has other knobs, here or there {sorted(odd)}: give all the same")
-    return replace(h, run_id=run_id)
+    return replace(h, run_id=world.share(h.run_id or world.main and fresh_name(h)))
 
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
@@ -5232,10 +5401,11 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
         if mine != made:
             raise Refusal(f"{name.upper()}={mine} contradicts {path}, which was made with {made}; "
                           "leave it unset")
-    data, model = find_dataset(h, world, log), build_model(h, world)
-    model.compile(compile_mode(h, world.device, log))
-    load_stored(model, stored)
-    scores = measured_scores(model, data, world, log, packed=True)
+    with log.awake():
+        data, model = find_dataset(h, world, log), build_model(h, world)
+        model.compile(compile_mode(h, world.device, log))
+        load_stored(model, stored)
+        scores = measured_scores(model, data, world, log, packed=True)
     log("RESULT " + json.dumps(dict(artifact=str(path), bytes=path.stat().st_size, scores=scores)))
 
 
@@ -5256,40 +5426,47 @@ def start(world: World, env: Mapping[str, str]) -> None:
         log(f"note: {line}")
     if small:
         log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
-    watch = Clock(world)
-    data = preflight(h, world, log)
-    h = named_run(h, world)
-    log.claim(Path(h.logs_dir) / h.run_id)
-    run(h, world, log, data, watch.read_s())
+    with log.awake():
+        watch = Clock(world)
+        data = preflight(h, world, log)
+        h = named_run(h, world)
+        log.claim(Path(h.logs_dir) / h.run_id)
+        run(h, world, log, data, watch.read_s())
+
+
+def obey(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Does what the command line asks for; returns the exit status."""
+    if arguments and arguments[0] in ("--help", "-h", "help"):
+        print(help_text(*arguments[1:2]))
+        return 0
+    verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
+    if verb not in ("", *VERBS):
+        raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
+                      f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+    if verb not in ("", "eval"):
+        require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
+        return TOOLS[verb](list(arguments[1:]), env)
+    world = World.from_env(env)
+    tune_process(world.device)
+    if arguments:
+        evaluate(arguments[1:], world, env)
+    else:
+        start(world, env)
+    world.leave()
+    return 0
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The command line; returns the exit status: 2 after a `Refusal`, told on standard error."""
-    try:
-        if arguments and arguments[0] in ("--help", "-h", "help"):
-            print(help_text(*arguments[1:2]))
-            return 0
-        verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
-        if verb not in ("", *VERBS):
-            raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
-                          f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
-        if verb not in ("", "eval"):
-            if not TOOLS:
-                raise Refusal(f"{verb}: not in this packed script; use the readable train_gpt.py")
-            return TOOLS[verb](list(arguments[1:]), env)
-        world = World.from_env(env)
-        tune_process(world.device)
-        if arguments:
-            evaluate(arguments[1:], world, env)
-        else:
-            start(world, env)
-        world.leave()
-        return 0
-    except (Refusal, OSError) as error:    # a full disk may meet standard output too
-        rank = (f" (rank {env.get('RANK')}, node {env.get('GROUP_RANK', 0)} = {platform.node()})"
-                if "RANK" in env else "")
-        print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
-        return 2
+    """The command line; returns the exit status: 2 after a `Refusal` or a signal, told on standard
+    error."""
+    with lasting_output():
+        before = heed(interrupt)
+        try:
+            return obey(arguments, env)
+        except (Refusal, OSError, KeyboardInterrupt) as error:
+            return complain(error, env)
+        finally:
+            restore_signals(before)
 
 
 # >>> not packed
@@ -6239,4 +6416,6 @@ TOOLS = dict(data=lambda arguments, env: int(not make_dataset(arguments)), submi
 # <<< not packed
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    status = main(sys.argv[1:], os.environ)
+    heed(signal.SIG_DFL)    # a second Ctrl-C finds nothing that could print a traceback
+    sys.exit(status)
