@@ -750,14 +750,6 @@ def brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def complain(sentence: object, env: Mapping[str, str] = os.environ) -> int:
-    """Tells on standard error what ended this process, and which it is; returns exit status 2."""
-    rank = (f" (rank {env.get('RANK')}, node {env.get('GROUP_RANK', 0)} = {platform.node()})"
-            if "RANK" in env else "")
-    print(f"train_gpt.py: error{rank}: {sentence}", file=sys.stderr, flush=True)
-    return 2
-
-
 class Outlet(io.FileIO):
     """Standard output or error, which may go away: a closed pipe, a lost terminal or a full disk
     lose the text, not the run. It has no buffer, so that nothing is left to fail at exit."""
@@ -3065,10 +3057,9 @@ class Trainer:
 def accumulation(h: Hyperparameters, world: World) -> int:
     """Micro-batches per rank and step; `Refusal` where the batch holds no whole number of them."""
     share = world.size * h.micro_batch_tokens
-    if h.train_batch_tokens % share:
-        raise Refusal(
-            f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of {world.size} ranks x "
-            f"MICRO_BATCH_TOKENS={h.micro_batch_tokens}: change either, or the number of processes")
+    require(h.train_batch_tokens % share == 0, f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no "
+            f"multiple of {world.size} ranks x MICRO_BATCH_TOKENS={h.micro_batch_tokens}: change "
+            "either, or the number of processes")
     return h.train_batch_tokens // share
 
 
@@ -3179,9 +3170,8 @@ def train(t: Trainer, reserve_s: float, log: Log,
     saves = Checkpoints(t, clock, log.folder)
     step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
-    if budget_s <= 0:
-        raise Refusal(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
-                      f"{reserve_s:.1f} s are kept for calibration")
+    require(budget_s > 0, f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to "
+            f"train: {reserve_s:.1f} s are kept for calibration")
     last = h.iterations or sys.maxsize
     ahead = 1 + clock.lag    # steps under way at the stop
     log.begin("train")
@@ -3227,10 +3217,9 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
     """Says one training line in the official form and returns its loss; `Refusal` where that is not
     finite."""
     value = float(t.world.mean(loss.clone()))
-    if not math.isfinite(value):
-        raise Refusal(
-            f"the loss is {value} at step {step}: lower MATRIX_LR={t.h.matrix_lr}, "
-            f"TIED_EMBED_LR={t.h.tied_embed_lr} or SCALAR_LR={t.h.scalar_lr}, or check the shards")
+    require(math.isfinite(value), f"the loss is {value} at step {step}: lower MATRIX_LR="
+            f"{t.h.matrix_lr}, TIED_EMBED_LR={t.h.tied_embed_lr} or SCALAR_LR={t.h.scalar_lr}, or "
+            "check the shards")
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
@@ -5051,9 +5040,6 @@ def least_gpu_bytes(h: Hyperparameters) -> int:
     return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
 
 
-NAME_BYTES = 255    # the longest name of a file on nearly all systems
-
-
 def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     """The data. Checks what later stages need before anything costs time; raises one `Refusal` that
     lists all that is wrong, so that one start shows every mistake."""
@@ -5070,9 +5056,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         package = dict(zstd="zstandard").get(h.compressor, h.compressor)
         wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} "
                      f"(pip install {package})")
-    if len(os.fsencode(h.run_id)) > NAME_BYTES:
-        raise Refusal(f"RUN_ID={h.run_id}: {len(os.fsencode(h.run_id))} bytes, which no folder can "
-                      f"be called; expected at most {NAME_BYTES}")
+    size = len(os.fsencode(h.run_id))    # what nearly all file systems take as a name
+    require(size <= 255, f"RUN_ID={h.run_id}: {size} bytes, expected a name of at most 255")
     if h.run_id:
         check(refuse_used, folder)
         found = h.checkpoint_every_s and check(read_checkpoint, folder)
@@ -5366,41 +5351,35 @@ def fresh_name(h: Hyperparameters) -> str:
     """Time, recipe and seed, and a number where that is taken; the folder is made here and now, so
     that no other start can have the name too."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
-    for run_id in (name, *(f"{name}-{n}" for n in range(2, 1000))):
-        try:
+    for run_id in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
             (Path(h.logs_dir) / run_id).mkdir(parents=True)
             return run_id
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise Refusal(f"LOGS_DIR={h.logs_dir} cannot be written ({error.strerror})") from None
-    raise Refusal(f"LOGS_DIR={h.logs_dir}: no folder {name} can be made there; set RUN_ID")
 
 
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
     """The hyperparameters with the run's name, one for all ranks: RUN_ID, or `fresh_name`;
     `Refusal` where this rank's knobs are not those of rank 0, as nodes may be started apart."""
     theirs = world.share(h.changed())
-    if odd := h.changed().items() ^ theirs.items():
-        raise Refusal(f"rank 0 has other knobs, here or there {sorted(odd)}: give all the same")
+    odd = sorted(h.changed().items() ^ theirs.items())
+    require(not odd, f"rank 0 has other knobs, here or there {odd}: give all the same")
     return replace(h, run_id=world.share(h.run_id or world.main and fresh_name(h)))
 
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
     """The verb `eval ARTIFACT`: scores it again in this process; scoring knobs come from the
     artifact, then from the environment. Prints the same lines as the run that made it."""
-    if len(arguments) != 1 or not (path := Path(arguments[0])).is_file():
-        raise Refusal(f"eval needs one file, such as logs/<RUN_ID>/model.bin; got "
-                      f"{' '.join(arguments)!r}")
+    path = Path(*arguments[:1])
+    require(len(arguments) == 1 and path.is_file(), "eval needs one file, such as "
+            f"logs/<RUN_ID>/model.bin; got {' '.join(arguments)!r}")
     log, (shipped, stored) = Log(world), unpack(path.read_bytes(), str(path))
     # an artifact holds all that its run turned: stronger than a recipe, weaker than a variable
     h = Hyperparameters.from_env({n: v for n, v in env.items() if n != "RECIPE"},
                                  base=shipped.changed())
     for name in MODEL_KNOBS:
         mine, made = getattr(h, name), getattr(shipped, name)
-        if mine != made:
-            raise Refusal(f"{name.upper()}={mine} contradicts {path}, which was made with {made}; "
-                          "leave it unset")
+        require(mine == made, f"{name.upper()}={mine} contradicts {path}, which was made with "
+                f"{made}; leave it unset")
     with log.awake():
         data, model = find_dataset(h, world, log), build_model(h, world)
         model.compile(compile_mode(h, world.device, log))
@@ -5440,9 +5419,8 @@ def obey(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         print(help_text(*arguments[1:2]))
         return 0
     verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
-    if verb not in ("", *VERBS):
-        raise Refusal(f"unknown verb {verb!r}" + nearest(verb, VERBS) +
-                      f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+    require(verb in ("", *VERBS), f"unknown verb {verb!r}" + nearest(verb, VERBS) +
+            f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
     if verb not in ("", "eval"):
         require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
         return TOOLS[verb](list(arguments[1:]), env)
@@ -5464,7 +5442,10 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         try:
             return obey(arguments, env)
         except (Refusal, OSError, KeyboardInterrupt) as error:
-            return complain(error, env)
+            node = f"node {env.get('GROUP_RANK', 0)} = {platform.node()}"
+            rank = f" (rank {env['RANK']}, {node})" if "RANK" in env else ""
+            print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
+            return 2
         finally:
             restore_signals(before)
 
