@@ -3181,7 +3181,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
         # what is under way is added, at the mean pace so far: the last step ends inside the budget
         if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
             break
-        if elapsed_s and log.due():
+        if step and elapsed_s and log.due():
             left_s = min(budget_s - elapsed_s, (last - step) * elapsed_s / step)
             log.progress(f"train:{step}/{last} loss:{loss_read:.4f} "
                          f"tok/s:{step * h.train_batch_tokens / elapsed_s:.0f} left:{left_s:.0f}s")
@@ -5052,10 +5052,9 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         except Refusal as error:
             wrong.append(str(error))
 
-    if h.compressor not in ("auto", "rans", *coders()):
-        package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-        wrong.append(f"COMPRESSOR={h.compressor} needs the package {package} "
-                     f"(pip install {package})")
+    package = dict(zstd="zstandard").get(h.compressor, h.compressor)
+    check(require, h.compressor in ("auto", "rans", *coders()),
+          f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
     size = len(os.fsencode(h.run_id))    # what nearly all file systems take as a name
     require(size <= 255, f"RUN_ID={h.run_id}: {size} bytes, expected a name of at most 255")
     if h.run_id:
@@ -5067,19 +5066,18 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     while not folder.exists():
         folder = folder.parent
     need_bytes, free_bytes = 4 * h.budget_bytes, shutil.disk_usage(folder).free
-    if free_bytes < need_bytes:
-        wrong.append(f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}")
-    if not os.access(folder, os.W_OK):
-        wrong.append(f"LOGS_DIR={h.logs_dir}: {folder} cannot be written")
-    if 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds:
-        wrong.append(f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
-                     f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}")
+    check(require, free_bytes >= need_bytes,
+          f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}")
+    check(require, os.access(folder, os.W_OK), f"LOGS_DIR={h.logs_dir}: {folder} cannot be written")
+    check(require, not 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
+          f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
+          f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}")
     kernel = check(attention_kernel, h, world.device)
     if world.device.type == "cuda":
         need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
-        if free_bytes < need_bytes:
-            wrong.append(f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than "
-                         f"{need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
+        check(require, free_bytes >= need_bytes,
+              f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than {need_bytes:,} bytes of "
+              f"GPU memory, {free_bytes:,} are free")
         if kernel not in ("fa3", None):
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
