@@ -78,7 +78,7 @@ class Site:
                 file = os.open(self.root / f"{name}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(file, descriptor)
             os.environ.update(env)
-            faulthandler.register(signal.SIGUSR1)    # `finish` asks what hangs where it is
+            faulthandler.register(signal.SIGQUIT)    # `finish` asks what hangs where it is
             before()
             status = t.main([], env)
         except BaseException:
@@ -98,7 +98,7 @@ def finish(pids: list[int], limit_s: float = 300.0) -> list[int]:
     end_s, statuses = time.monotonic() + limit_s, {}
     while len(statuses) < len(pids):
         late = time.monotonic() > end_s
-        for number in (signal.SIGUSR1, signal.SIGKILL) if late else ():
+        for number in (signal.SIGQUIT, signal.SIGKILL) if late else ():
             for pid in set(pids) - set(statuses):
                 os.kill(pid, number)
             time.sleep(1)

@@ -371,6 +371,59 @@ def test_an_unfinished_run_goes_on_only_as_it_was(tmp_path):
     assert checked(tmp_path, **same) == []
 
 
+def test_a_name_too_long_for_a_file_is_refused(tmp_path):
+    """In bytes, of which some letters take several."""
+    assert checked(tmp_path, run_id="a" * 255) == []
+    for run_id in ("a" * 256, "п" * 128):
+        assert f"RUN_ID={run_id}: 256 bytes; a folder's name has at most 255" in checked(tmp_path, run_id=run_id)[0] + "; " + \
+            checked(tmp_path, run_id=run_id)[-1]
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("CppCompileError: C++ compile error\n\nOutput:\nx.cpp:1:10: fatal error: Python.h: No such file"),
+     "x.cpp:1:10: fatal error: Python.h: No such file"),
+    (RuntimeError("No working C++ compiler found\n\nSet X"), "No working C++ compiler found"),
+    (PermissionError(13, "Permission denied", "/cache"), "[Errno 13] Permission denied: '/cache'")])
+def test_a_compiler_that_cannot_compile(error, reason, monkeypatch):
+    """COMPILE=auto says why it is off; who asked for compiling is refused before the clock."""
+    def broken(*_, **__):
+        """Stands for torch.compile."""
+        raise error
+
+    monkeypatch.setattr(t.torch, "compile", broken)
+    lines, cpu = [], t.torch.device("cpu")
+    assert t.compile_mode(settings(compile="off"), cpu, lines.append) == "off" and lines == []
+    assert t.compile_mode(settings(compile="auto"), cpu, lines.append) == "off"
+    assert lines[0].startswith(f"compile:off ({reason}; install")
+    for mode in ("block", "full"):
+        with pytest.raises(t.Refusal, match=re.escape(f"COMPILE={mode} cannot work here ({reason})")):
+            t.compile_mode(settings(compile=mode), cpu, lines.append)
+
+
+def test_a_compiler_that_works(monkeypatch):
+    """Auto means blocks on a CPU; what was asked for stays."""
+    monkeypatch.setattr(t.torch, "compile", lambda function: function)
+    assert [t.compile_mode(settings(compile=mode), t.torch.device("cpu"), print)
+            for mode in ("auto", "block", "full")] == ["block", "block", "full"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("verb", ["", "report"])
+def test_a_signal_ends_any_stage_in_one_sentence(name, verb, monkeypatch, capsys):
+    """Of a run and of the tools; afterwards the signals are what they were."""
+    number = getattr(t.signal, name)
+    before = t.signal.signal(number, t.signal.default_int_handler)
+
+    def work(*_) -> None:
+        """Is asked to stop."""
+        t.os.kill(t.os.getpid(), number)
+
+    monkeypatch.setattr(t, "start", work)
+    monkeypatch.setitem(t.TOOLS, "report", work)
+    assert f"stopped by a signal ({name})" in refused(capsys, [verb] * bool(verb), clean_env())
+    assert t.signal.signal(number, before) == t.signal.default_int_handler
+
+
 def test_two_processes_with_one_run_id(tmp_path, capsys):
     """The second is refused while the first lives, and leaves its files alone."""
     log = t.Log(t.World(), tmp_path / "logs" / "two", quiet=True)

@@ -229,6 +229,30 @@ def test_training_lines_keep_the_official_form():
             for line in log.lines if re.fullmatch(pattern, line)} == {1, 2, 3, 4, 6}
 
 
+def test_training_says_the_time_left(monkeypatch):
+    """Between the official lines: step, loss of the last read, tokens/s, time left by the clock or by steps."""
+    monkeypatch.setattr(t.Log, "due", lambda *_: True)
+    for limit_s, left in ((0.0, [50, 40, 30, 20, 10]), (41.0, [31, 21])):
+        trained, _ = trainer(settings(max_wallclock_seconds=limit_s))
+        fake_time(monkeypatch, trained, 10.0)
+        log = Lines()
+        t.train(trained, 0.0, log, lambda: "")
+        found = [re.fullmatch(r"train:(\d)/6 loss:(\d\.\d{4}) tok/s:13 left:(\d+)s", line) for line in log.lines]
+        assert [int(m[3]) for m in found if m] == left
+        assert found[1] is None or found[1][2] in log.lines[0]
+
+
+def test_the_rehearsal_says_what_it_does():
+    """Each stage as it begins, and how long every score will take."""
+    trained, data = trainer(settings(scores="prequant,sliding"))
+    log = Lines()
+    t.rehearse(trained, data, log, targets=10**6)
+    assert [line for line in log.lines if line.startswith("rehearse:")] == [
+        "rehearse:train", "rehearse:calibrate", "rehearse:quantise and pack", "rehearse:score prequant",
+        "rehearse:score sliding"]
+    assert re.fullmatch(r"estimate: scores take at most about prequant \d+s, sliding \d+s", log.lines[-2])
+
+
 def test_training_lines_count_the_steps_they_name(monkeypatch):
     """Where a step of 128 tokens takes ten seconds, the line of step n says 10 n seconds and 13
     tokens/s."""
@@ -403,7 +427,7 @@ def test_checkpoints_are_for_runs_longer_than_their_distance(every, limit, on, t
     assert not saves.on, "without a folder nothing is saved"
 
 
-@pytest.mark.parametrize("number", [t.signal.SIGTERM, t.signal.SIGINT])
+@pytest.mark.parametrize("number", [t.signal.SIGTERM, t.signal.SIGINT, t.signal.SIGUSR1, t.signal.SIGUSR2])
 def test_a_signal_saves_and_stops(number, tmp_path):
     """The step ends, its checkpoint is whole, the sentence says how to go on; then the signals are
     what they were."""

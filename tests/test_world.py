@@ -221,3 +221,61 @@ def test_progress_updates_one_line_on_a_terminal(capsys, monkeypatch):
     log.progress("short")
     log("done")
     assert capsys.readouterr().out == "\rlonger line\rshort      \r           \rdone\n"
+
+
+def failing(number: int):
+    """A system call that always fails with this error."""
+    def call(*_):
+        """Raises."""
+        raise OSError(number, tg.os.strerror(number))
+    return call
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_without_locks(name, tmp_path, monkeypatch, capsys):
+    """The run goes on, and says that nothing keeps a second one of its name away."""
+    monkeypatch.setattr(tg.fcntl, "flock", failing(getattr(tg.errno, name)))
+    tg.Log(tg.World(), tmp_path / "r")("one")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("lock: none") and "RUN_ID=r" in lines[0] and lines[1] == "one"
+
+
+def test_a_file_system_without_fsync(tmp_path, monkeypatch):
+    """EINVAL means that there is nothing to wait for; a disk that fails is still refused."""
+    monkeypatch.setattr(tg.os, "fsync", failing(tg.errno.EINVAL))
+    tg.write_atomically(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+    monkeypatch.setattr(tg.os, "fsync", failing(tg.errno.EIO))
+    with pytest.raises(tg.Refusal):
+        tg.write_atomically(tmp_path / "a", b"y")
+
+
+def test_a_log_without_output(monkeypatch, tmp_path):
+    """sys.stdout may be None; what cannot be encoded is escaped in the file."""
+    monkeypatch.setattr(tg.sys, "stdout", None)
+    log = tg.Log(tg.World(), tmp_path / "r")
+    log("one \udcff")
+    log.progress("two")
+    assert (tmp_path / "r" / "log.txt").read_bytes() == b"one \\udcff\ntwo\n"
+
+
+def test_a_long_silence_is_broken(monkeypatch, capsys):
+    """With the last line and its age, again and again, until the block ends."""
+    monkeypatch.setattr(tg, "SILENCE_S", 0.05)
+    log = tg.Log(tg.World())
+    with log.awake():
+        log("quantise: x")
+        tg.time.sleep(0.5)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) > 2 and all(re.fullmatch(r"busy:\d+s since quantise: x", line) for line in said[1:])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_due(terminal, monkeypatch):
+    """Often on a terminal, rarely in a file, never on a quiet log."""
+    monkeypatch.setattr(tg, "on_terminal", lambda: terminal)
+    log, now = tg.Log(tg.World()), tg.time.monotonic()
+    monkeypatch.setattr(tg.time, "monotonic", lambda: now + 1)
+    assert log.due() == terminal
+    monkeypatch.setattr(tg.time, "monotonic", lambda: now + 30)
+    assert log.due() and not tg.Log(tg.World(), quiet=True).due()

@@ -1,0 +1,186 @@
+"""What happens to processes outside of a test bench: output that goes away, signals, several starts at once.
+Runs are forked from this process, so that each takes a second; two real ones show what an interpreter says at its exit."""
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import REPO, TINY, clean_env, write_dataset
+from conftest import tg as t
+
+KNOBS = {n.upper(): v for n, v in TINY.items()} | dict(RECIPE="record", SCORES="quantized", ITERATIONS=6)
+ENDLESS = dict(ITERATIONS=1_000_000, RUN_ID="r")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of tiny shards."""
+    return write_dataset(tmp_path_factory.mktemp("real") / "data", t.Hyperparameters(**TINY))
+
+
+def forked(work) -> int:
+    """The id of a new process that ends with the status that `work()` returns."""
+    if child := os.fork():
+        return child
+    status = 70
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = work()
+    finally:
+        os._exit(status)
+
+
+def run(home: Path, data: Path, out: int | None = None, before=lambda: None, encoding="utf-8", **knobs) -> int:
+    """The id of a process that does a run with logs in `home`; it writes to the descriptor `out` and to the file
+    home/errors. None: its output is closed, as by `>&-`."""
+    def work() -> int:
+        """The life of that process."""
+        os.dup2(os.open(home / "errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+        if out is None:
+            os.close(1)
+            sys.stdout = sys.__stdout__ = None
+        else:
+            os.dup2(out, 1)
+            sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding, closefd=False)
+        t.pack_source = lambda *_: b"# packed\n"    # takes longer than the whole run
+        before()
+        return t.main([], clean_env(**KNOBS | dict(DATA_PATH=data, LOGS_DIR=home / "logs") | knobs))
+
+    return forked(work)
+
+
+def ended(child: int, limit_s: float = 60) -> int:
+    """The exit status of the process; kills it after the limit."""
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def wait_for(path: Path, text: str, limit_s: float = 60) -> None:
+    """Returns once the file has the text."""
+    end_s = time.monotonic() + limit_s
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < end_s, f"{path} has no {text}"
+        time.sleep(0.02)
+
+
+def broken_pipe() -> int:
+    """The writing end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def lost_terminal() -> int:
+    """A terminal whose other side is closed."""
+    master, terminal = pty.openpty()
+    os.close(master)
+    return terminal
+
+
+def stuffed_pipe() -> int:
+    """A pipe that does not block and takes nothing more; its reader sleeps."""
+    _, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    return writer
+
+
+@pytest.mark.parametrize("lose", [broken_pipe, lost_terminal, stuffed_pipe, lambda: os.open("/dev/full", os.O_WRONLY), lambda: None],
+                         ids=["pipe", "terminal", "stuffed", "full", "closed"])
+def test_a_run_outlives_its_output(lose, data, tmp_path):
+    """log.txt is where the truth is, and the exit status says how the run ended."""
+    out = lose()
+    assert ended(run(tmp_path, data, out, RUN_ID="r")) == 0
+    result = json.loads((tmp_path / "logs" / "r" / "result.json").read_text())
+    assert (tmp_path / "logs" / "r" / "log.txt").read_text().endswith("RESULT " + json.dumps(result) + "\n")
+    assert (tmp_path / "errors").read_text() == ""
+
+
+@pytest.mark.parametrize("redirection", ["| head -1", ">/dev/full", ">&-"])
+def test_the_interpreter_says_nothing_at_exit(redirection, tmp_path):
+    """No complaint about what could not be flushed, no status of its own."""
+    command = f"'{sys.executable}' '{REPO / 'train_gpt.py'}' --help {redirection}; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=clean_env(), capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] == "0"
+
+
+def test_unprintable_names(data, tmp_path):
+    """Characters that the output has not are escaped there; log.txt is UTF-8."""
+    reader, writer = os.pipe()
+    child = run(tmp_path, data, writer, encoding="ascii", RUN_ID="прогон")
+    os.close(writer)
+    with open(reader, "rb") as file:
+        printed = file.read().decode("ascii")
+    assert ended(child) == 0 and r"run:\u043f\u0440\u043e\u0433\u043e\u043d recipe" in printed
+    assert "run:прогон recipe" in (tmp_path / "logs" / "прогон" / "log.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+def test_signals_in_training_save(number, data, tmp_path):
+    """Also with a terminal that is gone, or a `tee` that died first."""
+    child = run(tmp_path, data, broken_pipe(), **ENDLESS)
+    wait_for(tmp_path / "logs" / "r" / "log.txt", "step:3/")
+    os.kill(child, number)
+    assert ended(child) == 2 and t.checkpoints(tmp_path / "logs" / "r")
+    said = (tmp_path / "errors").read_text()
+    assert "stopped by a signal at step" in said and said.count("\n") == 1
+
+
+def test_signals_elsewhere_end_the_run(data, tmp_path):
+    """Where no checkpoint can be: one sentence, no traceback; a second signal changes nothing."""
+    child = run(tmp_path, data, broken_pipe(), CHECKPOINT_EVERY_S=0, **ENDLESS)
+    wait_for(tmp_path / "logs" / "r" / "log.txt", "step:3/")
+    os.kill(child, signal.SIGTERM)
+    os.kill(child, signal.SIGINT)
+    assert ended(child) == 2
+    said = (tmp_path / "errors").read_text()
+    assert "stopped by a signal (SIG" in said and said.count("\n") == 1
+
+
+def test_nohup(data, tmp_path):
+    """A hangup that was ignored stays ignored; the run ends in its own time."""
+    child = run(tmp_path, data, broken_pipe(), lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), RUN_ID="r",
+                ITERATIONS=40)
+    wait_for(tmp_path / "logs" / "r" / "log.txt", "step:3/")
+    os.kill(child, signal.SIGHUP)
+    assert ended(child) == 0
+
+
+def test_three_starts_in_one_second(data, tmp_path):
+    """Three runs in three folders."""
+    def same_second() -> None:
+        """The clock stands still for all of them."""
+        t.time.strftime = lambda _: "20260101-000000"
+
+    children = [run(tmp_path, data, broken_pipe(), same_second) for _ in range(3)]
+    assert [ended(child) for child in children] == [0, 0, 0], (tmp_path / "errors").read_text()
+    name = "20260101-000000-record-seed1337"
+    assert sorted(path.parent.name for path in tmp_path.glob("logs/*/result.json")) == [name, f"{name}-2", f"{name}-3"]
+
+
+def test_a_place_that_nobody_thought_of(data, tmp_path, monkeypatch):
+    """No home folder, blanks and letters of other scripts in the paths."""
+    home = tmp_path / "мой дом 1"
+    home.mkdir()
+    assert ended(run(home, data.rename(data.with_name("ein Ordner")), broken_pipe(), RUN_ID="r", HOME="/nowhere")) == 0
+    assert (home / "logs" / "r" / "result.json").exists()
+    data.with_name("ein Ordner").rename(data)
