@@ -692,9 +692,6 @@ def published_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     return found, [f"no counterpart, and no result depends on it: {', '.join(idle)}"] * bool(idle)
 
 
-PASSED = {"COMPILER", "SEEDS"}    # which build systems and scripts around this one set
-
-
 def near_misses(env: Mapping[str, str]) -> list[str]:
     """Lines on variables that look like a knob and may be meant for others; raises `Refusal` for
     those that can hardly be: a typo must not train the wrong model."""
@@ -702,7 +699,7 @@ def near_misses(env: Mapping[str, str]) -> list[str]:
     # to four letters are let pass: among so many knobs they resemble one by chance. Containers and
     # shells set places of their own (MODEL_DIR, LOG_DIR).
     words = {tuple(sorted(name.split("_"))): name for name in KNOBS}
-    known, doubtful = {*KNOBS, *OTHER_NAMES, *BUILT_IN, *PASSED}, []
+    known, doubtful = {*KNOBS, *OTHER_NAMES, *BUILT_IN, "COMPILER", "SEEDS"}, []
     for name in sorted(set(env) - known):
         if len(name) <= 4 or any(fnmatch.fnmatchcase(name, p) for p in (*IDLE, *ABSENT)):
             continue
@@ -826,6 +823,8 @@ class World:
         try:
             rank, size, local = (int(env.get(name, default)) for name, default in (
                 ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            if not 0 <= rank < size or local < 0:
+                raise ValueError("0 <= RANK < WORLD_SIZE must hold")
             device = cls.claim_device(local)
             if size > 1:    # 10 minutes: rank 0 builds a corpus, searches steps, packs alone
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo",

@@ -146,7 +146,9 @@ def test_torchrun_refuses_too(tmp_path):
     assert "step:" not in done.stdout and not (tmp_path / "logs" / "r" / "model.bin").exists()
 
 
-@pytest.mark.parametrize("env", [dict(WORLD_SIZE="two"), dict(WORLD_SIZE="2", RANK="0")])
+@pytest.mark.parametrize("env", [
+    dict(WORLD_SIZE="two"), dict(WORLD_SIZE="2", RANK="0"), dict(WORLD_SIZE="0"), dict(WORLD_SIZE="-2"), dict(RANK="1"),
+    dict(RANK="2", WORLD_SIZE="2"), dict(RANK="", WORLD_SIZE="2"), dict(LOCAL_RANK="-1")])
 def test_a_world_that_cannot_be_joined_is_refused(env, monkeypatch):
     """Ranks that are no numbers, or several of them without a launcher."""
     monkeypatch.delenv("MASTER_ADDR", raising=False)
