@@ -1172,8 +1172,8 @@ def check_training(shards: Mapping[Path, np.ndarray], V: int) -> None:
         sample = np.concatenate([shard[place:place + block] for place in places])
         check_tokens(sample, V, str(path))
         starts += np.count_nonzero(sample == BOS)
-    require(starts, f"{next(iter(shards))}: no document start (token {BOS}) in the training shards, "
-            "while validation has some; open each document with it")
+    require(starts, f"{next(iter(shards))}: no document start (token {BOS}) in the training "
+            "shards, while validation has some; open each document with it")
 
 
 def check_origin(h: Hyperparameters, folder: Path, sidecars: int, count: int,
