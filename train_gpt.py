@@ -1006,27 +1006,6 @@ def write_atomically(path: Path, *parts: bytes) -> None:
                       "disk") from None
 
 
-# >>> not packed
-@contextlib.contextmanager
-def appearing(out: Path, option: str = "--to") -> Iterator[Path]:
-    """A new folder to fill, which takes the name `out` when the block ends without an error: who
-    finds it finds all of it. Raises `Refusal` where something is there already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refusal(f"{option} {out}: already there and not empty, expected a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workshop:
-        folder = Path(workshop) / out.name
-        folder.mkdir()
-        yield folder
-        try:
-            if out.exists():    # empty, and some systems rename nothing onto a folder
-                out.rmdir()
-            os.rename(folder, out)
-        except OSError as error:    # where another process was faster, too
-            raise Refusal(f"{option} {out}: cannot be put in place ({error})") from error
-# <<< not packed
-
-
 def refuse_used(folder: Path) -> None:
     """Raises `Refusal` where a run was finished, or left an artifact and no checkpoint."""
     # A run that was killed may begin again, from its checkpoint if it has one. An artifact without
@@ -5857,7 +5836,7 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--against", default="", help="mean,std,n of the record to beat")
     o = parser.parse_args(arguments)
-    with appearing(o.to) as folder:
+    with delivered(o.to) as folder:
         runs, wrong = read_runs(o.runs)
         if not wrong:
             runs.sort(key=lambda e: e.result["seed"])
