@@ -1074,7 +1074,7 @@ class Log:
 
         def remind() -> None:
             """Says what was last under way, and for how long, until the block ends."""
-            while not (ended.wait(1) or self.quiet):
+            while not (ended.wait(SILENCE_S / 25) or self.quiet):
                 now_s, (what, begin_s) = time.monotonic(), self.doing
                 if now_s - self.said_s >= SILENCE_S:
                     with contextlib.suppress(Refusal):    # a full disk, which stops the run itself

@@ -262,14 +262,15 @@ def test_a_log_without_output(monkeypatch, tmp_path):
 
 
 def test_a_long_silence_is_broken(monkeypatch, capsys):
-    """With the last line and its age, again and again, until the block ends."""
+    """With what is under way and its age, again and again, until the block ends."""
     monkeypatch.setattr(tg, "SILENCE_S", 0.05)
     log = tg.Log(tg.World())
     with log.awake():
-        log("quantise: x")
+        log("one")
+        log.begin("quantise")
         tg.time.sleep(0.5)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) > 2 and all(re.fullmatch(r"busy:\d+s since quantise: x", line) for line in said[1:])
+    assert len(said) > 2 and all(re.fullmatch(r"busy:\d+s since quantise", line) for line in said[1:])
 
 
 @pytest.mark.parametrize("terminal", [False, True])
