@@ -776,13 +776,15 @@ def lasting_output() -> Iterator[None]:
             if stream is None or stream is own:    # else somebody else listens already
                 stack.enter_context(redirect(io.TextIOWrapper(
                     Outlet(number, "w", closefd=False), getattr(stream, "encoding", "utf-8"),
-                    "backslashreplace", write_through=True)))
+                    "backslashreplace", line_buffering=True)))
         yield
 
 
 def heed(handler: Any) -> dict[int, Any]:
     """Makes `handler` answer whatever asks this process to stop (Ctrl-C, kill, a closed session,
     the warnings of schedulers); returns what answered before."""
+    if threading.current_thread() is not threading.main_thread():    # which alone has signals
+        return {}
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
                if hasattr(signal, name)]
     # nohup ignores hangups, and means it; SIGINT is ignored in whatever a script starts with "&"
