@@ -1894,7 +1894,7 @@ def batches(corpus: Iterable[Document], title: str, say: Callable,
         yield batch
         millions += size / 1e6
         now_s, batch, size = time.monotonic(), [], 0
-        if not document or now_s - said_s >= (1 if sys.stdout and sys.stdout.isatty() else 25):
+        if not document or now_s - said_s >= (1 if on_terminal() else SILENCE_S):
             said_s, passed_s = now_s, max(now_s - start_s, 1e-9)
             left_s = passed_s * (tally.size_bytes / max(tally.read_bytes, 1) - 1)
             say(f"data {title}: {sum(tally.sides)} documents, {millions:.1f} M characters, "
