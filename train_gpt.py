@@ -8,7 +8,7 @@ arrow is one function call and one line of the log:
     rehearse    every later stage on a few steps of training data, then rewound bit for bit
     train       Muon + AdamW and an average of the weights, inside MAX_WALLCLOCK_SECONDS
     calibrate   second moments of the activations, inside the same clock; the last look at such data
-    score       plain, sliding, by documents, and with score-first test-time training (TTT)
+    score       plain, sliding, streaming, and with score-first test-time training (TTT)
 
 Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=demo is chosen, aloud):
     python train_gpt.py                                       # CPU or one GPU
@@ -160,7 +160,7 @@ def lists(default: str, names: str, meaning: str) -> Any:
 positive, natural = lambda v: v > 0, lambda v: v >= 0    # checks of a value
 fraction, below_one = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1
 # in the order of the pipeline
-SCORES = ("prequant", "quantized", "sliding", "documents", "stream", "ttt")
+SCORES = ("prequant", "quantized", "sliding", "stream", "ttt")
 # group: (its first knob, what it is about), in the order of the table below
 GROUPS = dict(
     run=("run_id", "run and data"), model=("num_layers", "the network"),
@@ -279,7 +279,7 @@ class Hyperparameters:
         480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
         natural)
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
-    ttt: str = one_of("stream phased recompute chunk", "form of test-time training")
+    ttt: str = one_of("stream phased chunk", "form of test-time training")
     ttt_stream_chunk: int = knob(16, "tokens scored before a document's adapters learn", positive)
     ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
     ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
@@ -403,12 +403,14 @@ class Hyperparameters:
         return [(float(end), int(T)) for T, end in (s.split("@") for s in stages.split(","))]
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str], recipe: str = "record",
-                 base: Mapping[str, Any] = {}) -> Hyperparameters:
+    def from_env(cls, env: Mapping[str, str], recipe: str = "record", base: Mapping[str, Any] = {},
+                 note: Callable[[str], Any] = str) -> Hyperparameters:
         """`base`, recipes from left to right, single variables. Raises `Refusal` for values and
-        near-miss names."""
-        near_misses(env)
-        env, recipe = published_names(env)[0], env.get("RECIPE") or recipe
+        near-miss names; names that change nothing go to `note`."""
+        doubtful, recipe = near_misses(env), env.get("RECIPE") or recipe
+        env, idle = published_names(env)
+        for line in (*doubtful, *idle):
+            note(f"note: {line}")
         single = parse_knobs({n: env[n] for n in KNOBS if n in env and n != "RECIPE"})
         values = apply_recipes(recipe, base) | dict(recipe=recipe) | single
         try:
@@ -4227,12 +4229,11 @@ def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, by
 
 # ==================================================================================================
 # 12. Scoring
-# Plain, sliding and document scores differ only in a list of spans; BPB = nats / bytes / ln 2. A
-# score is legal by four conditions (#1017). By the model: C1, a prediction depends on earlier
-# tokens only; C2, it is a distribution over all of V, fixed before its target is looked at. By
-# `Ledger` and `score`, through which every score goes: C3, a target is booked before anything
-# learns from it; C4, each exactly once. `verify` also replaces later tokens and looks whether
-# earlier scores move.
+# Plain and sliding scores differ only in a list of spans; BPB = nats / bytes / ln 2. A score is
+# legal by four conditions (#1017). By the model: C1, a prediction depends on earlier tokens only;
+# C2, it is a distribution over all of V, fixed before its target is looked at. By `Ledger` and
+# `score`, through which every score goes: C3, a target is booked before anything learns from it;
+# C4, each exactly once. `verify` also replaces later tokens and looks whether earlier scores move.
 # ==================================================================================================
 class Windows(NamedTuple):
     """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
@@ -4257,23 +4258,17 @@ class Windows(NamedTuple):
 Span = tuple[int, int, int, int]
 
 
-def sliding(begin: int, end: int, T: int, stride: int, floor: int = 0) -> list[Span]:
+def sliding(begin: int, end: int, T: int, stride: int) -> list[Span]:
     """Spans that score targets [begin, end) once each, `stride` at a time, with up to T - stride
-    tokens of context, none before `floor`, where the first span scores T targets. A smaller stride
-    buys context for T / stride times the work; stride == T is the plain score."""
+    tokens of context; the first of the stream scores T targets. A smaller stride buys context for
+    T / stride times the work; stride == T is the plain score."""
     spans, lo = [], begin
     while lo < end:
-        hi = min(end, lo + (T if lo == floor else stride))
-        start = max(floor, hi - T)
+        hi = min(end, lo + (stride if lo else T))
+        start = max(0, hi - T)
         spans.append((start, hi - start, lo - start, hi - start))
         lo = hi
     return spans
-
-
-def document_spans(documents: np.ndarray, T: int, stride: int) -> list[Span]:
-    """Spans that score each document by itself, in one pass where it fits into T."""
-    return [span for b, e in itertools.pairwise(documents.tolist())
-            for span in sliding(b, e, T, stride, floor=b)]
 
 
 def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
@@ -4281,18 +4276,6 @@ def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
     rows = max(1, batch_tokens // T)
     filled = np.array([*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)], np.int64)
     return [Windows(*batch.T, T) for batch in filled.reshape(-1, rows, 4)]
-
-
-def padded(tokens: int, T: int) -> int:
-    """The power of two from 64 up that holds so many tokens, T at most: few shapes, few graphs."""
-    return min(T, 1 << max(6, (tokens - 1).bit_length()))
-
-
-def bucketed(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
-    """Batches of spans of about one length; order does not matter to fixed weights."""
-    width = lambda span: padded(span[1], T)
-    groups = itertools.groupby(sorted(spans, key=width, reverse=True), width)
-    return [w for T, group in groups for w in batched([*group], batch_tokens, T)]
 
 
 def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> list[Windows]:
@@ -4317,14 +4300,6 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> lis
     plan = nn.utils.rnn.pad_sequence([torch.from_numpy(np.concatenate(m)) for m in mine]).numpy()
     return [Windows(start, count, np.zeros_like(count), count, C, age)
             for start, count, age in plan.transpose(0, 2, 1)]
-
-
-def widened(w: Windows, T: int) -> Windows:
-    """The same targets with up to T tokens of their documents in view."""
-    end = w.start + w.hi
-    start = np.maximum(w.start - w.age * w.width, end - T)
-    width = padded(int((end - start).max()), T)
-    return Windows(start, end - start, w.start - start, end - start, width, w.age)
 
 
 class Ledger:
@@ -4439,12 +4414,11 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 
 # ==================================================================================================
 # 13. Test-time training
-# Learns from validation text only after it was scored. The score `ttt` has four forms:
-#   stream     each document by itself: low-rank adapters of its own, a cache of keys and values,
-#              and a mixture of learners; a chunk is scored, then learned from (`Learners`)
-#   recompute  the same with one learner and whole windows in the place of the cache
-#   phased     as stream, but between parts of the stream SGD moves all weights
-#   chunk      sliding windows in the place of adapters, else as phased (#549, #1493)
+# Learns from validation text only after it was scored. The score `ttt` has three forms:
+#   stream  each document by itself: low-rank adapters of its own, a cache of keys and values, and a
+#           mixture of learners; a chunk is scored, then learned from (`Learners`)
+#   phased  as stream, but between parts of the stream SGD moves all weights
+#   chunk   sliding windows in the place of adapters, else as phased (#549, #1493)
 # Then the adaptation before rounding of some published systems (`adapt_early`), and
 # `score_by_name`, the door to all scores.
 # ==================================================================================================
@@ -4461,18 +4435,18 @@ class Learners:
     Rows of the model's batch are (row, learner) pairs, learners of a row side by side. `score`
     drives it: `follow` makes rows ready, `nats_of` predicts, `learn` comes after the booking."""
 
-    def __init__(self, model: GPT, rows: int, C: int, form: str, steps: int):
-        """`form` stream keeps a cache; recompute gets whole windows. No steps: no adapters. Learner
-        i has the rate TTT_LORA_LR / SPREAD^i: the mixture finds out which one suits a document."""
+    def __init__(self, model: GPT, rows: int, C: int, steps: int):
+        """For chunks of C tokens. Without steps: no adapters. Learner i has the rate TTT_LORA_LR /
+        SPREAD^i: the mixture finds out which one suits a document."""
         h, self.model, self.steps, self.rows = model.h, model, steps, rows
         self.plan = depth_plan(h, looped=True)
         self.device = device = model.bank["embed"].device
-        self.N = N = learners_of(h, form, steps)
+        self.N = N = h.ttt_learners if steps else 1    # alone where nothing is learned
         rates = h.ttt_lora_lr * SPREAD**-torch.arange(N)
         rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
         self.rates = rates.repeat(rows).to(device)
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
-        self.cache = Cache(model, rows * N, C, self.plan) if form == "stream" else None
+        self.cache = Cache(model, rows * N, C, self.plan)
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
@@ -4489,8 +4463,7 @@ class Learners:
             if self.bank:
                 self.bank.reset(sent(np.flatnonzero(ages == 0), self.device))
             self.belief = self.belief * (age > 0).view(self.rows, self.N)
-            if self.cache:
-                self.cache.open(age * self.cache.C)
+            self.cache.open(age * self.cache.C)
             yield w
         self.model.requires_grad_(True)
 
@@ -4509,7 +4482,7 @@ class Learners:
         with torch.set_grad_enabled(self.steps > 0):
             # with its graph: `learn` goes down these very losses, which saves it a forward pass
             self.first = self.forward(ids, targets)
-        self.fresh = self.cache.fresh if self.cache else []
+        self.fresh = self.cache.fresh
         # (rows, N, T) log p_i of the targets; places that are not scored say nothing of a learner
         logs = -self.first.detach().view(self.rows, self.N, -1) * self.inside[:, None]
         n = torch.arange(logs.size(-1) + 1, device=self.device)
@@ -4530,36 +4503,27 @@ class Learners:
                 nats = self.forward(ids, targets) if step else self.first
                 loss = ((nats * inside).sum(1) / inside.sum(1).clamp(min=1)).sum()
             self.bank.step(loss, self.rate)
-        if self.cache:
-            self.cache.write(ids.repeat_interleave(self.N, 0), self.fresh)
+        self.cache.write(ids.repeat_interleave(self.N, 0), self.fresh)
 
 
-def learners_of(h: Hyperparameters, form: str, steps: int) -> int:
-    """Predictors N per document: one where nothing is learned or whole windows are recomputed."""
-    return h.ttt_learners if steps and form != "recompute" else 1
-
-
-def tiles(h: Hyperparameters, documents: np.ndarray, form: str, steps: int,
-          world: World) -> tuple[int, int]:
+def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -> tuple[int, int]:
     """Rows and chunk length C in which documents are scored: as many rows as a batch of windows
     has, divided by the learners; fewer where documents are too few to fill them. Without steps
     chunks have nothing to wait for, so they are as long as a stride of the sliding windows."""
     C = min(h.eval_seq_len, h.ttt_stream_chunk if steps else h.eval_stride)
-    rows = max(1, h.eval_batch_tokens // h.eval_seq_len // learners_of(h, form, steps))
+    rows = max(1, h.eval_batch_tokens // h.eval_seq_len // (h.ttt_learners if steps else 1))
     if world.device.type != "cuda":    # there every shape is a graph, so rows stay as they are
         ticks = -(-np.diff(documents) // C)
         rows = min(rows, -(-int(ticks.sum()) // int(ticks.max()) // world.size))
     return rows, C
 
 
-def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, form: str, steps: int,
-                    name: str, log: Log) -> None:
+def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: int, name: str,
+                    log: Log) -> None:
     """Scores the documents between these edges by `Learners`."""
-    rows, C = tiles(model.h, documents, form, steps, ledger.world)
+    rows, C = tiles(model.h, documents, steps, ledger.world)
     batches = document_plan(documents, C, rows, ledger.world)
-    if form == "recompute":
-        batches = [widened(w, model.h.eval_seq_len) for w in batches]
-    learners = Learners(model, rows, C, form, steps)
+    learners = Learners(model, rows, C, steps)
     score(ledger, learners.follow(watched(batches, name, log)), learners.nats_of, learners.learn)
 
 
@@ -4579,8 +4543,8 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored.
     phased cuts at starts of documents, because its rows are documents."""
     h, world, N, starts = model.h, ledger.world, len(ledger), ledger.documents
-    if h.ttt in ("stream", "recompute"):
-        return score_documents(model, ledger, starts, h.ttt, h.ttt_steps, name, log)
+    if h.ttt == "stream":
+        return score_documents(model, ledger, starts, h.ttt_steps, name, log)
     edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else np.unique(
         starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))]).tolist()
     parts, quiet, ema = [*itertools.pairwise(edges)], Log(world, quiet=True), EMA(model)
@@ -4592,7 +4556,7 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     for part, (begin, end) in enumerate(watched(parts, name, log)):
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            score_documents(model, ledger, inside, "stream", h.ttt_steps, name, quiet)
+            score_documents(model, ledger, inside, h.ttt_steps, name, quiet)
         else:
             spans = sliding(begin, end, h.eval_seq_len, h.eval_stride)
             score_windows(model, ledger, batched(spans, h.eval_batch_tokens, h.eval_seq_len), name,
@@ -4696,7 +4660,7 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h.ttt_steps
     took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
-    rows, C = tiles(h, text.documents, h.ttt, h.ttt_steps, world)
+    rows, C = tiles(h, text.documents, h.ttt_steps, world)
     # the sample is short and leaves rows idle, so its time counts per place of a batch, full or not
     cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
     # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
@@ -4711,12 +4675,11 @@ def affordable_steps(model: GPT, text: Validation, targets: int, world: World, l
 
 def legality(h: Hyperparameters) -> list[str]:
     """What enforces the conditions C1 to C4 (#1017) in these scores, a line each."""
-    alone = h.ttt in ("stream", "recompute")
     return ["C1 causal: attention looks back; ids past a chunk's end are pads",
             "C2 normalised: softmax over all of V; mixtures are sum of w_i p_i, w from past losses",
             "C3 score first: the ledger is sealed while learners run on what it has booked",
             "C4 one pass: no target is booked twice or never; " + (
-                "documents share no state" if alone else "weights learn in stream order")]
+                "documents share no state" if h.ttt == "stream" else "weights learn in stream order")]
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -4724,16 +4687,14 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
     """One of SCORES over the whole validation set: its result and the ledger; all ranks take part.
     Each score has a Ledger of its own, so none can learn from what another has booked."""
     h, watch, ledger = model.h, Clock(world), Ledger(val, world)
-    T, size = h.eval_seq_len, h.eval_batch_tokens
+    T = h.eval_seq_len
     if name == "ttt":
         adapt(model, ledger, name, log)
     elif name == "stream":
-        score_documents(model, ledger, val.documents, "stream", 0, name, log)
+        score_documents(model, ledger, val.documents, 0, name, log)
     else:
-        stride = T if name in ("prequant", "quantized") else h.eval_stride
-        batches = (bucketed(document_spans(val.documents, T, stride), size, T)
-                   if name == "documents" else batched(sliding(0, len(ledger), T, stride), size, T))
-        score_windows(model, ledger, batches, name, log)
+        spans = sliding(0, len(ledger), T, h.eval_stride if name == "sliding" else T)
+        score_windows(model, ledger, batched(spans, h.eval_batch_tokens, T), name, log)
     return ledger.result(watch.read_s()), ledger
 
 
@@ -5077,11 +5038,8 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     window more, so that chunk learns once and scores with what it learned. Nobody reads its BPB."""
     count = h.ttt_chunk_tokens + h.eval_seq_len
     tokens = np.concatenate([shard[:2 * count] for shard in data.train[:8]])[:count + 1]
-    # It opens with a document of every width that `bucketed` makes, so that each is compiled; no
-    # other one is so long that rows would lack documents (`tiles`).
-    widths = [h.eval_seq_len >> n for n in range(16) if h.eval_seq_len >> n >= 64]
-    tokens[np.cumsum([0, *widths])[:len(tokens)]] = BOS
-    tokens[sum(widths)::2 * h.eval_seq_len] = BOS
+    # No document is so long that rows would lack documents (`tiles`).
+    tokens[::2 * h.eval_seq_len] = BOS
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
@@ -5375,12 +5333,11 @@ def start(world: World, env: Mapping[str, str]) -> None:
     known = "run" in RECIPES or env.get("RECIPE")
     small = world.device.type != "cuda" and not known
     default = "run" if "run" in RECIPES else "demo" if small else "record"
-    h, log = Hyperparameters.from_env(env, default), Log(world)
+    log = Log(world)
+    h = Hyperparameters.from_env(env, default, note=log)
     if h.fused_kernels and (trouble := kernels_trouble()):
         log(f"kernels:plain ({trouble})")
         h = replace(h, fused_kernels=False)
-    for line in (*near_misses(env), *published_names(env)[1]):
-        log(f"note: {line}")
     if small:
         log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
     with log.awake():
@@ -5924,7 +5881,7 @@ def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
 
 def apart(name: str, h: Any) -> bool:
     """True for a score that gives a document the same nats whatever stands beside it."""
-    return name in ("documents", "stream") or name == "ttt" and h.ttt in ("stream", "recompute")
+    return name == "stream" or name == "ttt" and h.ttt == "stream"
 
 
 def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
@@ -6147,101 +6104,52 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
     return [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
 
 
-def draw_curves(axes: Any, runs: Sequence[Evidence], colour: Callable) -> None:
-    """Training loss and validation BPB, each against steps and against seconds, on (2, 2) axes."""
+def draw_curves(axes: Any, runs: Sequence[Evidence], colours: Sequence[Any]) -> None:
+    """On (3, 2) axes: training loss and validation BPB, each against steps and against seconds, and
+    BPB by stage."""
     number = r"([\d.]+|nan|inf)"
     pattern = (rf"^step:(\d+)/\d+ (?:train_loss:{number}|val_loss:\S+ val_bpb:{number}) "
                rf"train_time:(\d+)ms")
-    for i, e in reversed([*enumerate(runs)]):    # the best one on top
+    for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
         # (lines, 4) step, training nats, validation BPB, milliseconds
         curve = np.array([[float(x or "nan") for x in line] for line in e.said(pattern)])
-        curve = curve.reshape(-1, 4)
-        for y, row in enumerate(axes, 1):
+        curve, style = curve.reshape(-1, 4), dict(color=colour, lw=1, label=e.artifact.parent.name)
+        for y, row in enumerate(axes[:2], 1):
             seen = curve[~np.isnan(curve[:, y])]
             for ax, x in zip(row, (seen[:, 0], seen[:, 3] / 1e3)):
-                ax.plot(x, seen[:, y], color=colour(i), lw=1, label=e.artifact.parent.name,
-                        marker="." if len(seen) < 3 else "")
+                ax.plot(x, seen[:, y], marker="." if len(seen) < 3 else "", **style)
         for ax, last in zip(axes[1], (e.result["steps"], e.result["train_seconds"])):
-            ax.plot(last, e.score["val_bpb"], "*", color=colour(i), zorder=3,
-                    ms=9 if len(runs) <= MOST_NAMED else 4)
+            ax.plot(last, e.score["val_bpb"], "*", color=colour, zorder=3)
+        stages = e.result["scores"]
+        axes[2, 0].plot([*stages], [s["val_bpb"] for s in stages.values()], marker="o", **style)
     for row, label in zip(axes, ("training loss (nats per token)", "validation BPB")):
         row[0].set(xlabel="steps", ylabel=label)
         row[1].set(xlabel="seconds of training")
     for ax in axes[1]:
         ax.set_title("stars: final score", fontsize="small")
-
-
-def draw_waterfall(ax: Any, e: Evidence, name: str) -> None:
-    """BPB from stage to stage of one run: what quantisation costs, what scoring wins."""
-    names, scores = dict(prequant="averaged\nweights", ttt="TTT"), e.result["scores"]
-    bpb = np.array([s["val_bpb"] for s in scores.values()])
-    low = bpb.min() - 0.15 * (np.ptp(bpb) + 1e-3)
-    last = np.append(low, bpb[:-1])
-    steps = bpb - last
-    colours = ["tab:gray", *("tab:red" if step > 0 else "tab:green" for step in steps[1:])]
-    bars = ax.bar([names.get(n, n) for n in scores], abs(steps), 0.6, np.minimum(bpb, last),
-                  color=colours)
-    texts = [f"{after:.4f}\n({step:+.4f})" for after, step in zip(bpb, steps)]
-    ax.bar_label(bars, [f"{bpb[0]:.4f}", *texts[1:]], fontsize="small")
-    for i in range(1, len(bpb)):
-        ax.plot((i - 1.3, i + 0.3), (last[i], last[i]), color="black", lw=0.6)
-    ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set(ylabel="BPB (the axis does not start at 0)", ylim=(low, 1.25 * bpb.max() - 0.25 * low),
-           title=f"BPB by stage: {name} (green better, red worse)")
-
-
-def draw_gain(stream: Any, lengths: Any, e: Evidence, name: str) -> None:
-    """What the final score wins over the one before: along the stream, and by document length."""
-    stages = [n for n in e.result["scores"] if n in e.tables][-2:]
-    if len({len(e.tables[n]) for n in stages}) != 1 or len(stages) < 2:
-        for ax in (stream, lengths):
-            ax.set_title("gain: this run has no two scores by document", fontsize="small")
-        return
-    (targets, size, before), (_, _, after) = (e.tables[n].T for n in stages)
-    gain = (before - after) / math.log(2)
-    stream.plot(targets.cumsum(), gain.cumsum() / size.cumsum().clip(1), color="tab:green")
-    stream.set(xlabel="validation tokens scored", ylabel="mean gain so far (BPB)",
-               title=f"{stages[1]} over {stages[0]}: {name}")
-    stream.locator_params(axis="x", nbins=5)
-    stream.xaxis.set_major_formatter("{x:,.0f}")
-    each = gain / size.clip(1)
-    lengths.scatter(targets, each, s=5, alpha=0.3, color="tab:gray", label="one document")
-    edges = np.unique(np.quantile(targets, np.arange(1, 20) / 20))    # equal lengths stay together
-    which = np.digitize(targets, edges)
-    groups = [which == number for number in np.unique(which)]
-    lengths.plot([np.median(targets[g]) for g in groups],
-                 [gain[g].sum() / max(size[g].sum(), 1) for g in groups], color="tab:red",
-                 marker="o", ms=3, label="mean of a twentieth")
-    lengths.axhline(0, color="black", lw=0.6)
-    low, high = np.quantile(each, (0.005, 0.995))
-    lengths.set(xscale="log", xlabel="tokens of the document", ylabel="gain (BPB)",
-                ylim=(low - 1e-6, high + 1e-6), title="gain by length")
-    lengths.legend(fontsize="small")
+    axes[2, 0].set(title="BPB by stage")
 
 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
-    """The whole picture as PNG: curves of all runs, then the best one, the first, in detail."""
-    figure = matplotlib.figure.Figure(figsize=(13, 17), layout="constrained")
-    axes, best, name = figure.subplots(4, 2), runs[0], runs[0].artifact.parent.name
-    for ax in (*axes[:2].flat, *axes[3]):
+    """The whole picture as PNG: curves and stages of all runs, the bytes of the best, the first."""
+    figure = matplotlib.figure.Figure(figsize=(13, 13), layout="constrained")
+    axes, best, finals = figure.subplots(3, 2), runs[0], [e.score["val_bpb"] for e in runs]
+    for ax in axes.flat[:5]:
         ax.grid(alpha=0.3)
     if len(runs) > MOST_NAMED:
-        finals = [e.score["val_bpb"] for e in runs]
         norm = matplotlib.colors.Normalize(finals[0], max(finals[-1], finals[0] + 1e-9))
         scale = matplotlib.cm.ScalarMappable(norm, "viridis")
-        draw_curves(axes[:2], runs, lambda i: scale.to_rgba(finals[i]))
+        draw_curves(axes, runs, [*map(scale.to_rgba, finals)])
         figure.colorbar(scale, ax=axes[:2], label=f"final BPB of {len(runs)} runs")
     else:
-        draw_curves(axes[:2], runs, "C{}".format)
+        draw_curves(axes, runs, [f"C{i}" for i in range(len(runs))])
         handles, names = axes[0, 1].get_legend_handles_labels()
         axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
-    draw_waterfall(axes[2, 0], best, name)
     parts = sorted(best.parts.items(), key=lambda item: item[1])    # the largest on top
     bars = axes[2, 1].barh([n for n, _ in parts], [size / 1e3 for _, size in parts])
     axes[2, 1].bar_label(bars, fmt=" {:,.1f}", fontsize="small")
     axes[2, 1].set(xlabel="thousand bytes", xlim=(0, 1.18 * parts[-1][1] / 1e3),
-                   title=f"{best.result['bytes']['total']:,} bytes: {name}")
-    draw_gain(*axes[3], best, name)
+                   title=f"{best.result['bytes']['total']:,} bytes: {best.artifact.parent.name}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
@@ -6284,7 +6192,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
         f"<table><tr>{tagged('th', table[0])}</tr>",
         *(f"<tr>{tagged('td', row)}</tr>" for row in table[1:]), "</table>",
         *([f"<h2>Not shown</h2><ul>{tagged('li', broken)}</ul>"] if broken else []),
-        "<img alt=\"curves, stages, bytes, gains\" src=\"data:image/png;base64,"
+        "<img alt=\"curves, stages, bytes\" src=\"data:image/png;base64,"
         f"{base64.b64encode(picture).decode()}\">" if picture else
         "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"]).encode())
     print(f"report: {out / 'report.html'}" +
@@ -6354,17 +6262,14 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
             # It died after its artifact and cannot be resumed: nothing is lost, its name is free.
             aside = (logs / f"{name}.unfinished{n}" for n in itertools.count(1))
             folder.rename(next(path for path in aside if not path.exists()))
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         process = subprocess.Popen(command, env=variables)
         try:
             failed += [name] if process.wait() else []
-        except KeyboardInterrupt:    # Ctrl-C reaches the run too, SIGTERM only this process
+        except KeyboardInterrupt:    # by `interrupt`: Ctrl-C reaches the run too, a SIGTERM does not
             process.terminate()
             process.wait()    # it may be saving
             print("sweep: stopped; the same command goes on from here")
             return 130
-        finally:
-            signal.signal(signal.SIGTERM, before)
     if failed:
         print(f"sweep: failed: {', '.join(failed)}")
     return report([*(str(logs / n) for n in runs), "--to", str(logs)], env) or int(bool(failed))

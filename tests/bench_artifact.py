@@ -76,11 +76,9 @@ def document_nats(model: t.GPT, val: t.Validation) -> tuple[np.ndarray, np.ndarr
     """Nats and bytes of text of each of the first documents, about TARGETS targets in all."""
     count = max(1, int(np.searchsorted(val.documents, TARGETS)))
     count = min(count, len(val.documents) - 1)
-    N, T, h = int(val.documents[count]), model.h.eval_seq_len, model.h
+    N = int(val.documents[count])
     part = t.Validation(val.tokens[:N + 1], val.bytes[:N], val.documents[:count + 1])
-    ledger, plan = t.Ledger(part, WORLD), t.depth_plan(h, True)
-    spans = t.document_spans(part.documents, T, T)
-    t.score(ledger, t.bucketed(spans, h.eval_batch_tokens, T), lambda x, y: model.run_nats(x, y, plan))
+    ledger = t.score_by_name("stream", model, part, WORLD, t.Log(WORLD, quiet=True))[1]
     starts = part.documents[:-1]
     return np.add.reduceat(ledger.targets_nats().astype(np.float64), starts), np.add.reduceat(part.bytes, starts)
 

@@ -65,7 +65,7 @@ def test_nothing_waits_on_cuda():
     run.step(0, 0.0, looped=False)
     ledger, rows, C = t.Ledger(validation(tokens), world), 2, 16
     ticks = t.document_plan(ledger.documents, C, rows, world)
-    learners = t.Learners(model, rows, C, "stream", 1)
+    learners = t.Learners(model, rows, C, 1)
     t.score(ledger, learners.follow(ticks[:2]), learners.nats_of, learners.learn)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -15,11 +15,9 @@ def plans(tokens: np.ndarray, T: int, stride: int, batch_tokens: int,
           chunk: int) -> dict[str, list[t.Windows]]:
     """The batches of each way to score `tokens` (N + 1,), by name."""
     N = len(tokens) - 1
-    documents = t.document_spans(validation(tokens).documents, T, stride)
     chunks = [s for b in range(0, N, chunk) for s in t.sliding(b, min(N, b + chunk), T, stride)]
     return dict(plain=t.batched(t.sliding(0, N, T, T), batch_tokens, T),
                 sliding=t.batched(t.sliding(0, N, T, stride), batch_tokens, T),
-                documents=t.bucketed(documents, batch_tokens, T),
                 chunks=t.batched(chunks, batch_tokens, T))
 
 
@@ -70,26 +68,14 @@ def test_documents_of_one_token_and_an_empty_tail():
     tokens = np.array([1, 1, 1, 5, 6, 1, 7, 1])
     val = validation(tokens)
     assert val.documents.tolist() == [0, 1, 2, 5, 7]
-    assert t.document_spans(val.documents, 4, 2) == [(0, 1, 0, 1), (1, 1, 0, 1), (2, 3, 0, 3),
-                                                     (5, 2, 0, 2)]
-    assert sorted(scored(t.bucketed(t.document_spans(val.documents, 4, 2), 8, 4))) == list(range(7))
-
-
-def test_document_windows_never_read_another_document():
-    """Each document's windows start inside it, however long it is."""
-    tokens = stream(300, document=40, seed=3)
-    edges = validation(tokens).documents
-    for start, _length, _lo, hi in t.document_spans(edges, 16, 4):
-        owner = np.searchsorted(edges, start, "right") - 1
-        assert edges[owner] <= start and start + hi <= edges[owner + 1]
+    assert sorted(scored(t.document_plan(val.documents, 4, 2, WORLD))) == list(range(7))
 
 
 def test_batches_of_one_plan_repeat_few_shapes():
-    """All batches of a plan without buckets have one shape; buckets are powers of two up to T."""
+    """All batches of a plan have one shape, hence one graph."""
     made = plans(stream(400, document=60), 100, 10, 300, 50)
     for name in ("plain", "sliding", "chunks"):
         assert {(len(w.start), w.width) for w in made[name]} == {(3, 100)}, name
-    assert {w.width for w in made["documents"]} <= {64, 100}
 
 
 def ledger_of(N: int = 32) -> t.Ledger:
@@ -135,7 +121,7 @@ def test_a_dropped_tail_gives_no_result():
         ledger.targets_nats()
 
 
-@pytest.mark.parametrize("name", ["plain", "sliding", "documents", "chunks"])
+@pytest.mark.parametrize("name", ["plain", "sliding", "chunks"])
 def test_inputs_beyond_a_window_are_zeros(name):
     """Whatever stands behind hi in the stream, model and loss are handed the pad token."""
     tokens = stream(101, seed=5)
@@ -174,7 +160,7 @@ def test_scores_need_no_gradient_and_equal_the_model():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["quantized", "sliding", "documents", "stream"])
+@pytest.mark.parametrize("name", ["quantized", "sliding", "stream"])
 def test_two_ranks_share_the_batches(name, monkeypatch):
     """The shares of two ranks are disjoint and together make the score of one."""
     h, tokens = settings(eval_batch_tokens=32), stream(120)
@@ -225,26 +211,18 @@ def test_the_longest_document_goes_first():
     assert first.start.tolist() == [26, 3, 0] and first.hi.tolist() == [10, 10, 3]
 
 
-def test_widened_windows_score_the_same_targets():
-    """The recomputed form sees up to T tokens of the same document and scores the same chunk."""
-    edges = validation(stream(300, document=60, seed=4)).documents
-    for w in t.document_plan(edges, 7, 3, WORLD):
-        wide = t.widened(w, 100)
-        assert (wide.start + wide.lo == w.start).all() and (wide.hi - wide.lo == w.hi).all()
-        assert (wide.hi <= 100).all() and wide.width in (64, 100)
-        owner = np.searchsorted(edges, w.start, "right") - 1
-        assert ((wide.start == edges[owner]) | (wide.hi == 100) | (w.hi == 0)).all()
-
-
 @pytest.mark.parametrize("stride", [1, 3, 8, 48])
 def test_the_cache_equals_the_full_forward(stride):
     """Where the window covers the document, chunks of any length give the nats of one pass."""
     tokens = stream(160, document=20)
     h = settings(eval_seq_len=48, eval_batch_tokens=200, eval_stride=stride)
-    full = t.score_by_name("documents", model_of(h), validation(tokens), WORLD, Lines())[1]
-    cached = t.score_by_name("stream", model_of(h), validation(tokens), WORLD, Lines())[1]
-    assert np.diff(validation(tokens).documents).max() <= 48
-    np.testing.assert_allclose(cached.targets_nats(), full.targets_nats(), atol=1e-5)
+    model, ids, edges = model_of(h), torch.from_numpy(tokens)[None], validation(tokens).documents
+    assert np.diff(edges).max() <= 48
+    with torch.no_grad():
+        full = [model.nats(ids[:, b:e], ids[:, b + 1:e + 1], t.depth_plan(h, True))[0]
+                for b, e in zip(edges[:-1], edges[1:])]
+    cached = t.score_by_name("stream", model, validation(tokens), WORLD, Lines())[1]
+    np.testing.assert_allclose(cached.targets_nats(), torch.cat(full).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "fused"])

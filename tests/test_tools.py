@@ -290,8 +290,8 @@ def test_bytes_are_counted_again_from_raw_text(bench):
     assert re.search("raw documents", t.bad(t.check_data(data, data, e, texts))[0])
 
 
-@pytest.mark.parametrize("name, seconds, way", [("documents", 60, "documents: .* after 20 others"), (
-    "documents", 0, "documents: .* each after the same 20 others"), ("sliding", 0, "model: ")])
+@pytest.mark.parametrize("name, seconds, way", [("stream", 60, "stream: .* after 20 others"), (
+    "stream", 0, "stream: .* each after the same 20 others"), ("sliding", 0, "model: ")])
 def test_probabilities_are_summed_in_three_ways(name, seconds, way, monkeypatch):
     """The whole scorer, a document for every token, or the model: 1 for honest shares, not for
     shares that were made larger."""
@@ -306,8 +306,8 @@ def test_probabilities_are_summed_in_three_ways(name, seconds, way, monkeypatch)
 
 
 @pytest.mark.parametrize("form, name, count", [
-    ("stream", "quantized", 3), ("stream", "sliding", 3), ("stream", "documents", 3), ("stream", "stream", 3),
-    ("stream", "sliding", 99), ("stream", "ttt", 3), ("recompute", "ttt", 3), ("chunk", "ttt", 3), ("chunk", "ttt", 99)])
+    ("stream", "quantized", 3), ("stream", "sliding", 3), ("stream", "stream", 3), ("stream", "sliding", 99),
+    ("stream", "ttt", 3), ("chunk", "ttt", 3), ("chunk", "ttt", 99)])
 def test_a_sample_is_scored_as_in_the_whole_stream(form, name, count):
     """Documents at the beginning get the nats of a full score; chunk-wise TTT needs all of it."""
     h = settings(ttt=form)

@@ -32,7 +32,7 @@ def rehearsed_run(world: tg.World, folder: Path) -> None:
     damage = tg.step_damage(model, world, loader, factors)
     blob, _ = tg.fit_budget(model, factors, damage, 0, silent)
     scores, nats = {}, {}
-    for name in ("quantized", "sliding", "documents", "ttt"):
+    for name in ("quantized", "sliding", "stream", "ttt"):
         result, ledger = tg.score_by_name(name, model, data.val, world, silent)
         scores[name], nats[name] = result, ledger.targets_nats()
     torch.save(dict(losses=losses, initial=initial, trained=trained, blob=blob, scores=scores, nats=nats, damage=damage,
@@ -111,7 +111,7 @@ def test_equal_artifact_bytes(outcomes):
 
 def test_equal_scores(outcomes):
     """Fixed weights: every target's nats to the bit. TTT: to the rounding of shared gradients."""
-    for name in ("quantized", "sliding", "documents", "ttt"):
+    for name in ("quantized", "sliding", "stream", "ttt"):
         one, two, other = (outcomes[key] for key in ((1, 0), (2, 0), (2, 1)))
         assert (two["nats"][name] == other["nats"][name]).all()
         if name == "ttt":
