@@ -276,8 +276,7 @@ class Hyperparameters:
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
     eval_batch_tokens: int = knob(262144, "tokens of a scoring pass on one rank", positive)
     eval_budget_s: float = knob(
-        480.0, "time for the score ttt, s: fewer TTT_STEPS where they would not fit; 0: any",
-        natural)
+        480.0, "time for the score ttt, s: the best form that fits it (`LADDER`); 0: any", natural)
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
     ttt: str = one_of("stream phased chunk", "form of test-time training")
     ttt_stream_chunk: int = knob(16, "tokens scored before a document's adapters learn", positive)
@@ -4278,8 +4277,10 @@ def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
     return [Windows(*batch.T, T) for batch in filled.reshape(-1, rows, 4)]
 
 
-def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> list[Windows]:
-    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick.
+def document_plan(documents: np.ndarray, C: int, rows: int, world: World,
+                  chosen: Sequence[int] | None = None) -> list[Windows]:
+    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick, of the `chosen`
+    documents or all; every rank has as many ticks.
 
     The longest document goes first, each to the row of any rank that is free first. Inside a
     document chunks come in order, one per tick, in one row: that is all that C4 needs, since
@@ -4290,14 +4291,17 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World) -> lis
     # (chunks, 3) of each row: start, tokens, age
     mine = [[np.empty((0, 3), np.int64)] for _ in range(rows)]
     # a heap of (ticks until free, row); ties go by row, so that all ranks assign alike
-    for d in np.argsort(-ticks, kind="stable").tolist():
+    order = np.argsort(-ticks, kind="stable")
+    for d in order.tolist() if chosen is None else order[np.isin(order, chosen)].tolist():
         busy, row = free[0]
         heapq.heapreplace(free, (busy + int(ticks[d]), row))
         if row % world.size == world.rank:
             start = np.arange(*documents[d:d + 2], C)
             mine[row // world.size].append(np.stack(
                 [start, np.minimum(C, documents[d + 1] - start), np.arange(len(start))], 1))
-    plan = nn.utils.rnn.pad_sequence([torch.from_numpy(np.concatenate(m)) for m in mine]).numpy()
+    plan = np.zeros((max(free)[0], rows, 3), np.int64)
+    for row, chunks in enumerate(map(np.concatenate, mine)):
+        plan[:len(chunks), row] = chunks
     return [Windows(start, count, np.zeros_like(count), count, C, age)
             for start, count, age in plan.transpose(0, 2, 1)]
 
@@ -4425,6 +4429,11 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 SPREAD = 2.0    # ratio of the rates of neighbouring learners
 MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
 SGD_MOMENTUM, SGD_CLIP = 0.9, 1.0    # of all-weights adaptation: momentum, largest gradient norm
+# What TTT gives up, one after the other, where time is short: what gains least for its time first,
+# by tests/bench_ttt.py.
+LADDER = (("ttt_steps", 1), ("ttt_learners", 2), ("ttt_learners", 1), ("ttt_stream_chunk", 48),
+          ("ttt_steps", 0))
+PACE = 0.97    # of EVAL_BUDGET_S that scoring keeps to
 HELD_OUT_TOKENS = 1 << 23    # most training tokens kept aside for adaptation before GPTQ
 
 
@@ -4518,13 +4527,44 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
     return rows, C
 
 
+def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float, world: World,
+            late: list[int]) -> Iterator[Windows]:
+    """The `ticks` of a plan. Once they would take more than `limit_s` by the pace so far, no other
+    document begins, and the first targets of those left go into `late`: a choice by time and
+    lengths, never by tokens."""
+    clock, every, busy = Clock(world), max(16, len(plan) // 64), None
+    for i, w in enumerate(ticks):
+        # all ranks have one number of ticks, and the mean of their clocks
+        if busy is None and limit_s < math.inf and i and i % every == 0:
+            if clock.mean_s().item() / i * len(plan) > limit_s:
+                late += [int(x) for v in plan[i:] for x in v.start[(v.age == 0) & (v.hi > 0)]]
+                busy = True
+        if busy is not None:    # rows whose document began before go on to its end
+            busy = busy & (w.age > 0)
+            w = w._replace(hi=w.hi * busy)
+            if not w.hi.any():
+                return
+        yield w
+
+
 def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: int, name: str,
-                    log: Log) -> None:
-    """Scores the documents between these edges by `Learners`."""
-    rows, C = tiles(model.h, documents, steps, ledger.world)
-    batches = document_plan(documents, C, rows, ledger.world)
-    learners = Learners(model, rows, C, steps)
-    score(ledger, learners.follow(watched(batches, name, log)), learners.nats_of, learners.learn)
+                    log: Log, limit_s: float = math.inf) -> None:
+    """Scores the documents between these edges by `Learners`; those that `limit_s` seconds have no
+    room for, the shortest, by the weights as they are."""
+    world, late = ledger.world, []
+
+    def follow(steps: int, ranks: World, chosen: Sequence[int] | None, limit_s: float) -> None:
+        """Scores the chosen documents, shared by these ranks."""
+        rows, C = tiles(model.h, documents, steps, world)
+        plan, learners = document_plan(documents, C, rows, ranks, chosen), Learners(
+            model, rows, C, steps)
+        ticks = in_time(watched(plan, name, log), plan, limit_s, world, late)
+        score(ledger, learners.follow(ticks), learners.nats_of, learners.learn)
+
+    follow(steps, world, None, limit_s)
+    if late:
+        log(f"late:{len(late)} documents of rank 0 without learners, for EVAL_BUDGET_S")
+        follow(0, World(device=world.device), np.searchsorted(documents, late), math.inf)
 
 
 def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: str,
@@ -4543,8 +4583,9 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored.
     phased cuts at starts of documents, because its rows are documents."""
     h, world, N, starts = model.h, ledger.world, len(ledger), ledger.documents
+    watch, limit_s = Clock(world), PACE * h.eval_budget_s or math.inf
     if h.ttt == "stream":
-        return score_documents(model, ledger, starts, h.ttt_steps, name, log)
+        return score_documents(model, ledger, starts, h.ttt_steps, name, log, limit_s)
     edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else np.unique(
         starts[np.searchsorted(starts, np.linspace(0, N, h.ttt_phases + 1))]).tolist()
     parts, quiet, ema = [*itertools.pairwise(edges)], Log(world, quiet=True), EMA(model)
@@ -4556,7 +4597,8 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     for part, (begin, end) in enumerate(watched(parts, name, log)):
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            score_documents(model, ledger, inside, h.ttt_steps, name, quiet)
+            left_s = limit_s * end / N - watch.mean_s().item()
+            score_documents(model, ledger, inside, h.ttt_steps, name, quiet, left_s)
         else:
             spans = sliding(begin, end, h.eval_seq_len, h.eval_stride)
             score_windows(model, ledger, batched(spans, h.eval_batch_tokens, h.eval_seq_len), name,
@@ -4652,25 +4694,33 @@ def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def affordable_steps(model: GPT, text: Validation, targets: int, world: World, log: Log) -> int:
-    """The steps per chunk, TTT_STEPS at most, with which `targets` targets are scored within
-    EVAL_BUDGET_S, by the seconds that training text takes here. The number goes into the artifact
-    with the other knobs, so that `eval` takes as many."""
+def affordable(model: GPT, text: Validation, targets: int, world: World,
+               log: Log) -> Hyperparameters:
+    """All knobs, with the best form of TTT with which `targets` targets are scored within
+    EVAL_BUDGET_S, by the seconds that training text takes here. They go into the artifact, so that
+    `eval` scores alike."""
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
-        return h.ttt_steps
-    took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
-    rows, C = tiles(h, text.documents, h.ttt_steps, world)
-    # the sample is short and leaves rows idle, so its time counts per place of a batch, full or not
-    cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
-    # a forward pass costs 1, a step on it 1 more, each further step 2; a tenth is left for padding
-    need_s = [1.1 * targets / cells * took["seconds"] * max(1, 2 * n) / max(1, 2 * h.ttt_steps)
-              for n in range(h.ttt_steps + 1)]
-    # rank 0's, since the plans of the ranks may differ by a tick
-    steps = world.share(max(n for n, s in enumerate(need_s) if s <= h.eval_budget_s or not n))
-    log(f"ttt_steps:{steps} of {h.ttt_steps}, about {need_s[steps]:.0f}s of "
-        f"EVAL_BUDGET_S={h.eval_budget_s:g}")
-    return steps
+        return h
+    for rung, (name, value) in enumerate([("eval_budget_s", 0.0), *LADDER]):
+        now = getattr(model.h, name)
+        if now == value or (name == "ttt_stream_chunk") == (now > value):
+            continue    # never dearer than was asked
+        model.retune(**{name: value})
+        for _ in range(2 if rung else 1):    # the first time compiles; the rehearsal did it once
+            took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
+        rows, C = tiles(model.h, text.documents, model.h.ttt_steps, world)
+        # the sample is short and leaves rows idle, so its time counts per place of a batch
+        cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
+        # rank 0's, since the plans of the ranks may differ; a tenth is left for padding
+        need_s = world.share(1.1 * targets / cells * took["seconds"])
+        if need_s <= h.eval_budget_s:
+            break
+    if world.device.type == "cuda":    # what `late` documents take, there a minute of compiling
+        score_by_name("stream", model, text, world, Log(world, quiet=True))
+    log(f"ttt: learners:{model.h.ttt_learners} chunk:{model.h.ttt_stream_chunk} "
+        f"steps:{model.h.ttt_steps}, about {need_s:.0f}s of EVAL_BUDGET_S={h.eval_budget_s:g}")
+    return model.retune(eval_budget_s=h.eval_budget_s)
 
 
 def legality(h: Hyperparameters) -> list[str]:
@@ -5152,8 +5202,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     if h.rehearsal_steps:
         targets = len(data.val.bytes)
         reserve_s = rehearse(trainer, data, log, held, targets)
-        h = model.retune(ttt_steps=affordable_steps(
-            model, rehearsal_text(h, data), targets, world, log))
+        h = affordable(model, rehearsal_text(h, data), targets, world, log)
     seconds["rehearsal"] = watch.read_s()
     graphs.append(model.graphs())
 
@@ -5311,7 +5360,7 @@ def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> 
     log, (shipped, stored) = Log(world), unpack(path.read_bytes(), str(path))
     # an artifact holds all that its run turned: stronger than a recipe, weaker than a variable
     h = Hyperparameters.from_env({n: v for n, v in env.items() if n != "RECIPE"},
-                                 base=shipped.changed())
+                                 base=shipped.changed() | dict(eval_budget_s=0.0))
     for name in MODEL_KNOBS:
         mine, made = getattr(h, name), getattr(shipped, name)
         require(mine == made, f"{name.upper()}={mine} contradicts {path}, which was made with "

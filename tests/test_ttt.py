@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import types
 
 import numpy as np
 import pytest
@@ -352,7 +353,7 @@ class Untouchable:
 def test_a_cheat_that_warms_up_on_validation_tokens_is_seen(honest, monkeypatch):
     """The rehearsal runs through with a validation set that cannot be read; one that compiles on
     validation text does not."""
-    h = settings(scores="quantized,sliding,documents,stream,ttt", eval_budget_s=1.0)
+    h = settings(scores="quantized,sliding,stream,ttt", eval_budget_s=1.0)
     data = t.Dataset([stream(3000).astype(np.uint16)], Untouchable(), "test")
     trainer = t.Trainer(h, WORLD, model_of(h), data)
     if not honest:
@@ -361,22 +362,91 @@ def test_a_cheat_that_warms_up_on_validation_tokens_is_seen(honest, monkeypatch)
             t.rehearse(trainer, data, Lines())
         return
     t.rehearse(trainer, data, Lines())
-    steps = t.affordable_steps(trainer.model, t.rehearsal_text(h, data), 100, WORLD, Lines())
-    assert 0 <= steps <= h.ttt_steps
+    found = t.affordable(trainer.model, t.rehearsal_text(h, data), 100, WORLD, Lines())
+    assert 0 <= found.ttt_steps <= h.ttt_steps
 
 
-def test_the_budget_picks_the_steps(monkeypatch):
-    """A second more of budget buys steps; none at all leaves the plain stream; 0 asks for
-    nothing."""
-    tokens = stream(400, document=60)
-    monkeypatch.setattr(t, "score_by_name", lambda *a: (dict(seconds=2.0), None))
-    found = []
-    for budget_s in (0.0, 0.01, 2.3, 4.5, 6.9):
-        h, log = settings(**ADAPTERS, ttt_steps=3, eval_budget_s=budget_s), Lines()
-        cells = len(t.document_plan(validation(tokens).documents, 5, 2, WORLD)) * 5 * 2
-        found.append(t.affordable_steps(model_of(h), validation(tokens), 3 * cells, WORLD, log))
-        assert len(log.lines) == (budget_s > 0) and (not budget_s or "EVAL_BUDGET_S" in log.lines[0])
-    assert found == [3, 0, 1, 2, 3]
+class SimulatedTime:
+    """A clock that only work moves: a pass over (rows, learners, tokens) costs as many units, and a
+    step of learning twice that."""
+
+    def __init__(self, monkeypatch, slower: float = 1.0):
+        """Takes the place of the time that the script reads; `slower` times as much where a clock
+        was set to `late`."""
+        self.now_s, self.slower, self.late = 0.0, slower, False
+        forward, learn = t.Learners.forward, t.Learners.learn
+        other = {n: getattr(t.time, n) for n in ("monotonic", "strftime", "sleep")}
+        monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: self.now_s, **other))
+        monkeypatch.setattr(t.Learners, "forward", lambda *a: self.spend(a, 1) or forward(*a))
+        monkeypatch.setattr(t.Learners, "learn",
+                            lambda *a: self.spend(a, 2 * a[0].steps) or learn(*a))
+
+    def spend(self, arguments: tuple, passes: int) -> None:
+        """Counts the passes of learners over the ids."""
+        learners, ids = arguments[:2]
+        self.now_s += passes * learners.N * ids.numel() * (self.slower if self.late else 1) / 1000
+
+
+def test_the_best_form_that_fits_is_taken(monkeypatch):
+    """From 2% to 200% of the time of what was asked for, more time never gives a cheaper form,
+    what is chosen fits, and nothing is chosen that is dearer than what was asked for."""
+    text, found = validation(stream(900, document=60)), []
+
+    def seconds(name, model, *_):
+        """A tick costs a unit a learner and pass, and one to start it, so longer chunks are cheaper."""
+        h = model.h
+        _, C = t.tiles(h, text.documents, h.ttt_steps, WORLD)
+        passes = (1 + 2 * h.ttt_steps) * (h.ttt_learners if h.ttt_steps else 1)
+        return dict(seconds=passes * 900 * (1 + 9 / C)), None
+
+    monkeypatch.setattr(t, "score_by_name", seconds)
+    asked = settings(**ADAPTERS, ttt_learners=3, ttt_steps=2)
+    full_s = seconds("", model_of(asked))[0]["seconds"]
+    for share in (0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0):
+        h, log = dataclasses.replace(asked, eval_budget_s=share * full_s), Lines()
+        model = model_of(h)
+        chosen = t.affordable(model, text, 899, WORLD, log)
+        assert "EVAL_BUDGET_S" in log.lines[0] and chosen.eval_budget_s == h.eval_budget_s
+        assert seconds("", model)[0]["seconds"] <= h.eval_budget_s or not chosen.ttt_steps, share
+        found.append((chosen.ttt_steps, chosen.ttt_learners, -chosen.ttt_stream_chunk))
+    assert found == sorted(found) and found[0][0] == 0 and found[-1] == (2, 3, -5), found
+    assert len(set(found)) >= 5, found
+    unbounded = dataclasses.replace(asked, eval_budget_s=0.0)
+    left = t.affordable(model_of(unbounded), text, 899, WORLD, Lines())
+    assert left == dataclasses.replace(unbounded, fused_kernels=left.fused_kernels)
+
+
+LATE = dict(ttt_stream_chunk=8, ttt_lora_lr=0.02, ttt_learners=2, eval_stride=8, ttt_epochs=1)
+
+
+@pytest.mark.parametrize("form, slower", [("stream", 1.0), ("stream", 3.0), ("phased", 2.0)])
+def test_a_score_that_falls_behind_ends_in_time(form, slower, monkeypatch):
+    """On a machine that scores slower than it rehearsed, documents that have not begun are scored
+    without learners; all others to the same bits, every target once, and in time."""
+    tokens, clock = stream(1600, document=60), SimulatedTime(monkeypatch, slower)
+    h = settings(**LATE, ttt=form, ttt_phases=2, eval_budget_s=0.0)
+    plain, text, log = nats("ttt", tokens, h), validation(tokens), Lines()
+    model = model_of(dataclasses.replace(h, eval_budget_s=1.2 * clock.now_s))
+    clock.now_s, clock.late = 0.0, True
+    found, same = t.score_by_name("ttt", model, text, WORLD, log)[1].targets_nats(), 0
+    assert clock.now_s <= model.h.eval_budget_s
+    for b, e in zip(text.documents[:-1], text.documents[1:]):
+        same += np.array_equal(plain[b:e], found[b:e])
+    if form == "stream":
+        assert (same == len(text.documents) - 1) == (slower == 1.0) and same > 3, same
+        assert any(line.startswith("late:") for line in log.lines) == (slower > 1)
+
+
+def test_the_choice_of_late_documents_knows_no_tokens(monkeypatch):
+    """C1 and C3 where time runs out: with all tokens after a place replaced, and documents of the
+    same lengths, earlier scores stay bit for bit."""
+    SimulatedTime(monkeypatch)
+    h, tokens = settings(**LATE, eval_budget_s=2.0), stream(1000, document=50)
+    changed = np.where(tokens == t.BOS, t.BOS, np.maximum(2, stream(1000, document=2000, seed=5)))
+    changed[:CUT] = tokens[:CUT]
+    first, second = nats("ttt", tokens, h), nats("ttt", changed, h)
+    assert not np.array_equal(first, nats("ttt", tokens, dataclasses.replace(h, eval_budget_s=0.0)))
+    assert first[:CUT - 1].tobytes() == second[:CUT - 1].tobytes()
 
 
 def test_no_steps_are_the_plain_stream():
