@@ -5920,11 +5920,11 @@ def listen() -> list[str]:
     return heard
 
 
-def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray,
-                sizes: np.ndarray) -> np.ndarray:
+def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray, sizes: np.ndarray,
+                quiet: bool = True) -> np.ndarray:
     """Nats (N,) of the targets of a stream of tokens (N + 1,), scored as in a run of `module`."""
     world = module.World(0, 1, next(model.parameters()).device)
-    val, log = module.Validation.of(tokens, sizes), module.Log(world, quiet=True)
+    val, log = module.Validation.of(tokens, sizes), module.Log(world, quiet=quiet)
     return module.score_by_name(name, model, val, world, log)[1].targets_nats()
 
 
@@ -6007,7 +6007,7 @@ def check_scores(module: Any, model: Any, name: str, table: np.ndarray, val: Any
         yield Finding("score", like, f"{name} needs all {len(table)} documents: not scored again "
                       f"here (--documents {len(table)} does)")
         return
-    nats = stream_nats(module, model, name, val.tokens[:end + 1].numpy(), val.bytes[:end])
+    nats = stream_nats(module, model, name, val.tokens[:end + 1].numpy(), val.bytes[:end], False)
     whole = int(np.searchsorted(starts, end, "right")) - 1    # documents that end inside
     again = np.add.reduceat(nats[:starts[whole]], starts[:whole], dtype=float)
     targets, _, said = table[:whole].T
@@ -6042,11 +6042,19 @@ def check_data(ours: Dataset, theirs: Any, e: Evidence,
                   "validation documents stand in the beginning of the training shards")
 
 
+def built(module: Any, e: Evidence, h: Any, device: torch.device) -> Any:
+    """The model of the run's artifact, made by `module` for scoring by the knobs `h`."""
+    model = module.build_model(h, module.World(0, 1, device))
+    model.compile(module.compile_mode(h, device, print))
+    module.load_stored(model, module.unpack(e.artifact.read_bytes())[1])
+    return model
+
+
 def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
             heard: list[str]) -> Iterator[Finding]:
-    """Everything of a review that runs the submitted code; `heard` is of `listen`. The packed
+    """What can be seen of a run by running the submitted code; `heard` is of `listen`. The packed
     script must know nothing without weights, so that its loss is ln V; scores come from the
-    readable one, which packs to the same bytes."""
+    readable one, which packs to the same bytes, compiled as in the run or not."""
     packed = load_script(e.code, "packed_script")
     h = packed.Hyperparameters(**e.result["changed_knobs"])
     torch.manual_seed(0)
@@ -6056,28 +6064,29 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     yield Finding("code", abs(loss / guess - 1) < 0.1,
                   f"the packed script builds; untrained loss {loss:.3f}, ln V is {guess:.3f}")
     place = {n: env[n.upper()] for n in PLACES[2:5] if n.upper() in env}
-    mine, theirs = e.knobs(**place, compile="off"), load_script(e.readable, "readable_script")
-    h, world = theirs.Hyperparameters(**asdict(mine)), theirs.World(0, 1, World.claim_device(0))
+    mine, theirs = e.knobs(**place, eval_budget_s=0.0), load_script(e.readable, "readable_script")
+    h, device = theirs.Hyperparameters(**asdict(mine)), World.claim_device(0)
     quiet = Log(World(), quiet=True)
-    data, other = find_dataset(mine, World(), quiet), theirs.find_dataset(h, world, quiet)
+    data = find_dataset(mine, World(), quiet)
+    other = theirs.find_dataset(h, theirs.World(0, 1, device), quiet)
     raw = list(read_documents(texts)) if texts else None
     if not texts and must_build(mine):    # the embedded corpus is its own raw text
         raw = [text for name, text in embedded_documents() if held_out(name)]
     yield from check_data(data, other, e, raw)
+    tables = {n: table for n, table in e.tables.items() if n != "prequant"}    # has no artifact
+    whole = built(theirs, e, h, device)
+    for name, table in tables.items():
+        yield from check_scores(theirs, whole, name, table, other.val, count)
     # The small one crosses borders of windows and chunks many times in a few hundred tokens.
     T = min(h.eval_seq_len, 32)
     sizes = dict.fromkeys(("eval_seq_len", "train_seq_len", "micro_batch_tokens",
                            "train_batch_tokens", "ttt_chunk_tokens"), T)
-    small_h = replace(h, **sizes, eval_stride=max(1, min(h.eval_stride, T // 2)),
-                      eval_batch_tokens=4 * T, ttt_stream_chunk=max(1, T // 2), compile="off")
-    whole, small = (theirs.build_model(k, world) for k in (h, small_h))
-    for model in (whole, small):
-        theirs.load_stored(model, theirs.unpack(e.artifact.read_bytes())[1])
+    small = built(theirs, e, replace(
+        h, **sizes, eval_stride=max(1, min(h.eval_stride, T // 2)), eval_batch_tokens=4 * T,
+        ttt_stream_chunk=max(1, T // 2), compile="off"), device)
     begin = len(heard)    # from here on, no file may be opened
-    for name, table in e.tables.items():
-        if name != "prequant":    # whose weights no artifact has
-            yield from check_scores(theirs, whole, name, table, other.val, count)
-            yield from check_causality(theirs, small, name, data.val)
+    for name in tables:
+        yield from check_causality(theirs, small, name, data.val)
     yield from check_normalised(theirs, small, e.final, data.val)
     # C1 allows nothing but the artifact and the tokens before a target.
     ours = (*sysconfig.get_paths().values(), sys.prefix, "/proc/", "/sys/", "/dev/")
@@ -6087,8 +6096,9 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
 
 
 def verify(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `verify`: the checklist of a review; 0 if everything passes, 1 if not. Code is run
-    only if all that can be read is right, and in a new process."""
+    """The verb `verify`: the checklist of a review, each line as soon as it is known; 0 if
+    everything passes, 1 if not. Code is run only if all that can be read is right, and in a new
+    process."""
     parser = argparse.ArgumentParser("train_gpt.py verify", description="review a submission")
     parser.add_argument("target", type=Path, help="records folder, or logs/<RUN_ID>")
     parser.add_argument("--documents", type=int, default=50, help="documents to score again")
@@ -6097,40 +6107,58 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)    # new process
     o = parser.parse_args(arguments)
     require(o.documents > 0, f"--documents {o.documents}: expected 1 or more")
-    findings, entry, is_run = [], {}, (o.target / "result.json").exists()
+    log, findings, entry = Log(World()), [], {}
+    is_run = (o.target / "result.json").exists()
     runs = [read_run(o.target)] if is_run else read_record(o.target)
     if o.alone:
         heard = listen()
-        for e in runs:
-            for f in examine(e, env, o.documents, o.text, heard):
-                print("FINDING " + json.dumps((f.group, bool(f.good), f.text, f"{e.name}: ")))
+        with log.awake():
+            for e in runs:
+                log.begin(f"the review of {e.name}")
+                for f in examine(e, env, o.documents, o.text, heard):
+                    log("FINDING " + json.dumps((f.group, bool(f.good), f.text, f"{e.name}: ")))
         return 0
+
+    def tell(found: Iterable[Finding]) -> None:
+        """Says each as it is made."""
+        for f in found:
+            findings.append(f)
+            log(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.run}{f.text}")
+
     if not is_run:
         entry = read_json(o.target / "submission.json")
-        findings += check_record(o.target, entry, runs)
+        tell(check_record(o.target, entry, runs))
     if not bad(findings):
-        findings += check_written(runs, None if is_run else entry.get("track") or "")
+        tell(check_written(runs, None if is_run else entry.get("track") or ""))
     if not bad(findings):
-        findings += in_new_process(arguments, env)
-    for f in findings:
-        print(f"{'pass' if f.good else 'FAIL'}  {f.group:6} {f.run}{f.text}")
+        tell(in_new_process(arguments, env, log))
     wrong, total = len(bad(findings)), len(findings)
-    print(f"{o.target}: {f'FAILS, {wrong} of' if wrong else 'passes all'} {total} checks")
+    log(f"{o.target}: {f'FAILS, {wrong} of' if wrong else 'passes all'} {total} checks")
     return int(wrong > 0)
 
 
-def in_new_process(arguments: list[str], env: Mapping[str, str]) -> list[Finding]:
-    """What `examine` finds in a process of its own, which writes no byte code beside the code. If
-    it dies, or finds nothing at all, that is a finding too: silence is no pass."""
-    done = subprocess.run(
-        [sys.executable, "-B", __file__, "verify", *arguments, "--alone"],
-        env={n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")},
-        text=True, capture_output=True)
-    found = [Finding(*json.loads(row)) for row in re.findall(r"^FINDING (.*)$", done.stdout, re.M)]
-    if done.returncode or not found:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        found.append(Finding("code", False, f"it ended with status {done.returncode}: {last}"))
-    return found
+def in_new_process(arguments: list[str], env: Mapping[str, str], log: Log) -> Iterator[Finding]:
+    """What `examine` finds in a process of its own, which writes no byte code beside the code; what
+    else it says is progress. If it dies, or finds nothing at all, that is a finding too: silence is
+    no pass."""
+    count, variables = 0, {n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")}
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            [sys.executable, "-B", __file__, "verify", *arguments, "--alone"], env=variables,
+            encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=errors) as process:
+        try:
+            for line in process.stdout:
+                if line.startswith("FINDING "):
+                    count += 1
+                    yield Finding(*json.loads(line[8:]))
+                elif log.due():
+                    log.progress(line.rstrip())
+            process.wait()
+        finally:
+            process.kill()    # where this process is stopped; else it has ended
+        errors.seek(0)
+        last = (errors.read().strip() or "no message").splitlines()[-1]
+    if process.returncode or not count:
+        yield Finding("code", False, f"it ended with status {process.returncode}: {last}")
 
 
 # -- report ----------------------------------------------------------------------------------------

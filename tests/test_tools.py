@@ -269,10 +269,15 @@ def test_code_that_cheats_is_caught_when_it_runs(bench, cheat, tmp_path, heard):
     assert group in failed if cheat else not failed, [f for f in found if not f.good]
 
 
-def test_a_crash_of_the_code_is_a_failure(bench, capsys, monkeypatch):
-    """What the new process found before it died stands in the checklist, and what it died of."""
-    monkeypatch.setattr(t.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
-        command, 1, 'FINDING ["C1", true, "s1: as it must be"]\n', "Traceback\nValueError: boom\n"))
+def test_a_crash_of_the_code_is_a_failure(bench, capsys, monkeypatch, tmp_path):
+    """What the new process found before it died stands in the checklist, at once, and what it died
+    of; other lines are progress."""
+    child = tmp_path / "child.py"
+    child.write_text("print('FINDING [\"C1\", true, \"as it must be\", \"s1: \"]')\n"
+                     "print('score:ttt 1/4')\nraise ValueError('boom')\n")
+    start = subprocess.Popen
+    monkeypatch.setattr(t.subprocess, "Popen", lambda command, **options: start(
+        [command[0], str(child)], **options))
     assert bench("verify", bench.root / "logs/s1") == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[-3:-1]] == ["pass C1 s1: as it must be".split(),
