@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import bisect
 import builtins
 import concurrent.futures
@@ -52,7 +51,6 @@ import fnmatch
 import functools
 import hashlib
 import heapq
-import html
 import importlib.metadata
 import importlib.util
 import inspect
@@ -6233,7 +6231,7 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
 
 
 def report(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `report`: a table on the terminal, report.html and, with matplotlib, report.png."""
+    """The verb `report`: a table on the terminal, report.md and, with matplotlib, report.png."""
     parser = argparse.ArgumentParser("train_gpt.py report", description="compare runs")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of those")
     parser.add_argument("--to", type=Path, help="folder of the report; else beside the first run")
@@ -6260,19 +6258,12 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     picture = draw(runs, matplotlib) if matplotlib else b""
     if picture:
         write_atomically(out / "report.png", picture)
-    tagged = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
-    write_atomically(out / "report.html", "\n".join([
-        "<!DOCTYPE html><html lang=\"en\"><meta charset=\"utf-8\"><title>Runs</title>",
-        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
-        "td:first-child{text-align:left}tr:nth-child(even){background:#eee}img{max-width:100%}"
-        "</style>", f"<h1>{len(runs)} runs, best first</h1>",
-        f"<table><tr>{tagged('th', table[0])}</tr>",
-        *(f"<tr>{tagged('td', row)}</tr>" for row in table[1:]), "</table>",
-        *([f"<h2>Not shown</h2><ul>{tagged('li', broken)}</ul>"] if broken else []),
-        "<img alt=\"curves, stages, bytes\" src=\"data:image/png;base64,"
-        f"{base64.b64encode(picture).decode()}\">" if picture else
-        "<p>No pictures: the package matplotlib is not installed.</p>", "</html>"]).encode())
-    print(f"report: {out / 'report.html'}" +
+    write_atomically(out / "report.md", "\n\n".join([
+        f"# {len(runs)} runs, best first", markdown(table),
+        *(f"Not shown: {line}" for line in broken),
+        "![curves, stages, bytes](report.png)" if picture else
+        "No pictures: the package matplotlib is not installed."]).encode())
+    print(f"report: {out / 'report.md'}" +
           ("" if picture else " (install matplotlib for pictures)"))
     return 0
 

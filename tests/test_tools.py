@@ -425,10 +425,10 @@ def test_report_lists_runs_and_what_is_broken(bench, tmp_path, capsys):
     assert lines[1].split()[:2] == [f"s{best}", str(best)]
     assert sum(line.startswith("not shown: ") for line in lines) == 2
     assert any("bad/log.txt: not JSON" in line for line in lines) and any("dead: no result.json" in line for line in lines)
-    page = (logs / "report.html").read_text()
-    assert page.count("<tr>") == 4 and "dead: no result.json" in page
+    page = (logs / "report.md").read_text()
+    assert page.count("\n| s") == 3 and "dead: no result.json" in page
     if t.optional("matplotlib"):
-        assert "data:image/png;base64," in page and (logs / "report.png").read_bytes().startswith(b"\x89PNG")
+        assert "](report.png)" in page and (logs / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_without_matplotlib(bench, tmp_path, capsys, monkeypatch):
@@ -436,7 +436,7 @@ def test_report_without_matplotlib(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(t, "optional", lambda name: None)
     assert t.main(["report", str(bench.root / "logs/s1"), "--to", str(tmp_path)], clean_env()) == 0
     assert "install matplotlib" in capsys.readouterr().out and not (tmp_path / "report.png").exists()
-    assert "matplotlib is not installed" in (tmp_path / "report.html").read_text()
+    assert "matplotlib is not installed" in (tmp_path / "report.md").read_text()
 
 
 def test_report_of_nothing_is_refused(tmp_path, capsys):
@@ -515,7 +515,7 @@ def test_a_sweep_runs_what_is_not_finished(bench, tmp_path, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert started == names[1:] and f"failed: {names[3]}" in out and f"{names[0]} is finished" in out
     assert (tmp_path / "try-matrix_lr0.02-seed2.unfinished1/model.bin").exists()
-    assert (tmp_path / "report.html").exists() and "run  " in out
+    assert (tmp_path / "report.md").exists() and "run  " in out
     started.clear()
     assert bench(**knobs) == 1 and started == names[3:], "the same command goes on where it stopped"
 
