@@ -842,9 +842,9 @@ class World:
         """This process's own GPU, or the CPU where there is none; `Refusal` if GPUs are too few."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        if local >= torch.cuda.device_count():
-            raise Refusal(f"LOCAL_RANK={local} has no GPU of its own (this node shows "
-                          f"{torch.cuda.device_count()}); start at most one process per GPU")
+        count = torch.cuda.device_count()
+        require(local < count, f"LOCAL_RANK={local} has no GPU of its own (this node shows "
+                f"{count}); start at most one process per GPU")
         # from here on "cuda" without a number, and NCCL, mean this GPU
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
@@ -1066,8 +1066,7 @@ class Log:
             with open(self.folder / "log.txt", "a", -1, "utf-8", "backslashreplace") as f:
                 f.writelines(line + "\n" for line in lines)
         except OSError as error:
-            raise Refusal(
-                f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
+            raise Refusal(f"{self.folder}/log.txt cannot be written ({error.strerror})") from None
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -4971,21 +4970,18 @@ def kernels_trouble() -> str:
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
     """COMPILE, with auto resolved, once a small function was compiled; where that fails auto is off
     and says why, anything else raises `Refusal`."""
-    mode = h.compile
-    if mode == "auto":
-        mode = "full" if device.type == "cuda" else "block"
-    if mode == "off":
-        return mode
+    if h.compile == "off":
+        return "off"
     try:
         fresh = os.getpid()    # no cache has this function yet, so that the compiler is asked
         torch.compile(lambda x: x.sin() * fresh + 1)(torch.ones(8, device=device))
     except Exception as error:    # whatever compilers, linkers and loaders may raise
         reason = next((line for line in str(error).splitlines() if "error:" in line), brief(error))
-        require(h.compile == "auto", f"COMPILE={mode} cannot work here ({reason}); install a "
+        require(h.compile == "auto", f"COMPILE={h.compile} cannot work here ({reason}); install a "
                 "compiler such as g++ and Python's header files, or set COMPILE=off")
         log(f"compile:off ({reason}; install g++ and Python.h for several times the speed)")
         return "off"
-    return mode
+    return h.compile if h.compile != "auto" else "full" if device.type == "cuda" else "block"
 
 
 def tune_process(device: torch.device) -> None:
@@ -5055,9 +5051,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     kernel = check(attention_kernel, h, world.device)
     if world.device.type == "cuda":
         need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
-        check(require, free_bytes >= need_bytes,
-              f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than {need_bytes:,} bytes of "
-              f"GPU memory, {free_bytes:,} are free")
+        check(require, free_bytes >= need_bytes, f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs "
+              f"more than {need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
         if kernel not in ("fa3", None):
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
@@ -5067,8 +5062,7 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         wrong.append("CORPUS=embedded needs the package sentencepiece (pip install sentencepiece)")
 # <<< not packed
     data = None if wrong and must_build(h) else check(find_dataset, h, world, log)
-    if wrong:
-        raise Refusal("; ".join(wrong))
+    require(not wrong, "; ".join(wrong))
     return data
 
 
@@ -5316,12 +5310,10 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
         write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
         for path in checkpoints(log.folder):
             path.unlink()
-    if sizes["total"] > h.budget_bytes:
-        raise Refusal(
-            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
-            f"{log.folder}, but it cannot be submitted: " +
-            ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
-             "this is the smallest possible size of this model"))
+    cure = ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
+            "this is the smallest possible size of this model")
+    require(sizes["total"] <= h.budget_bytes, f"BUDGET_BYTES={h.budget_bytes}: code + artifact are "
+            f"{sizes['total']} bytes; all is in {log.folder}, but it cannot be submitted: {cure}")
     return result
 
 
@@ -5391,34 +5383,28 @@ def start(world: World, env: Mapping[str, str]) -> None:
         run(h, world, log, data, watch.read_s())
 
 
-def obey(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Does what the command line asks for; returns the exit status."""
-    if arguments and arguments[0] in ("--help", "-h", "help"):
-        print(help_text(*arguments[1:2]))
-        return 0
-    verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
-    require(verb in ("", *VERBS), f"unknown verb {verb!r}" + nearest(verb, VERBS) +
-            f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
-    if verb not in ("", "eval"):
-        require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
-        return TOOLS[verb](list(arguments[1:]), env)
-    world = World.from_env(env)
-    tune_process(world.device)
-    if arguments:
-        evaluate(arguments[1:], world, env)
-    else:
-        start(world, env)
-    world.leave()
-    return 0
-
-
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The command line; returns the exit status: 2 after a `Refusal` or a signal, told on standard
-    error."""
+    """Obeys the command line; returns the exit status, which is 2 after a `Refusal` or a signal."""
     with lasting_output():
         before = heed(interrupt)
         try:
-            return obey(arguments, env)
+            if arguments and arguments[0] in ("--help", "-h", "help"):
+                print(help_text(*arguments[1:2]))
+                return 0
+            verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
+            require(verb in ("", *VERBS), f"unknown verb {verb!r}" + nearest(verb, VERBS) +
+                    f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+            if verb not in ("", "eval"):
+                require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
+                return TOOLS[verb](list(arguments[1:]), env)
+            world = World.from_env(env)
+            tune_process(world.device)
+            if arguments:
+                evaluate(arguments[1:], world, env)
+            else:
+                start(world, env)
+            world.leave()
+            return 0
         except (Refusal, OSError, KeyboardInterrupt) as error:
             node = f"node {env.get('GROUP_RANK', 0)} = {platform.node()}"
             rank = f" (rank {env['RANK']}, {node})" if "RANK" in env else ""
