@@ -811,6 +811,22 @@ def on_terminal() -> bool:
     return bool(sys.stdout and sys.stdout.isatty())
 
 
+def cpu_count(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processors that this process may use: its affinity, within the quota of its container."""
+    count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    # "200000 100000" are two processors, "max 100000" is no limit
+    quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+
+
+def complain(error: object, env: Mapping[str, str] = os.environ) -> int:
+    """Says on standard error why this process ends, and where; returns the exit status, 2."""
+    node = f"node {env.get('GROUP_RANK', 0)} = {platform.node()}"
+    rank = f" (rank {env['RANK']}, {node})" if "RANK" in env else ""
+    print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
 @dataclass(frozen=True)
 class World:
     """This process: rank, number of ranks, device; and all collectives that the file knows."""
@@ -1901,14 +1917,6 @@ def batches(corpus: Iterable[Document], title: str, say: Callable,
     for side, count in zip(("train", "val"), tally.sides):
         require(count, f"documents: none fell to {side}; give more documents, or choose those of "
                 "validation with --val or --val-first")
-
-
-def cpu_count(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Processors that this process may use: its affinity, within the quota of its container."""
-    count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
-    # "200000 100000" are two processors, "max 100000" is no limit
-    quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
 def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
@@ -4987,8 +4995,10 @@ def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], 
 def tune_process(device: torch.device) -> None:
     """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs a heap that is grown
     once, in huge pages, and never trimmed, since getting zeroed pages again and again from the
-    system took up to two thirds of a step."""
+    system took up to two thirds of a step; no more threads than there are processors for."""
     torch.set_float32_matmul_precision("high")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     if device.type == "cuda" or sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
@@ -5406,10 +5416,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             world.leave()
             return 0
         except (Refusal, OSError, KeyboardInterrupt) as error:
-            node = f"node {env.get('GROUP_RANK', 0)} = {platform.node()}"
-            rank = f" (rank {env['RANK']}, {node})" if "RANK" in env else ""
-            print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
-            return 2
+            return complain(error, env)
         finally:
             restore_signals(before)
 
