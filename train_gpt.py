@@ -68,6 +68,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -827,6 +828,70 @@ def complain(error: object, env: Mapping[str, str] = os.environ) -> int:
     return 2
 
 
+JOIN_S = 300    # for ranks to find each other
+SILENCE_S = 25    # after which a reader wonders whether a process still lives
+
+
+class Watch:
+    """Learns that a rank died from its system, which closes what a process had open: who works
+    alone for hours never looks dead. Each rank has a connection to rank 0, which passes on who
+    died first; a machine that went away is one that answers no keep-alives for 20 s."""
+
+    def __init__(self, rank: int, size: int, store: dist.Store, host: str):
+        """Connects every rank with rank 0, which puts its port and a token into the store; listens
+        from now on. Raises OSError where a rank does not come within JOIN_S."""
+        self.lines, self.lost, self.dead, self.left = {}, [], threading.Event(), False
+        if rank == 0:
+            both, token = socket.has_dualstack_ipv6(), os.urandom(16).hex()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            expected = {f"{token}{r:8}".encode(): r for r in range(1, size)}
+            end_s = time.monotonic() + JOIN_S
+            with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server:
+                server.settimeout(1)
+                store.set("watch", f"{server.getsockname()[1]} {token}")
+                while expected and time.monotonic() < end_s:
+                    # nobody calls yet, or a scanner of ports does, and says nothing or rubbish
+                    with contextlib.suppress(OSError, KeyError):
+                        line = server.accept()[0]
+                        line.settimeout(1)
+                        self.lines[line] = expected.pop(line.recv(40))
+            if expected:
+                raise TimeoutError(f"ranks {[*expected.values()]} did not call rank 0")
+        else:
+            port, token = store.get("watch").decode().split()
+            self.lines[socket.create_connection((host, int(port)), JOIN_S)] = 0
+            self.tell(f"{token}{rank:8}")
+        for line in self.lines:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # after 4 s, 4 times, every 4 s, by those names that this system has
+            for name in {"TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"} & {*dir(socket)}:
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), 4)
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def tell(self, words: str) -> None:
+        """Says to the other ends, in 40 bytes, who calls, or who died, or that this rank left."""
+        for line in [*self.lines]:
+            with contextlib.suppress(OSError):    # dead as well
+                line.sendall(words.ljust(40).encode())
+
+    def listen(self) -> None:
+        """Waits, as a thread, for the first death; who ends after it ends because of it. The main
+        thread has 5 s to find that out, else this one ends the process in one sentence."""
+        while self.lines and not self.lost:
+            line = select.select([*self.lines], (), ())[0][0]
+            rank, words = self.lines.pop(line), b""
+            with contextlib.suppress(OSError):    # broken, which says as much as closed
+                words = line.recv(40).strip()
+            if not (self.left or words == b"left"):
+                self.lost.append(int(words or rank))
+        if self.lost:
+            self.dead.set()
+            self.tell(f"{self.lost[0]}")
+            time.sleep(5)
+            if not self.left:
+                os._exit(complain(f"another rank was lost: {self.lost}; see its own messages"))
+
+
 @dataclass(frozen=True)
 class World:
     """This process: rank, number of ranks, device; and all collectives that the file knows."""
@@ -834,24 +899,38 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    watch: Watch | None = None    # of several ranks
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """Joins the group that torchrun describes: NCCL on GPUs, gloo on CPUs; else `Refusal`."""
+        crowd = {name: env[name] for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+                 if env.get(name, "") not in ("", "0", "1")}
+        require(not crowd or {"RANK", "WORLD_SIZE"} & {*env}, f"{run_block(crowd)} without RANK: "
+                "start these processes with torchrun, or set WORLD_SIZE=1 where one is all")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        said = run_block({name: env[name] for name in names if name in env})
         try:
-            rank, size, local = (int(env.get(name, default)) for name, default in (
-                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            rank, size, local = (int(env.get(*pair)) for pair in zip(names, "010"))
             if not 0 <= rank < size or local < 0:
-                raise ValueError("0 <= RANK < WORLD_SIZE must hold")
+                raise ValueError("0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK must hold")
             device = cls.claim_device(local)
-            if size > 1:    # 10 minutes: rank 0 builds a corpus, searches steps, packs alone
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                        timeout=datetime.timedelta(minutes=10))
-        except (ValueError, RuntimeError) as error:
-            raise Refusal(
-                f"RANK={env.get('RANK')} WORLD_SIZE={env.get('WORLD_SIZE')}: this group of ranks "
-                f"cannot be joined ({brief(error)}); start it with torchrun") from None
-        return cls(rank, size, device)
+            if size == 1:
+                return cls(rank, size, device)
+            if local == 0:
+                print(f"ranks: {said} waits for the others, at most {JOIN_S} s", file=sys.stderr)
+            limit, day = datetime.timedelta(seconds=JOIN_S), datetime.timedelta(days=1)
+            store = next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
+            # torchrun's own store outlives a group that it starts again
+            store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+            watch = Watch(rank, size, store, env["MASTER_ADDR"])
+            store.set_timeout(day)    # one rank may work alone for hours; `watch` notices deaths
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                    rank=rank, world_size=size, timeout=day)
+            return cls(rank, size, device, watch)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise Refusal(f"{said}: this group of ranks cannot be joined ({brief(error)}); start "
+                          "it with torchrun") from None
 
     @staticmethod
     def claim_device(local: int) -> torch.device:
@@ -871,23 +950,13 @@ class World:
         return self.rank == 0
 
     def together(self, collective: Callable, *arguments: Any, **options: Any) -> Any:
-        """What a collective of several ranks returns; `Refusal` names those that are silent."""
+        """What a collective of several ranks returns; `Refusal` names the rank that died."""
         try:
             return collective(*arguments, **options) if self.size > 1 else None
         except RuntimeError as error:
-            raise Refusal(f"another rank was lost: {self.silent()} ({brief(error)}); see its own "
-                          "messages") from None
-
-    def silent(self) -> list[int]:
-        """The ranks that miss a roll call of two seconds; [0] where the store died with rank 0."""
-        # Through the group's store of keys, since the collectives are what just failed.
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"here{self.rank}", "")
-            time.sleep(2)
-            return [r for r in range(self.size) if not store.check([f"here{r}"])]
-        except RuntimeError:
-            return [0]
+            self.watch.dead.wait(25)    # of a whole machine it is known last
+            raise Refusal(f"another rank was lost: {self.watch.lost or 'unknown'} "
+                          f"({brief(error)}); see its own messages") from None
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t` over the ranks, in place."""
@@ -941,8 +1010,10 @@ class World:
             self.sum(torch.zeros(1, device=self.device)).item()
 
     def leave(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, and tells the others that this is no death."""
         if self.size > 1 and dist.is_initialized():
+            self.watch.left = True
+            self.watch.tell("left")
             dist.destroy_process_group()
 
 
@@ -1032,9 +1103,6 @@ def refuse_used(folder: Path) -> None:
             folder / "model.bin").exists() and not checkpoints(folder):
         raise Refusal(f"RUN_ID={folder.name} was used before: {folder} exists; choose another "
                       "RUN_ID, no run is ever overwritten")
-
-
-SILENCE_S = 25    # after which a reader wonders whether a process still lives
 
 
 class Log:
@@ -3120,6 +3188,7 @@ class Checkpoints:
         if self.on and elapsed_s >= self.saved_s + self.t.h.checkpoint_every_s:
             self.save(step)
             if elapsed_s == math.inf:
+                self.t.world.leave()    # as all ranks do, some later than others
                 raise Refusal(f"stopped by a signal at step {step}; the same command with RUN_ID="
                               f"{self.folder.name} goes on from there")
 
