@@ -66,6 +66,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -810,6 +811,86 @@ def on_terminal() -> bool:
     return bool(sys.stdout and sys.stdout.isatty())
 
 
+def cpu_count(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processors that this process may use: its affinity, within the quota of its container."""
+    count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    # "200000 100000" are two processors, "max 100000" is no limit
+    quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+
+
+def complain(error: object, env: Mapping[str, str] = os.environ) -> int:
+    """Says on standard error why this process ends, and where; returns the exit status, 2."""
+    node = f"node {env.get('GROUP_RANK', 0)} = {platform.node()}"
+    rank = f" (rank {env['RANK']}, {node})" if "RANK" in env else ""
+    print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+JOIN_S = 300    # for ranks to find each other
+SILENCE_S = 25    # after which a reader wonders whether a process still lives
+
+
+class Watch:
+    """Learns that a rank died from its system, which closes what a process had open: who works
+    alone for hours never looks dead. Each rank has a connection to rank 0, which passes on who
+    died first; a machine that went away is one that answers no keep-alives for 20 s."""
+
+    def __init__(self, rank: int, size: int, store: dist.Store, host: str):
+        """Connects every rank with rank 0, which puts its port and a token into the store; listens
+        from now on. Raises OSError where a rank does not come within JOIN_S."""
+        self.lines, self.lost, self.dead, self.left = {}, [], threading.Event(), False
+        if rank == 0:
+            both, token = socket.has_dualstack_ipv6(), os.urandom(16).hex()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            expected = {f"{token}{r:8}".encode(): r for r in range(1, size)}
+            end_s = time.monotonic() + JOIN_S
+            with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server:
+                server.settimeout(1)
+                store.set("watch", f"{server.getsockname()[1]} {token}")
+                while expected and time.monotonic() < end_s:
+                    # nobody calls yet, or a scanner of ports does, and says nothing or rubbish
+                    with contextlib.suppress(OSError, KeyError):
+                        line = server.accept()[0]
+                        line.settimeout(1)
+                        self.lines[line] = expected.pop(line.recv(40))
+            if expected:
+                raise TimeoutError(f"ranks {[*expected.values()]} did not call rank 0")
+        else:
+            port, token = store.get("watch").decode().split()
+            self.lines[socket.create_connection((host, int(port)), JOIN_S)] = 0
+            self.tell(f"{token}{rank:8}")
+        for line in self.lines:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # after 4 s, 4 times, every 4 s, by those names that this system has
+            for name in {"TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"} & {*dir(socket)}:
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), 4)
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def tell(self, words: str) -> None:
+        """Says to the other ends, in 40 bytes, who calls, or who died, or that this rank left."""
+        for line in [*self.lines]:
+            with contextlib.suppress(OSError):    # dead as well
+                line.sendall(words.ljust(40).encode())
+
+    def listen(self) -> None:
+        """Waits, as a thread, for the first death; who ends after it ends because of it. The main
+        thread has 5 s to find that out, else this one ends the process in one sentence."""
+        while self.lines and not self.lost:
+            line = select.select([*self.lines], (), ())[0][0]
+            rank, words = self.lines.pop(line), b""
+            with contextlib.suppress(OSError):    # broken, which says as much as closed
+                words = line.recv(40).strip()
+            if not (self.left or words == b"left"):
+                self.lost.append(int(words or rank))
+        if self.lost:
+            self.dead.set()
+            self.tell(f"{self.lost[0]}")
+            time.sleep(5)
+            if not self.left:
+                os._exit(complain(f"another rank was lost: {self.lost}; see its own messages"))
+
+
 @dataclass(frozen=True)
 class World:
     """This process: rank, number of ranks, device; and all collectives that the file knows."""
@@ -817,33 +898,47 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    watch: Watch | None = None    # of several ranks
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """Joins the group that torchrun describes: NCCL on GPUs, gloo on CPUs; else `Refusal`."""
+        crowd = {name: env[name] for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+                 if env.get(name, "") not in ("", "0", "1")}
+        require(not crowd or {"RANK", "WORLD_SIZE"} & {*env}, f"{run_block(crowd)} without RANK: "
+                "start these processes with torchrun, or set WORLD_SIZE=1 where one is all")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        said = run_block({name: env[name] for name in names if name in env})
         try:
-            rank, size, local = (int(env.get(name, default)) for name, default in (
-                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            rank, size, local = (int(env.get(*pair)) for pair in zip(names, "010"))
             if not 0 <= rank < size or local < 0:
-                raise ValueError("0 <= RANK < WORLD_SIZE must hold")
+                raise ValueError("0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK must hold")
             device = cls.claim_device(local)
-            if size > 1:    # 10 minutes: rank 0 builds a corpus, searches steps, packs alone
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                        timeout=datetime.timedelta(minutes=10))
-        except (ValueError, RuntimeError) as error:
-            raise Refusal(
-                f"RANK={env.get('RANK')} WORLD_SIZE={env.get('WORLD_SIZE')}: this group of ranks "
-                f"cannot be joined ({brief(error)}); start it with torchrun") from None
-        return cls(rank, size, device)
+            if size == 1:
+                return cls(rank, size, device)
+            if local == 0:
+                print(f"ranks: {said} waits for the others, at most {JOIN_S} s", file=sys.stderr)
+            limit, day = datetime.timedelta(seconds=JOIN_S), datetime.timedelta(days=1)
+            store = next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
+            # torchrun's own store outlives a group that it starts again
+            store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+            watch = Watch(rank, size, store, env["MASTER_ADDR"])
+            store.set_timeout(day)    # one rank may work alone for hours; `watch` notices deaths
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                    rank=rank, world_size=size, timeout=day)
+            return cls(rank, size, device, watch)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise Refusal(f"{said}: this group of ranks cannot be joined ({brief(error)}); start "
+                          "it with torchrun") from None
 
     @staticmethod
     def claim_device(local: int) -> torch.device:
         """This process's own GPU, or the CPU where there is none; `Refusal` if GPUs are too few."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        if local >= torch.cuda.device_count():
-            raise Refusal(f"LOCAL_RANK={local} has no GPU of its own (this node shows "
-                          f"{torch.cuda.device_count()}); start at most one process per GPU")
+        count = torch.cuda.device_count()
+        require(local < count, f"LOCAL_RANK={local} has no GPU of its own (this node shows "
+                f"{count}); start at most one process per GPU")
         # from here on "cuda" without a number, and NCCL, mean this GPU
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
@@ -854,23 +949,13 @@ class World:
         return self.rank == 0
 
     def together(self, collective: Callable, *arguments: Any, **options: Any) -> Any:
-        """What a collective of several ranks returns; `Refusal` names those that are silent."""
+        """What a collective of several ranks returns; `Refusal` names the rank that died."""
         try:
             return collective(*arguments, **options) if self.size > 1 else None
         except RuntimeError as error:
-            raise Refusal(f"another rank was lost: {self.silent()} ({brief(error)}); see its own "
-                          "messages") from None
-
-    def silent(self) -> list[int]:
-        """The ranks that miss a roll call of two seconds; [0] where the store died with rank 0."""
-        # Through the group's store of keys, since the collectives are what just failed.
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"here{self.rank}", "")
-            time.sleep(2)
-            return [r for r in range(self.size) if not store.check([f"here{r}"])]
-        except RuntimeError:
-            return [0]
+            self.watch.dead.wait(25)    # of a whole machine it is known last
+            raise Refusal(f"another rank was lost: {self.watch.lost or 'unknown'} "
+                          f"({brief(error)}); see its own messages") from None
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t` over the ranks, in place."""
@@ -924,8 +1009,10 @@ class World:
             self.sum(torch.zeros(1, device=self.device)).item()
 
     def leave(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, and tells the others that this is no death."""
         if self.size > 1 and dist.is_initialized():
+            self.watch.left = True
+            self.watch.tell("left")
             dist.destroy_process_group()
 
 
@@ -1017,9 +1104,6 @@ def refuse_used(folder: Path) -> None:
                       "RUN_ID, no run is ever overwritten")
 
 
-SILENCE_S = 25    # after which a reader wonders whether a process still lives
-
-
 class Log:
     """What rank 0 prints; once a folder is claimed, its log.txt too. Other ranks say nothing."""
 
@@ -1065,8 +1149,7 @@ class Log:
             with open(self.folder / "log.txt", "a", -1, "utf-8", "backslashreplace") as f:
                 f.writelines(line + "\n" for line in lines)
         except OSError as error:
-            raise Refusal(
-                f"{self.folder / 'log.txt'} cannot be written ({error.strerror})") from None
+            raise Refusal(f"{self.folder}/log.txt cannot be written ({error.strerror})") from None
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -1901,14 +1984,6 @@ def batches(corpus: Iterable[Document], title: str, say: Callable,
     for side, count in zip(("train", "val"), tally.sides):
         require(count, f"documents: none fell to {side}; give more documents, or choose those of "
                 "validation with --val or --val-first")
-
-
-def cpu_count(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Processors that this process may use: its affinity, within the quota of its container."""
-    count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
-    # "200000 100000" are two processors, "max 100000" is no limit
-    quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
 def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor, folder: Path,
@@ -3112,6 +3187,7 @@ class Checkpoints:
         if self.on and elapsed_s >= self.saved_s + self.t.h.checkpoint_every_s:
             self.save(step)
             if elapsed_s == math.inf:
+                self.t.world.leave()    # as all ranks do, some later than others
                 raise Refusal(f"stopped by a signal at step {step}; the same command with RUN_ID="
                               f"{self.folder.name} goes on from there")
 
@@ -4980,28 +5056,27 @@ def kernels_trouble() -> str:
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
     """COMPILE, with auto resolved, once a small function was compiled; where that fails auto is off
     and says why, anything else raises `Refusal`."""
-    mode = h.compile
-    if mode == "auto":
-        mode = "full" if device.type == "cuda" else "block"
-    if mode == "off":
-        return mode
+    if h.compile == "off":
+        return "off"
     try:
         fresh = os.getpid()    # no cache has this function yet, so that the compiler is asked
         torch.compile(lambda x: x.sin() * fresh + 1)(torch.ones(8, device=device))
     except Exception as error:    # whatever compilers, linkers and loaders may raise
         reason = next((line for line in str(error).splitlines() if "error:" in line), brief(error))
-        require(h.compile == "auto", f"COMPILE={mode} cannot work here ({reason}); install a "
+        require(h.compile == "auto", f"COMPILE={h.compile} cannot work here ({reason}); install a "
                 "compiler such as g++ and Python's header files, or set COMPILE=off")
         log(f"compile:off ({reason}; install g++ and Python.h for several times the speed)")
         return "off"
-    return mode
+    return h.compile if h.compile != "auto" else "full" if device.type == "cuda" else "block"
 
 
 def tune_process(device: torch.device) -> None:
     """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs a heap that is grown
     once, in huge pages, and never trimmed, since getting zeroed pages again and again from the
-    system took up to two thirds of a step."""
+    system took up to two thirds of a step; no more threads than there are processors for."""
     torch.set_float32_matmul_precision("high")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     if device.type == "cuda" or sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
@@ -5064,9 +5139,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     kernel = check(attention_kernel, h, world.device)
     if world.device.type == "cuda":
         need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
-        check(require, free_bytes >= need_bytes,
-              f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs more than {need_bytes:,} bytes of "
-              f"GPU memory, {free_bytes:,} are free")
+        check(require, free_bytes >= need_bytes, f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs "
+              f"more than {need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
         if kernel not in ("fa3", None):
             log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
                 "slower)")
@@ -5076,8 +5150,7 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         wrong.append("CORPUS=embedded needs the package sentencepiece (pip install sentencepiece)")
 # <<< not packed
     data = None if wrong and must_build(h) else check(find_dataset, h, world, log)
-    if wrong:
-        raise Refusal("; ".join(wrong))
+    require(not wrong, "; ".join(wrong))
     return data
 
 
@@ -5321,12 +5394,10 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
         write_atomically(log.folder / "result.json", json.dumps(result, indent=1).encode())
         for path in checkpoints(log.folder):
             path.unlink()
-    if sizes["total"] > h.budget_bytes:
-        raise Refusal(
-            f"BUDGET_BYTES={h.budget_bytes}: code + artifact are {sizes['total']} bytes; all is in "
-            f"{log.folder}, but it cannot be submitted: " +
-            ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
-             "this is the smallest possible size of this model"))
+    cure = ("raise MATRIX_CLIP_SIGMAS or search steps" if h.step_search == "uniform" else
+            "this is the smallest possible size of this model")
+    require(sizes["total"] <= h.budget_bytes, f"BUDGET_BYTES={h.budget_bytes}: code + artifact are "
+            f"{sizes['total']} bytes; all is in {log.folder}, but it cannot be submitted: {cure}")
     return result
 
 
@@ -5395,39 +5466,30 @@ def start(world: World, env: Mapping[str, str]) -> None:
         run(h, world, log, data, watch.read_s())
 
 
-def obey(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Does what the command line asks for; returns the exit status."""
-    if arguments and arguments[0] in ("--help", "-h", "help"):
-        print(help_text(*arguments[1:2]))
-        return 0
-    verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
-    require(verb in ("", *VERBS), f"unknown verb {verb!r}" + nearest(verb, VERBS) +
-            f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
-    if verb not in ("", "eval"):
-        require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
-        return TOOLS[verb](list(arguments[1:]), env)
-    world = World.from_env(env)
-    tune_process(world.device)
-    if arguments:
-        evaluate(arguments[1:], world, env)
-    else:
-        start(world, env)
-    world.leave()
-    return 0
-
-
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The command line; returns the exit status: 2 after a `Refusal` or a signal, told on standard
-    error."""
+    """Obeys the command line; returns the exit status, which is 2 after a `Refusal` or a signal."""
     with lasting_output():
         before = heed(interrupt)
         try:
-            return obey(arguments, env)
+            if arguments and arguments[0] in ("--help", "-h", "help"):
+                print(help_text(*arguments[1:2]))
+                return 0
+            verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
+            require(verb in ("", *VERBS), f"unknown verb {verb!r}" + nearest(verb, VERBS) +
+                    f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+            if verb not in ("", "eval"):
+                require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
+                return TOOLS[verb](list(arguments[1:]), env)
+            world = World.from_env(env)
+            tune_process(world.device)
+            if arguments:
+                evaluate(arguments[1:], world, env)
+            else:
+                start(world, env)
+            world.leave()
+            return 0
         except (Refusal, OSError, KeyboardInterrupt) as error:
-            node = f"node {env.get('GROUP_RANK', 0)} = {platform.node()}"
-            rank = f" (rank {env['RANK']}, {node})" if "RANK" in env else ""
-            print(f"train_gpt.py: error{rank}: {error}", file=sys.stderr, flush=True)
-            return 2
+            return complain(error, env)
         finally:
             restore_signals(before)
 

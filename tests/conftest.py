@@ -68,7 +68,8 @@ def write_dataset(folder: Path, h: tg.Hyperparameters, train: int = 5000, val: i
 
 def clean_env(**knobs: object) -> dict[str, str]:
     """This process's environment without knobs or ranks, on the CPU, with one thread, plus `knobs`."""
-    ours = {name.upper() for name in tg.Hyperparameters.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    ours = {name.upper() for name in tg.Hyperparameters.__dataclass_fields__} | {
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}
     base = {name: value for name, value in os.environ.items() if name not in ours}
     text = {name: str(int(v) if isinstance(v, bool) else v) for name, v in knobs.items()}
     return base | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") | text

@@ -424,6 +424,20 @@ def test_a_signal_ends_any_stage_in_one_sentence(name, verb, monkeypatch, capsys
     assert t.signal.signal(number, before) == t.signal.default_int_handler
 
 
+def test_threads_are_no_more_than_processors(monkeypatch):
+    """Nor more than torch takes by itself; OMP_NUM_THREADS is what the user wants."""
+    asked = []
+    monkeypatch.setattr(t.torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(t.torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for count in (3, 16):
+        monkeypatch.setattr(t, "cpu_count", lambda count=count: count)
+        t.tune_process(t.torch.device("cuda"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    t.tune_process(t.torch.device("cuda"))
+    assert asked == [3, 8]
+
+
 def test_two_processes_with_one_run_id(tmp_path, capsys):
     """The second is refused while the first lives, and leaves its files alone."""
     log = t.Log(t.World(), tmp_path / "logs" / "two", quiet=True)

@@ -1,4 +1,4 @@
-"""What happens to processes outside of a test bench: output that goes away, signals, several starts at once.
+"""What happens to processes outside of a test bench: output that goes away, signals, several starts at once, dead ranks.
 Runs are forked from this process, so that each takes a second; two real ones show what an interpreter says at its exit."""
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -184,3 +185,110 @@ def test_a_place_that_nobody_thought_of(data, tmp_path, monkeypatch):
     assert ended(run(home, data.rename(data.with_name("ein Ordner")), broken_pipe(), RUN_ID="r", HOME="/nowhere")) == 0
     assert (home / "logs" / "r" / "result.json").exists()
     data.with_name("ein Ordner").rename(data)
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+def ranked(rank: int, size: int, port: int) -> None:
+    """Makes this process one of a group that is about to start; five seconds become half of one."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sleep = time.sleep
+    t.time.sleep = lambda s: sleep(min(s, 0.5))
+
+
+def free_port() -> int:
+    """A port that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ranks(home: Path, size: int, work) -> list[int]:
+    """Ids of the processes of a group; each does `work(world)` and writes its errors to home/errors<rank>."""
+    def life(rank: int) -> int:
+        """What one of them does."""
+        os.dup2(os.open(home / f"errors{rank}", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", closefd=False)
+        ranked(rank, size, port)
+        try:
+            world = t.World.from_env(os.environ)
+            world.wait()
+            (home / f"here{rank}").write_text("here")
+            return work(world) or 0
+        except t.Refusal as error:
+            return t.complain(error)
+
+    port = free_port()
+    return [forked(lambda rank=rank: life(rank)) for rank in range(size)]
+
+
+def work_alone(seconds: float) -> None:
+    """Computes without a collective that could fail."""
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        sum(range(1000))
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_dead_rank_is_named_to_all(victim, tmp_path):
+    """While everybody is busy with work of their own, rank 0 as well, and no collective could notice."""
+    children = ranks(tmp_path, 3, lambda _: work_alone(60))
+    for rank in range(3):
+        wait_for(tmp_path / f"here{rank}", "here")
+    begin_s = time.monotonic()
+    os.kill(children[victim], signal.SIGKILL)
+    assert [ended(child) for child in children] == [-9 if rank == victim else 2 for rank in range(3)]
+    assert time.monotonic() - begin_s < 8
+    for rank in {0, 1, 2} - {victim}:
+        said = (tmp_path / f"errors{rank}").read_text()
+        assert f"train_gpt.py: error (rank {rank}, node 0 = " in said and said.count("error") == 1
+        assert said.endswith(f"another rank was lost: [{victim}]; see its own messages\n")
+
+
+def test_a_rank_that_is_refused_is_named_to_all(tmp_path):
+    """It says why; the others, in a collective or alone, say who. Nobody names those who end because of it."""
+    def work(world: t.World) -> None:
+        """Rank 1 finds something wrong, rank 2 waits for it, rank 0 is busy."""
+        t.require(world.rank != 1, "KNOB=1 is wrong here")
+        world.wait() if world.rank else work_alone(60)
+
+    assert [ended(child) for child in ranks(tmp_path, 3, work)] == [2, 2, 2]
+    for rank, words in enumerate(("another rank was lost: [1]; see", "KNOB=1 is wrong here", "another rank was lost: [1] (")):
+        said = (tmp_path / f"errors{rank}").read_text()
+        assert words in said and said.count("train_gpt.py: error") == 1, said
+
+
+def test_a_busy_rank_is_not_dead(tmp_path):
+    """One rank holds Python's lock; the others wait for it in a collective and then leave in peace, one by one."""
+    def work(world: t.World) -> None:
+        """Rank 0 keeps its threads from running; who is first out is no loss to the rest."""
+        if world.main:
+            sys.setswitchinterval(100)
+            sum(range(10_000_000))
+            sys.setswitchinterval(0.005)
+        world.share(1)
+        if world.rank == 1:
+            work_alone(2)
+        world.leave()
+
+    assert [ended(child) for child in ranks(tmp_path, 3, work)] == [0, 0, 0]
+    assert "lost" not in "".join((tmp_path / f"errors{rank}").read_text() for rank in range(3))
+
+
+def test_a_stop_with_a_checkpoint_is_no_death(data, tmp_path):
+    """One rank is asked, all stop in the same step; one of them needs longer for it than the others wait for the dead."""
+    port = free_port()
+
+    def before(rank: int) -> None:
+        """Makes the end of rank 0 a slow one."""
+        ranked(rank, 2, port)
+        if rank == 0:
+            t.restore_signals = lambda _: work_alone(1.5)
+
+    group = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, REHEARSAL_STEPS=0)
+    children = [run(tmp_path, data, broken_pipe(), lambda rank=rank: before(rank), RANK=rank, LOCAL_RANK=rank, **ENDLESS | group)
+                for rank in range(2)]
+    wait_for(tmp_path / "logs" / "r" / "log.txt", "step:3/")
+    os.kill(children[1], signal.SIGTERM)
+    assert [ended(child) for child in children] == [2, 2] and t.checkpoints(tmp_path / "logs" / "r")
+    said = (tmp_path / "errors").read_text()
+    assert said.count("stopped by a signal at step") == 2 and "lost" not in said, said

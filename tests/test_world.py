@@ -3,6 +3,10 @@
 import os
 import platform
 import re
+import socket
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -146,14 +150,92 @@ def test_torchrun_refuses_too(tmp_path):
     assert "step:" not in done.stdout and not (tmp_path / "logs" / "r" / "model.bin").exists()
 
 
-@pytest.mark.parametrize("env", [
-    dict(WORLD_SIZE="two"), dict(WORLD_SIZE="2", RANK="0"), dict(WORLD_SIZE="0"), dict(WORLD_SIZE="-2"), dict(RANK="1"),
-    dict(RANK="2", WORLD_SIZE="2"), dict(RANK="", WORLD_SIZE="2"), dict(LOCAL_RANK="-1")])
-def test_a_world_that_cannot_be_joined_is_refused(env, monkeypatch):
-    """Ranks that are no numbers, or several of them without a launcher."""
+@pytest.mark.parametrize("env, words", [
+    (dict(WORLD_SIZE="two"), "WORLD_SIZE=two: this group.*'two'.*torchrun"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0: .*must hold"),
+    (dict(WORLD_SIZE="-2"), "WORLD_SIZE=-2: .*must hold"), (dict(RANK="1"), "RANK=1: .*must hold"),
+    (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 WORLD_SIZE=2: .*0 <= RANK < WORLD_SIZE"), (dict(RANK="", WORLD_SIZE="2"), "RANK= WORLD_SIZE=2: "),
+    (dict(RANK="0.5", WORLD_SIZE="2"), "RANK=0.5 "), (dict(LOCAL_RANK="-1"), "LOCAL_RANK=-1: .*0 <= LOCAL_RANK"),
+    (dict(WORLD_SIZE="2", RANK="0"), "cannot be joined .*MASTER_ADDR.*torchrun"),
+    (dict(SLURM_NTASKS="8", SLURM_PROCID="3"), "SLURM_NTASKS=8 without RANK: .*torchrun.*WORLD_SIZE=1"),
+    (dict(OMPI_COMM_WORLD_SIZE="2"), "OMPI_COMM_WORLD_SIZE=2"), (dict(PMI_SIZE="2"), "PMI_SIZE=2")])
+def test_a_world_that_cannot_be_joined_is_refused(env, words, monkeypatch):
+    """Ranks that make no sense, or several of them without a launcher."""
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(tg.Refusal):
+    with pytest.raises(tg.Refusal, match=words) as refusal:
         tg.World.from_env(env)
+    assert "\n" not in str(refusal.value)
+
+
+def test_one_process_of_a_scheduler_is_alone():
+    """One task, or a user who says so."""
+    for env in (dict(SLURM_NTASKS="1"), dict(SLURM_NTASKS="8", WORLD_SIZE="1"), dict(PMI_SIZE="", OMPI_COMM_WORLD_SIZE="1")):
+        assert tg.World.from_env(env).size == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_nobody_joins_end_in_bounded_time(rank, monkeypatch, capfd):
+    """In one sentence that names the place; how long it may take was said before, once a machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tg, "JOIN_S", 1)
+    place = f"RANK={rank} WORLD_SIZE=2 LOCAL_RANK={rank} MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+    with pytest.raises(tg.Refusal, match=f"{place}: this group of ranks cannot be joined"):
+        tg.World.from_env(env)
+    assert (f"ranks: {place} waits for the others, at most 1 s" in capfd.readouterr().err) == (rank == 0)
+
+
+def test_collectives_wait_for_a_day(monkeypatch):
+    """One rank may work alone for hours; the store, which NCCL asks at its first collective, waits as long."""
+    store, asked = tg.dist.HashStore(), {}
+    monkeypatch.setattr(tg.dist, "rendezvous", lambda *_, timeout: asked.update(join=timeout) or iter([(store, 0, 2)]))
+    monkeypatch.setattr(tg.dist, "init_process_group", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr(tg, "Watch", lambda *_: "watch")
+    world = tg.World.from_env(dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1", TORCHELASTIC_RESTART_COUNT="3"))
+    assert world.watch == "watch" and asked["join"] == timedelta(seconds=tg.JOIN_S)
+    assert asked["timeout"] == store.timeout == timedelta(days=1)
+    asked["store"].set("key", "")
+    assert store.check(["3/key"]), "a group that is started again finds no keys of the one before"
+
+
+def test_strangers_do_not_join(monkeypatch):
+    """Scanners of ports that say nothing or rubbish, hang up, or guess a rank, while the ranks call."""
+    store, watches = tg.dist.HashStore(), {}
+    threads = [threading.Thread(target=lambda rank=rank: watches.update({rank: tg.Watch(rank, 3, store, "localhost")}))
+               for rank in range(3)]
+    begin_s = time.monotonic()
+    threads[0].start()
+    port, token = store.get("watch").decode().split()
+    lines = [socket.create_connection(("127.0.0.1", int(port))) for _ in range(4)]
+    for line, words in zip(lines, (b"", b"GET / HTTP/1.0\r\n\r\n", f"{'0' * 32}{1:8}".encode(), f"{token}{7:8}".encode())):
+        line.sendall(words)
+    lines.pop().close()
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(watches) == [0, 1, 2] and time.monotonic() - begin_s < 10
+    assert sorted(watches[0].lines.values()) == [1, 2] and [*watches[1].lines.values()] == [0]
+    assert all(line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for watch in watches.values() for line in watch.lines)
+    for watch in watches.values():
+        watch.left = True    # else a thread would end this process
+    for rank in (1, 2, 0):
+        watches[rank].tell("left")
+    assert not any(watch.lost for watch in watches.values())
+    for line in lines:
+        line.close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", int(port)))
+
+
+def test_a_rank_that_does_not_call_is_named(monkeypatch):
+    """By rank 0, when the time is over."""
+    monkeypatch.setattr(tg, "JOIN_S", 0.5)
+    with pytest.raises(TimeoutError, match=re.escape("ranks [1, 2] did not call rank 0")):
+        tg.Watch(0, 3, tg.dist.HashStore(), "localhost")
 
 
 def lose_a_rank(world: tg.World, folder: Path) -> None:
@@ -170,7 +252,7 @@ def lose_a_rank(world: tg.World, folder: Path) -> None:
 def test_a_lost_rank_is_refused(tmp_path):
     """The others stop with one sentence instead of waiting for it or printing a traceback."""
     on_ranks(2, lose_a_rank, tmp_path)
-    assert (tmp_path / "error.txt").read_text().startswith("Refusal: ")
+    assert (tmp_path / "error.txt").read_text().startswith("Refusal: another rank was lost: [1] (")
 
 
 # ------------------------------------------------------------------------------------------------------------- files
