@@ -264,8 +264,6 @@ class Hyperparameters:
                                (0, 4, 8, 16, 32, 64).__contains__)
     step_search: str = one_of("layer role uniform", "steps that fill BUDGET_BYTES, one for each "
                               "role and layer, or role; uniform: by the CLIP_SIGMAS alone")
-    bias_correction_steps: int = knob(
-        0, "Adam steps of gains, scales and gates that make up for rounding, on the clock", natural)
     compressor: str = one_of("rans auto brotli zstd lzma zlib", "coder of codes; auto: shortest")
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
@@ -3285,8 +3283,8 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 # 10. Quantisation
 # Weights W become codes * steps so that outputs, not weights, stay close: with H = sum of x x^T
 # over a matrix's inputs x GPTQ lowers trace((W - W') H (W - W')^T), all layers of a bank at once.
-# Reads the averaged weights and, inside the clock, training text (`second_moments`, `step_damage`,
-# `correct_biases`); never validation text. Gives an artifact that fills BUDGET_BYTES.
+# Reads the averaged weights and, inside the clock, training text (`second_moments`, `step_damage`);
+# never validation text. Gives an artifact that fills BUDGET_BYTES.
 # ==================================================================================================
 @torch.no_grad()
 def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
@@ -3591,7 +3589,6 @@ def load_stored(model: GPT, stored: Stored) -> None:
 DAMAGE_TOKENS, DAMAGE_STRETCH = 4096, 1.5    # text and steps with which `a` is measured
 FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
-BIAS_RATE = 1e-3    # of Adam at first, over the mean size of a bank; falls to zero
 
 
 def damage_text(h: Hyperparameters, loader: Loader) -> Tensor:
@@ -3700,50 +3697,6 @@ def fit_budget(model: GPT, factors: Factors, damage: Mapping[str, Tensor], code:
     log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
         "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
     return tried[best]
-
-
-def correct_biases(model: GPT, loader: Loader, stored: Stored, steps: int) -> Stored:
-    """`stored` with fp16 banks that `steps` of Adam, DAMAGE_TOKENS of new text each, brought closer
-    to the model's predictions; the model stays as it was. After arXiv 1906.04721."""
-    plan = depth_plan(model.h, looped=True)
-    texts = [damage_text(model.h, loader) for _ in range(steps)]
-    exact = {n: w.detach().clone() for n, w in model.bank.items()}
-    plain = {n: model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)}
-    # the exact model speaks first; then the rounded weights take its place in the banks
-    with torch.no_grad():
-        truths = [model.hidden(ids, plan) for ids in texts]
-    embed = exact["embed"].to(model.dtype)
-    load_stored(model, stored)
-    rate = lambda w: BIAS_RATE * max(0.05, float(w.detach().abs().mean()))    # gains, gates differ
-    adam = torch.optim.Adam([dict(params=[w], lr=rate(w)) for w in plain.values()],
-                            betas=(0.9, 0.98), eps=1e-12)
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    for ids, truth in zip(texts, truths):
-        adam.zero_grad()
-        divergence(model, truth, embed, model.hidden(ids, plan)).backward(inputs=[*plain.values()])
-        adam.step()
-        decay.step()
-    found = {**stored, **{n: w.detach().half() for n, w in plain.items()}}
-    model.zero_grad()
-    load_stored(model, exact)
-    return found
-
-
-def fit_corrected(t: Trainer, factors: Factors, damage: Mapping[str, Tensor], code: int,
-                  log: Log) -> Packed:
-    """What `fit_budget` gives, after BIAS_CORRECTION_STEPS, inside the clock; nothing on ranks
-    other than 0, the uncorrected artifact where the other is over the budget."""
-    if not t.world.main:
-        return b"", {}
-    model, steps = t.model, t.model.h.bias_correction_steps
-    # 0.02% are kept for fp16 banks that compress less well
-    plain = fit_budget(model, factors, damage, code + model.h.budget_bytes // 5000, log)
-    found = pack(model.h, correct_biases(model, t.loader, unpack(plain[0])[1], steps))
-    sizes = len(plain[0]), len(found[0])
-    fits = sizes[1] <= max(sizes[0], model.h.budget_bytes - code)
-    log(f"bias_correction:{steps} steps, artifact {sizes[0]} -> {sizes[1]} bytes" +
-        " over the budget: not used" * (not fits))
-    return found if fits else plain
 
 
 # ==================================================================================================
@@ -4353,14 +4306,14 @@ def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
 
 def document_plan(documents: np.ndarray, C: int, rows: int, world: World,
                   chosen: Sequence[int] | None = None) -> list[Windows]:
-    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick, of the `chosen`
-    documents or all; every rank has as many ticks.
+    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick: all `chosen`
+    documents, else its share of all, in as many ticks as every other rank.
 
     The longest document goes first, each to the row of any rank that is free first. Inside a
     document chunks come in order, one per tick, in one row: that is all that C4 needs, since
     documents do not know of each other. Every rank computes the whole assignment and keeps its own
     rows, so nothing has to be sent."""
-    ticks = -(-np.diff(documents) // C)
+    ticks, world = -(-np.diff(documents) // C), world if chosen is None else World()
     free = [(0, row) for row in range(rows * world.size)]
     # (chunks, 3) of each row: start, tokens, age
     mine = [[np.empty((0, 3), np.int64)] for _ in range(rows)]
@@ -4603,17 +4556,16 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
 
 def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float, world: World,
             late: list[int]) -> Iterator[Windows]:
-    """The `ticks` of a plan. Once they would take more than `limit_s` by the pace so far, no other
+    """The `ticks` of a plan. Once all would take more than `limit_s` by the pace so far, no other
     document begins, and the first targets of those left go into `late`: a choice by time and
     lengths, never by tokens."""
-    clock, every, busy = Clock(world), max(16, len(plan) // 64), None
+    clock, every, busy = Clock(world), max(16, len(plan) // 64), True
     for i, w in enumerate(ticks):
-        # all ranks have one number of ticks, and the mean of their clocks
-        if busy is None and limit_s < math.inf and i and i % every == 0:
-            if clock.mean_s().item() / i * len(plan) > limit_s:
-                late += [int(x) for v in plan[i:] for x in v.start[(v.age == 0) & (v.hi > 0)]]
-                busy = True
-        if busy is not None:    # rows whose document began before go on to its end
+        # all ranks have one number of ticks, and one clock, the mean of theirs
+        if not late and limit_s < math.inf and i and i % every == 0 and (
+                clock.mean_s().item() / i * len(plan) > limit_s):
+            late += [int(x) for v in plan[i:] for x in v.start[(v.age == 0) & (v.hi > 0)]]
+        if late:    # rows whose document began before go on to its end
             busy = busy & (w.age > 0)
             w = w._replace(hi=w.hi * busy)
             if not w.hi.any():
@@ -4622,23 +4574,20 @@ def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float, w
 
 
 def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: int, name: str,
-                    log: Log, limit_s: float = math.inf) -> None:
-    """Scores the documents between these edges by `Learners`; those that `limit_s` seconds have no
-    room for, the shortest, by the weights as they are."""
+                    log: Log, limit_s: float = math.inf,
+                    chosen: Sequence[int] | None = None) -> None:
+    """Scores the documents between these edges, or this rank's `chosen` ones, by `Learners`; those
+    that `limit_s` seconds have no room for, the shortest, by the weights as they are."""
     world, late = ledger.world, []
-
-    def follow(steps: int, ranks: World, chosen: Sequence[int] | None, limit_s: float) -> None:
-        """Scores the chosen documents, shared by these ranks."""
-        rows, C = tiles(model.h, documents, steps, world)
-        plan, learners = document_plan(documents, C, rows, ranks, chosen), Learners(
-            model, rows, C, steps)
-        ticks = in_time(watched(plan, name, log), plan, limit_s, world, late)
-        score(ledger, learners.follow(ticks), learners.nats_of, learners.learn)
-
-    follow(steps, world, None, limit_s)
+    rows, C = tiles(model.h, documents, steps, world)
+    plan = document_plan(documents, C, rows, world, chosen)
+    learners = Learners(model, rows, C, steps)
+    ticks = in_time(watched(plan, name, log), plan, limit_s, world, late)
+    score(ledger, learners.follow(ticks), learners.nats_of, learners.learn)
     if late:
         log(f"late:{len(late)} documents of rank 0 without learners, for EVAL_BUDGET_S")
-        follow(0, World(device=world.device), np.searchsorted(documents, late), math.inf)
+        score_documents(model, ledger, documents, 0, name, log,
+                        chosen=np.searchsorted(documents, late))
 
 
 def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: str,
@@ -4795,15 +4744,6 @@ def affordable(model: GPT, text: Validation, targets: int, world: World,
     log(f"ttt: learners:{model.h.ttt_learners} chunk:{model.h.ttt_stream_chunk} "
         f"steps:{model.h.ttt_steps}, about {need_s:.0f}s of EVAL_BUDGET_S={h.eval_budget_s:g}")
     return model.retune(eval_budget_s=h.eval_budget_s)
-
-
-def legality(h: Hyperparameters) -> list[str]:
-    """What enforces the conditions C1 to C4 (#1017) in these scores, a line each."""
-    return ["C1 causal: attention looks back; ids past a chunk's end are pads",
-            "C2 normalised: softmax over all of V; mixtures are sum of w_i p_i, w from past losses",
-            "C3 score first: the ledger is sealed while learners run on what it has booked",
-            "C4 one pass: no target is booked twice or never; " + (
-                "documents share no state" if h.ttt == "stream" else "weights learn in stream order")]
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -5195,9 +5135,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
         rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
         moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
         factors = inverse_factors(h, moments)
-        damage = step_damage(t.model, t.world, t.loader, factors)
-        if h.bias_correction_steps:
-            fit_corrected(t, factors, damage, 0, quiet)
+        step_damage(t.model, t.world, t.loader, factors)
         calibration_s = moments_s + calibration.read_s()
     # 1.3, because a late stop breaks the rule and an early one costs a few steps
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
@@ -5283,7 +5221,6 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     log.begin("calibrate")
     factors = inverse_factors(h, calibrate(trainer, held, clock))
     damage = step_damage(model, world, trainer.loader, factors)
-    fitted = h.bias_correction_steps and fit_corrected(trainer, factors, damage, len(code), log)
     clock_s = clock.read_s()
     graphs.append(model.graphs())
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
@@ -5293,8 +5230,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
 
     log.begin("quantise")
     watch = Clock(world)
-    blob, ledger = fitted or (fit_budget(model, factors, damage, len(code), log)
-                              if world.main else (b"", {}))
+    blob, ledger = (fit_budget(model, factors, damage, len(code), log) if world.main else (b"", {}))
     seconds["quantise"] = watch.read_s()
     log.begin("pack and read back")
     watch = Clock(world)
@@ -5344,7 +5280,7 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
             f"val_targets:{len(val.bytes)} val_bytes:{int(val.bytes.sum())} "
             f"val_documents:{len(val.documents) - 1} bytes_by:{data.byte_rule}",
             f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks "
-            f"x {h.micro_batch_tokens}", *legality(h)):
+            f"x {h.micro_batch_tokens}"):
         log(line)
 
 
@@ -6395,7 +6331,7 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
         process = subprocess.Popen(command, env=variables)
         try:
             failed += [name] if process.wait() else []
-        except KeyboardInterrupt:    # by `interrupt`: Ctrl-C reaches the run too, a SIGTERM does not
+        except KeyboardInterrupt:    # of `interrupt`: Ctrl-C reaches the run too, SIGTERM does not
             process.terminate()
             process.wait()    # it may be saving
             print("sweep: stopped; the same command goes on from here")

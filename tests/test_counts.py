@@ -167,7 +167,7 @@ def test_every_graph_is_compiled_before_the_clock(monkeypatch, tmp_path, knobs, 
     torch._dynamo.utils.counters.clear()
     h = settings(**dict(compile="full", train_seq_len=32, micro_batch_tokens=64, max_wallclock_seconds=0.0, iterations=8,
                         eval_seq_len=128, eval_batch_tokens=128, eval_stride=64, ttt_chunk_tokens=256, run_id="a",
-                        rehearsal_steps=1, scores="quantized,sliding,documents,stream,ttt") | knobs)
+                        rehearsal_steps=1, scores="quantized,sliding,stream,ttt") | knobs)
     log = t.Log(WORLD, tmp_path / "a")
     tokens = stream(4096, V=h.vocab_size, document=40)
     data = t.Dataset([tokens.astype("uint16")], validation(tokens[:600]), "test")

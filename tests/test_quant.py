@@ -3,7 +3,6 @@ moments against hand."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ import torch
 from support import (
     WORLD,
     Half,
-    Lines,
-    dataset,
     factors_of,
     model_of,
     moments_of,
@@ -405,49 +402,3 @@ def test_expected_bits_are_those_of_the_coder(scale):
                   torch.zeros(1, 64, dtype=torch.int8))
     expected = float(t.gaussian_bits(t.column_sizes(w, grid))) * w.numel()
     assert expected == pytest.approx(t.code_bits([w.round().to(torch.int16).numpy()])[0], rel=0.04)
-
-
-def test_bias_correction_brings_predictions_back(monkeypatch):
-    """On text that it did not see the KL divergence from the exact model falls; codes and steps stay, the model comes
-    back to the bit, and more steps read more text."""
-    h = settings(matrix_bits=3, embed_bits=4, step_search="uniform", logit_softcap=3.0, matrix_clip_sigmas=2.5)
-    model = model_of(h)
-    monkeypatch.setattr(t, "BIAS_RATE", 1e-2)
-    before = {n: p.detach().clone() for n, p in model.bank.items()}
-    stored = t.quantise(model, factors_of(model))
-    loader = t.Loader(h, WORLD, [stream(6000).astype(np.uint16)])
-    found = t.correct_biases(model, loader, stored, 24)
-    assert loader.position == 24 and all(torch.equal(model.bank[n], w) for n, w in before.items())
-    assert all(p.grad is None for p in model.parameters()) and list(found) == list(stored)
-    ids, plan = torch.from_numpy(stream(512, seed=9)).view(-1, h.train_seq_len), t.depth_plan(h, True)
-    with torch.no_grad():
-        truth, embed, kl = model.hidden(ids, plan), before["embed"], []
-        for banks in (stored, found):
-            t.load_stored(model, banks)
-            kl.append(float(t.divergence(model, truth, embed, model.hidden(ids, plan))))
-    assert 0 < kl[1] < 0.97 * kl[0]
-    for name, value in found.items():
-        if isinstance(value, t.Coded):
-            assert value is stored[name]
-        else:
-            assert value.dtype == torch.float16 and value.shape == stored[name].shape
-
-
-def test_a_corrected_artifact_keeps_to_the_budget(monkeypatch):
-    """It reads back with other gains and the same codes; where it would be too large the uncorrected one is taken."""
-    h = settings(bias_correction_steps=4)
-    model = model_of(h)
-    factors, log = factors_of(model), Lines()
-    damage = measured(h, model, factors)
-    trainer = lambda: t.Trainer(h, WORLD, model, dataset(stream(3000)))
-    plain, _ = t.fit_budget(model, factors, damage, 0, log)
-    blob, ledger = t.fit_corrected(trainer(), factors, damage, 0, log)
-    assert sum(ledger.values()) == len(blob) and "bias_correction:4 steps" in log.lines[-1]
-    for (_name, a), b in zip(t.unpack(plain)[1].items(), t.unpack(blob)[1].values()):
-        assert torch.equal(a.codes, b.codes) if isinstance(a, t.Coded) else a.shape == b.shape
-    assert not torch.equal(t.unpack(plain)[1]["attn_scale"], t.unpack(blob)[1]["attn_scale"])
-    model.h, real = replace(h, budget_bytes=len(plain)), t.pack
-    monkeypatch.setattr(t, "fit_budget", lambda *_: (plain, {}))
-    monkeypatch.setattr(t, "pack", lambda *a: (real(*a)[0] + b"longer" * 99, {}))
-    assert t.fit_corrected(trainer(), factors, damage, 0, log) == (plain, {})
-    assert "not used" in log.lines[-1]

@@ -35,12 +35,10 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("corrections", [0, 2])
-def test_a_rehearsal_is_rewound_bit_for_bit(steps, corrections):
+def test_a_rehearsal_is_rewound_bit_for_bit(steps):
     """Weights, optimiser, average, loader and generator are as before, at step zero and in mid-
     run."""
-    h = settings(scores="prequant,quantized,sliding,documents,ttt", rehearsal_steps=2,
-                 bias_correction_steps=corrections)
+    h = settings(scores="prequant,quantized,sliding,stream,ttt", rehearsal_steps=2)
     trained, data = trainer(h)
     for number in range(steps):
         trained.step(number, 0.0, True)
@@ -75,7 +73,7 @@ class Forbidden:
 
 def test_the_rehearsal_reads_no_validation_text():
     """Its scorers get training text, so that validation text stays untouched until it is scored."""
-    trained, data = trainer(settings(scores="prequant,quantized,sliding,documents,ttt"))
+    trained, data = trainer(settings(scores="prequant,quantized,sliding,stream,ttt"))
     t.rehearse(trained, data._replace(val=Forbidden()), Lines())
 
 

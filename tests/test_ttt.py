@@ -497,13 +497,14 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("form", ["stream", "steps"])
 def test_the_host_waits_for_no_chunk(form):
     """Ten times as many chunks make the host wait no more often for the device: it only queues
-    work."""
+    work. With a budget it looks at the clock at most 64 times more."""
     found = []
-    for N in (60, 600):
+    for N, budget_s in ((60, 0.0), (600, 0.0), (600, 480.0)):
         with Waits() as waits:
-            nats("ttt", stream(N, document=40), FORMS[form])
+            h = dataclasses.replace(FORMS[form], eval_budget_s=budget_s)
+            nats("ttt", stream(N, document=40), h)
         found.append(len(waits.found))
-    assert found[0] == found[1] <= 8, found
+    assert found[0] == found[1] <= 8 and found[1] < found[2] <= found[1] + 64, found
 
 
 def test_memory_is_flat_and_long_documents_work(monkeypatch):
