@@ -101,7 +101,7 @@ def optional(name: str) -> Any:
 
 brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), optional(
     "sentencepiece")
-fcntl = optional("fcntl")    # file locks, which Windows has not
+fcntl, resource = optional("fcntl"), optional("resource")    # which Windows has not
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
 torch_varlen = optional("torch.nn.attention.varlen")
 descriptors = optional("triton.tools.tensor_descriptor")
@@ -5118,7 +5118,9 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
     points = {end for end, _ in h.contexts} if h.train_seq_schedule or h.late_qat_threshold else {}
     for looped, progress, number in itertools.product(
             sorted({False, h.num_loops > 0}), sorted({0.0, *points}), range(h.rehearsal_steps)):
+        pace = Clock(t.world)
         t.step(number, progress, looped)
+        step_s = pace.read_s()    # of several the last is the dearest, and compiles nothing
     adaptation_s = 0.0
     say("calibrate")
     for _ in range(2 if h.prequant_ttt_epochs else 0):    # the first time compiles
@@ -5140,16 +5142,22 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
     # 1.3, because a late stop breaks the rule and an early one costs a few steps
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
     say("quantise and pack")
+    pace = Clock(t.world)
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
     load_stored(t.model, again)
-    fake, need = rehearsal_text(h, data), []
+    # the search rounds and packs about four times
+    cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s,
+                quantise=4 * pace.read_s())
+    fake = rehearsal_text(h, data)
     for name in wanted_scores(h):
         say(f"score {name}")
         took_s = score_by_name(name, t.model, fake, t.world, quiet)[0]["seconds"]
-        need.append(f"{name} {took_s / len(fake.bytes) * targets:.0f}s")
+        cost[f"score {name}"] = took_s / len(fake.bytes) * targets    # more where it compiled
     t.restore(before)
-    log(f"estimate: scores take at most about {', '.join(need) or '0s'}")    # one may have compiled
+    for name, seconds in (dict(rehearsal=watch.read_s()) | cost).items():
+        log(f"cost:{name:16} about {seconds:6.0f} s")
+    log(f"cost:bytes {h.budget_bytes:,} at most, memory {peak_bytes(t.world.device):,} so far")
     log(f"rehearsal:{watch.read_s():.1f}s (every stage ran and was rewound; not counted) "
         f"reserve:{reserve_s:.2f}s for {h.gptq_calibration_batches} calibration batches")
     return reserve_s
@@ -5284,6 +5292,14 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
         log(line)
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far, on the GPU or in all; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+
+
 def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the processor."""
     if device.type == "cuda":
@@ -5319,9 +5335,7 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
         train_seconds=round(trained.seconds, 3), train_tokens=tokens,
         tokens_per_second=round(tokens / max(trained.seconds, 1e-9), 1), bytes=sizes, scores=scores,
         seconds={name: round(s, 3) for name, s in seconds.items()}, compliant=not violations,
-        violations=violations)
-    if world.device.type == "cuda":
-        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(world.device)
+        violations=violations, peak_memory_bytes=peak_bytes(world.device))
     log("score          val_loss     val_bpb      seconds")
     for name, s in scores.items():
         log(f"{name:14} {s['val_loss']:.8f}   {s['val_bpb']:.8f}   {s['seconds']:.1f}")

@@ -248,7 +248,10 @@ def test_the_rehearsal_says_what_it_does():
     assert [line for line in log.lines if line.startswith("rehearse:")] == [
         "rehearse:train", "rehearse:calibrate", "rehearse:quantise and pack", "rehearse:score prequant",
         "rehearse:score sliding"]
-    assert re.fullmatch(r"estimate: scores take at most about prequant \d+s, sliding \d+s", log.lines[-2])
+    costs = [line for line in log.lines if line.startswith("cost:")]
+    assert [re.match(r"cost:(.*?) +about +\d+ s$|cost:(bytes) [\d,]+ at most, memory [\d,]+ so far", c)[0] and
+            c[5:20].split("  ")[0].strip() for c in costs] == [
+                "rehearsal", "training", "quantise", "score prequant", "score sliding", "bytes 16,000,00"]
 
 
 def test_training_lines_count_the_steps_they_name(monkeypatch):
