@@ -1997,8 +1997,92 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
     return path
 
 
+def published_files(manifest: Any, name: str, shards: int | None) -> list[str]:
+    """The paths below an export's root of a data set in its manifest; raises Refusal where it has
+    no such set, or fewer training shards."""
+    sets = {row["name"].removeprefix("fineweb10B_"): row for row in manifest["datasets"]}
+    known = [n for n in sets if re.fullmatch("sp[0-9]+|byte260", n)]
+    require(name in known, f"--published {name}: expected one of {', '.join(known)}")
+    most, held = (int(sets[name]["stats"][f"files_{side}"]) for side in ("train", "val"))
+    require(shards is None or 0 < shards <= most, f"--shards {shards}: expected 1 to {most}")
+    made_by = {row["name"]: row for row in manifest["tokenizers"]}[sets[name]["tokenizer_name"]]
+    models = [made_by[key] for key in ("model_path", "vocab_path", "path") if made_by.get(key)]
+    return [f"datasets/fineweb10B_{name}/fineweb_{side}_{number:06d}.bin"
+            for side, count in (("val", held), ("train", shards or most))
+            for number in range(count)] + [f"tokenizers/{Path(model).name}" for model in models]
+
+
+def fetch_files(names: Sequence[str], pull: Callable[[str], str], out: Path, log: Log) -> None:
+    """Moves what `pull` brings to its place below `out` once it is whole; whole shards stay."""
+    begin_s, got_bytes = time.monotonic(), []
+    for number, name in enumerate(names, 1):
+        path, whole = out / name, False
+        log.begin(name)
+        try:
+            whole = path.suffix == ".bin" and path.exists() and read_shard(path) is not None
+        except Refusal as error:
+            log(f"data: {error}; it is fetched again")
+        if not whole:    # as tokenizers never are: they are small
+            fresh = Path(pull(name))
+            if path.suffix == ".bin":
+                read_shard(fresh)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(fresh, path)
+            got_bytes.append(path.stat().st_size)
+        if log.due() or number == len(names):
+            passed_s, megabytes = time.monotonic() - begin_s, sum(got_bytes) / 1e6
+            left_s = passed_s / max(len(got_bytes), 1) * (len(names) - number)
+            log.progress(f"data: {number} of {len(names)} files, {megabytes:.1f} MB fetched, "
+                         f"{megabytes / passed_s:.1f} MB/s, {left_s:.0f} s left")
+
+
+def fetch_published(arguments: list[str]) -> list[str]:
+    """The verb data with --published: brings a data set of the challenge's export to where runs
+    look for it; returns its files."""
+    parser = argparse.ArgumentParser("train_gpt.py data", description="the published shards")
+    parser.add_argument("--published", required=True, help="sp1024 and the like, or byte260")
+    parser.add_argument("--shards", type=int, help="the first so many for training; else all")
+    parser.add_argument("--out", default=Hyperparameters.data_dir, help="folder, for DATA_DIR")
+    parser.add_argument("--repo", default="willdepueoai/parameter-golf", help="a data set's name")
+    parser.add_argument("--root", default="datasets", help="folder in it that has manifest.json")
+    o, others = parser.parse_known_args(arguments)
+    require(not others, f"data --published {o.published}: does not go with {' '.join(others)}")
+    # no bars and no chatter among our lines, no cache that holds 16 GB a second time
+    os.environ.update(dict(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_VERBOSITY="error",
+                           HF_XET_CHUNK_CACHE_SIZE_BYTES="0") | os.environ)
+    hub, log, workshop = optional("huggingface_hub"), Log(World()), Path(o.out) / ".published"
+    require(hub, "--published needs the package huggingface_hub (pip install huggingface-hub)")
+    place = dict(subfolder=o.root, repo_type="dataset")
+    log.begin("manifest.json")
+    try:
+        with log.awake():
+            shutil.rmtree(workshop, ignore_errors=True)    # of a process that was killed
+            # Asked without retries: a missing network is told at once. Then all is of one commit.
+            url = hub.hf_hub_url(o.repo, "manifest.json", **place)
+            place |= dict(revision=hub.get_hf_file_metadata(url).commit_hash, local_dir=workshop)
+            pull = functools.partial(hub.hf_hub_download, o.repo, **place)
+            manifest = json.loads(Path(pull("manifest.json")).read_bytes())
+            names = published_files(manifest, o.published, o.shards)
+            fetch_files(names, pull, Path(o.out), log)
+    except Exception as error:    # several libraries work for the hub, with errors of their own
+        cause = error.__cause__ or error
+        again = f" ({type(cause).__name__}); the same command goes on from here"
+        again *= not isinstance(cause, Refusal)
+        raise Refusal(f"{o.repo}: {log.doing[0]}: {brief(cause)}{again}") from error
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    knobs = dict(VOCAB_SIZE=re.sub(r"\D", "", o.published), DATA_DIR=o.out)
+    mine = [f"{n}={shlex.quote(value)}" for n, value in knobs.items()
+            if value != str(getattr(Hyperparameters, n.lower()))]
+    log(" ".join(["data: train on it with", *mine, "torchrun --standalone --nproc_per_node=8",
+                  shlex.quote(os.path.relpath(__file__))]))
+    return names
+
+
 def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
-    """The verb data: makes shards of the documents that the command line names."""
+    """The verb data: makes shards of the documents that the command line names, or fetches some."""
+    if any(argument.startswith("--published") for argument in arguments):
+        return fetch_published(arguments)
     parser = argparse.ArgumentParser("train_gpt.py data", description="documents to shards")
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (field "
                         "text) or .txt, in UTF-8; a byte order mark is no part of the text")
