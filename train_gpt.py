@@ -2024,7 +2024,7 @@ def fetch_files(o: argparse.Namespace, pull: Callable[[str], str], log: Log) -> 
 
 def fetch_published(arguments: list[str]) -> dict[str, Any]:
     """The verb data with --published: brings a data set of the challenge's export to where runs
-    look for it; returns its options."""
+    look for it; returns what it is and where."""
     parser = argparse.ArgumentParser("train_gpt.py data", description="the published shards")
     parser.add_argument("--published", required=True, help="sp1024 and the like, or byte260")
     parser.add_argument("--shards", type=int, help="the first so many for training; else all")
@@ -2055,7 +2055,7 @@ def fetch_published(arguments: list[str]) -> dict[str, Any]:
     log("data: train on it with " + f"VOCAB_SIZE={V} " * (V != str(Hyperparameters.vocab_size)) +
         f"DATA_DIR={shlex.quote(o.out)} " * (o.out != Hyperparameters.data_dir) +
         f"torchrun --standalone --nproc_per_node=8 {shlex.quote(os.path.relpath(__file__))}")
-    return vars(o)
+    return dict(published=o.published, out=o.out)
 
 
 def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
