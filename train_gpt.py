@@ -1489,9 +1489,8 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     # Of transformed text only the sidecar knows the bytes of the original, by which BPB divides.
     if sidecars:
         sizes = np.concatenate([read_shard(path) for path in sidecars])[1:]
-        require(len(sizes) + 1 == len(tokens),
-                f"{sidecars[0]}: {len(sizes) + 1} byte counts for {len(tokens)} tokens; "
-                "the sidecar must hold one for each token")
+        require(len(sizes) + 1 == len(tokens), f"{sidecars[0]}: {len(sizes) + 1} byte counts for "
+                f"{len(tokens)} tokens; the sidecar must hold one for each token")
         rule = f"sidecar {sidecars[0].name}"
     else:
         places = [Path(h.data_dir) / "tokenizers" / name
@@ -1633,12 +1632,11 @@ class ShardWriter:
         tokens = np.asarray(tokens, "<u2")
         while len(tokens):
             filled = self.count % self.limit
-            part, tokens = np.split(tokens, [self.limit - filled])
-            self.count += len(part)
             if not filled:
                 self.paths.append(Path(f"{self.stem}_{len(self.paths):06d}.bin"))
-                write_shard(self.paths[-1], part)
-                continue
+                write_shard(self.paths[-1], [])
+            part, tokens = np.split(tokens, [self.limit - filled])
+            self.count += len(part)
             with open(self.paths[-1], "r+b") as file:
                 file.seek(8)    # the place of the count in the header
                 file.write(struct.pack("<i", filled + len(part)))
@@ -1713,17 +1711,15 @@ def read_documents(paths: Sequence[Path], tally: Tally | None = None) -> Iterato
             before += file.tell()
 
 
-BYTE_MARK = "\ufeff"    # of an encoding, at the start of a file
-
-
 def text_of(raw: bytes, place: str, whole: bool) -> str:
     """What stands in UTF-8, all of it or the field `text` of JSON, less a byte order mark; raises
     Refusal that names `place`."""
+    mark = "\ufeff"    # of an encoding, at the start of a file
     for code in ("UTF-32-LE", "UTF-32-BE", "UTF-16-LE", "UTF-16-BE"):
-        require(not raw.startswith(BYTE_MARK.encode(code)), f"{place}: its byte order mark says "
+        require(not raw.startswith(mark.encode(code)), f"{place}: its byte order mark says "
                 f"{code}, expected UTF-8 (iconv -f {code[:6]} -t UTF-8 makes it)")
     try:
-        text = raw.decode().removeprefix(BYTE_MARK)
+        text = raw.decode().removeprefix(mark)
         # Numbers that nobody needs may have more digits than Python turns into an int.
         row = {"text": text} if whole else json.loads(text, parse_int=float)
     except UnicodeDecodeError as error:
@@ -1779,8 +1775,7 @@ def embedded_documents() -> list[tuple[str, str]]:
     """(name, text) of real prose that every Python carries: one document per module of its library
     (documentation strings under their signatures, comment blocks) and per topic of the language
     reference. Raises Refusal where the library comes without sources."""
-    library = Path(sysconfig.get_path("stdlib"))
-    documents = []
+    library, documents = Path(sysconfig.get_path("stdlib")), []
     # Sources are parsed, never imported: importing may open a browser or print.
     with warnings.catch_warnings(action="ignore"):    # old sources carry invalid escapes
         for module in sorted(sys.stdlib_module_names - OPTIONAL_MODULES):
@@ -1845,11 +1840,10 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=V,
                 pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(markers),
-                byte_fallback=True, split_digits=True, character_coverage=0.9995,
-                normalization_rule_tsv=rules, denormalization_rule_tsv=unrules,
+                byte_fallback=True, split_digits=True, character_coverage=0.9995, num_threads=1,
+                normalization_rule_tsv=rules, denormalization_rule_tsv=unrules, minloglevel=4,
                 add_dummy_prefix=False, remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16,
-                num_threads=1, minloglevel=4)
+                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16)
         except (RuntimeError, OSError) as error:
             raise Refusal(f"VOCAB_SIZE {V}: no tokenizer of this size can be trained on these "
                           f"documents ({' '.join(str(error).split())})") from error
@@ -1875,13 +1869,12 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int], t
     ends = np.cumsum(widths)
     require(ends[-1] == sizes.sum(), f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} "
             "bytes of a document; without byte pieces the sidecar cannot be exact")
-    starts = np.concatenate([[0], np.cumsum(weights)])
-    before = starts[np.array(offsets)]
+    before = np.concatenate([[0], np.cumsum(weights)])[np.array(offsets)]
     character = np.repeat(np.arange(len(sizes)), sizes)
     within = np.arange(ends[-1]) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     # A cut inside a character (byte pieces) moves on byte by byte as far as the original has any.
     origin = before[character] + np.minimum(within, np.diff(before)[character])
-    return np.diff(origin[ends[:-1]], prepend=0, append=starts[-1])
+    return np.diff(origin[ends[:-1]], prepend=0, append=weights.sum())
 
 
 # Lossless case transform (parameter-golf #1729): lower-case text with markers before each run of
@@ -2021,13 +2014,12 @@ def write_shards(corpus: Corpus, tokenizer: sentencepiece.SentencePieceProcessor
 
 
 def build_dataset(corpus: Corpus, V: int, tokenizer_path: Path | None, out: Path, caseops: bool,
-                  say: Callable[[str], None], tally: Tally | None = None) -> dict:
+                  say: Callable[[str], None], tally: Tally) -> dict:
     """Makes the folder `out` of shards, byte sidecar, tokenizer (`tokenizer_path`, or trained on a
     bounded sample of the train side of `corpus`) and manifest, whole or not at all; returns the
     manifest. Raises Refusal when `out` holds something else or V does not fit."""
     require(260 <= V <= 65536,
             f"VOCAB_SIZE {V}: expected 260 to 65536 (256 bytes, 4 special ids, uint16)")
-    tally = tally or Tally()
     with delivered(out, "--out") as folder:
         model = folder / f"fineweb_{V}_bpe.model"
         if tokenizer_path:
@@ -2062,24 +2054,94 @@ def embedded_corpus(folder: Path, V: int = 1024, say: Callable[[str], None] = pr
         shutil.rmtree(path, ignore_errors=True)    # gone already when another process was faster
     documents = [(held_out(name), text) for name, text in embedded_documents()]
     try:
-        build_dataset(functools.partial(iter, documents), V, None, path, caseops, say)
+        build_dataset(functools.partial(iter, documents), V, None, path, caseops, say, Tally())
     except Refusal:
         if not intact(path):    # of processes that build the same bytes, the first to finish wins
             raise
     return path
 
 
+def fetch_files(o: argparse.Namespace, pull: Callable[[str], str], log: Log) -> None:
+    """Moves what `pull` brings of a data set to its places below --out, each file once it is whole;
+    whole shards stay. Raises Refusal for what the manifest has not."""
+    manifest = json.loads(Path(pull("manifest.json")).read_bytes())
+    sets = {row["name"].removeprefix("fineweb10B_"): row for row in manifest["datasets"]}
+    known = [name for name in sets if re.fullmatch("sp[0-9]+|byte260", name)]
+    require(o.published in known, f"--published {o.published}: expected one of {', '.join(known)}")
+    entry = sets[o.published]
+    held, most = (int(entry["stats"][key]) for key in ("files_val", "files_train"))
+    require(o.shards is None or 0 < o.shards <= most, f"--shards {o.shards}: expected 1 to {most}")
+    model = {row["name"]: row for row in manifest["tokenizers"]}[entry["tokenizer_name"]]
+    names = [f"datasets/fineweb10B_{o.published}/fineweb_{side}_{number:06d}.bin" for side, count
+             in (("val", held), ("train", o.shards or most)) for number in range(count)]
+    names += [f"tokenizers/{Path(at).name}" for n, at in model.items() if at and n.endswith("path")]
+    begin_s, got_bytes = time.monotonic(), []
+    for number, name in enumerate(names, 1):
+        path, shard, whole = Path(o.out, name), name.endswith(".bin"), False
+        log.begin(name)
+        try:
+            whole = shard and path.exists() and read_shard(path) is not None
+        except Refusal as error:
+            log(f"data: {error}; it is fetched again")
+        if not whole:    # as tokenizers never are: they are small
+            fresh = Path(pull(name))
+            got_bytes.append(read_shard(fresh).nbytes if shard else 0)
+            os.renames(fresh, path)
+        if log.due() or number == len(names):
+            passed_s, megabytes = time.monotonic() - begin_s, sum(got_bytes) / 1e6
+            left_s = passed_s / max(len(got_bytes), 1) * (len(names) - number)
+            log.progress(f"data: {number} of {len(names)} files, {megabytes:.1f} MB fetched, "
+                         f"{megabytes / passed_s:.1f} MB/s, {left_s:.0f} s left")
+
+
+def fetch_published(arguments: list[str]) -> dict[str, Any]:
+    """The verb data with --published: brings a data set of the challenge's export to where runs
+    look for it; returns what it is and where."""
+    parser = argparse.ArgumentParser("train_gpt.py data", description="the published shards")
+    parser.add_argument("--published", required=True, help="sp1024 and the like, or byte260")
+    parser.add_argument("--shards", type=int, help="the first so many for training; else all")
+    parser.add_argument("--out", default=Hyperparameters.data_dir, help="folder, for DATA_DIR")
+    parser.add_argument("--repo", default="willdepueoai/parameter-golf", help="a data set's name")
+    parser.add_argument("--root", default="datasets", help="folder in it that has manifest.json")
+    o, others = parser.parse_known_args(arguments)
+    require(not others, f"data --published {o.published}: does not go with {' '.join(others)}")
+    # read at import: no bars among our lines, no cache that holds 16 GB a second time
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_XET_CHUNK_CACHE_SIZE_BYTES="0")
+    hub, log, V = optional("huggingface_hub"), Log(World()), re.sub(r"\D", "", o.published)
+    require(hub, "--published needs the package huggingface_hub (pip install huggingface-hub)")
+    source, workshop = dict(subfolder=o.root, repo_type="dataset"), Path(o.out, f".published_{V}")
+    pull = functools.partial(hub.hf_hub_download, o.repo, local_dir=workshop, **source)
+    log.begin("manifest.json")
+    shutil.rmtree(workshop, ignore_errors=True)    # torn files of a process that was killed
+    try:
+        with log.awake():
+            # Asked without retries first, so that a missing network is told at once.
+            hub.get_hf_file_metadata(hub.hf_hub_url(o.repo, "manifest.json", **source))
+            fetch_files(o, pull, log)
+    except Exception as error:    # several libraries work for the hub, with errors of their own
+        kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
+        raise Refusal(f"{o.repo}: {log.doing[0]}: {kind}{brief(error.__cause__ or error)}; whole "
+                      "files stay, and the same command goes on from here") from error
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    log("data: train on it with " + f"VOCAB_SIZE={V} " * (V != str(Hyperparameters.vocab_size)) +
+        f"DATA_DIR={shlex.quote(o.out)} " * (o.out != Hyperparameters.data_dir) +
+        f"torchrun --standalone --nproc_per_node=8 {shlex.quote(os.path.relpath(__file__))}")
+    return dict(published=o.published, out=o.out)
+
+
 def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
-    """The verb data: makes shards of the documents that the command line names."""
-    parser = argparse.ArgumentParser("train_gpt.py data", description="documents to shards")
+    """The verb data: makes shards of the documents that the command line names, or fetches some."""
+    if any(argument.startswith("--published") for argument in arguments):
+        return fetch_published(arguments)
+    parser = argparse.ArgumentParser("train_gpt.py data", description="make shards, or --published")
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .jsonl.zst (field "
                         "text) or .txt, in UTF-8; a byte order mark is no part of the text")
     parser.add_argument("--vocab", type=int, required=True, help="pieces of the tokenizer")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; else trained on FILES")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the shards")
     parser.add_argument("--caseops", action="store_true", help="lossless case transform")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and count "
-                        "them in the manifest")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows and count them")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--val", nargs="+", type=Path, default=[], help="validation documents; "
                         "else one document in twenty, by a hash of its content")

@@ -60,7 +60,7 @@ def shards(V: int) -> tuple[Path, Path]:
     folder = CACHE / f"docs{TRAIN_DOCUMENTS}_sp{V}_{tg.file_sha256(val)[:8]}"
     if not tg.intact(folder):
         tg.build_dataset(functools.partial(documents, train, val), V, given if given.is_file() else None, folder, False,
-                         print)
+                         print, tg.Tally())
     return folder, folder / f"fineweb_{V}_bpe.model"
 
 
