@@ -292,3 +292,48 @@ def test_a_stop_with_a_checkpoint_is_no_death(data, tmp_path):
     assert [ended(child) for child in children] == [2, 2] and t.checkpoints(tmp_path / "logs" / "r")
     said = (tmp_path / "errors").read_text()
     assert said.count("stopped by a signal at step") == 2 and "lost" not in said, said
+
+
+@pytest.mark.parametrize("place", [dict(PATH="/nowhere"), dict(PATH=os.environ["PATH"], CXX="/bin/false", TMPDIR="/proc/none")],
+                         ids=["bare", "broken"])
+def test_a_machine_that_lacks_all_but_python(place, data, tmp_path):
+    """No home, no user, no compiler or a broken one, a checkout that nobody may write to, under an odd name."""
+    checkout = tmp_path / "мой код 1"
+    checkout.mkdir()
+    script = checkout / "train_gpt.py"
+    script.write_bytes((REPO / "train_gpt.py").read_bytes())
+    checkout.chmod(0o555)
+    knobs = {n: str(int(v) if isinstance(v, bool) else v) for n, v in KNOBS.items()}
+    knobs |= dict(COMPILE="auto", DATA_PATH=str(data), LOGS_DIR=str(tmp_path / "logs"), RUN_ID="r", OMP_NUM_THREADS="1",
+                  CUDA_VISIBLE_DEVICES="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=knobs | place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compile:off (" in done.stdout and (tmp_path / "logs/r/result.json").exists()
+    assert list(checkout.iterdir()) == [script]
+
+
+def test_a_current_folder_that_was_deleted(tmp_path):
+    """Told before torch ends the process with a riddle."""
+    (tmp_path / "gone").mkdir()
+    command = f"rmdir ../gone; '{sys.executable}' '{REPO / 'train_gpt.py'}'"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path / "gone", env=clean_env(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "train_gpt.py: error: the current folder was deleted, go to another one\n"
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")], ids=["missing", "full"])
+def test_no_place_for_temporary_files(error, tmp_path, monkeypatch, capsys):
+    """A sentence, and nothing left behind."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=f"{n} words")) + "\n" for n in range(99)))
+    monkeypatch.setattr(t.tempfile, "tempdir", "/proc/none")
+    if error:
+        def full(*_) -> None:
+            """The disk has no room."""
+            raise error
+
+        monkeypatch.setattr(t.tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(t.Path, "write_text", full)
+    assert t.main(["data", str(tmp_path / "a.jsonl"), "--vocab", "280", "--out", str(tmp_path / "out")], {}) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train_gpt.py: error: ") and said.count("\n") == 1 and (str(error) if error else "/proc/none") in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
