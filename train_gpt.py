@@ -652,7 +652,7 @@ OTHER_NAMES, BUILT_IN = (dict(part.split("=") for part in text.split()) for text
     BIGRAM_DIM=128 EMA_ENABLED=1 PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_ENABLED=1
     SMEAR_GATE_ENABLED=1 GATED_ATTN_QUANT_GATE=1 TTT_BETA1=0 TTT_BETA2=0.99 TTT_OPTIMIZER=adam
     TTT_MOMENTUM=0.9 TTT_GRAD_CLIP=1 GLOBAL_TTT_MOMENTUM=0.9 GLOBAL_TTT_GRAD_CLIP=1
-    VAL_DOC_FRACTION=1"""))
+    VAL_DOC_FRACTION=1 COMPRESSOR=pergroup"""))
 IDLE = """
     WARMUP_STEPS CHECKPOINT_* EMBED_LR HEAD_LR FUSED_CE_ENABLED TTT_BATCH_SIZE TTT_EVAL_BATCHES
     TTT_HEARTBEAT_SECONDS TTT_DEBUG_BYPASS TTT_OUTPUT_DIR ARTIFACT_DIR EVAL_BATCH_SEQS
@@ -677,10 +677,10 @@ def published_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
         same = value == BUILT_IN.get(name)
         with contextlib.suppress(ValueError):
             same = same or float(value) == float(BUILT_IN.get(name, "nan"))
-        if name in KNOBS or same:
-            if name == "COMPRESSOR" and value == "pergroup":    # lossless, as ours is
-                idle.append(f"{name}={value}")
-                del found[name]
+        if same:
+            del found[name]
+        elif name in KNOBS:
+            continue
         elif name in OTHER_NAMES:
             found.setdefault(OTHER_NAMES[name], value)
         elif any(fnmatch.fnmatchcase(name, pattern) for pattern in IDLE):
@@ -2869,6 +2869,7 @@ class Cache:
 # TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
 ADAPTER_BETA2 = 0.99    # decay of their squared gradient
+ADAPTER_EPS = 0.3    # added to its root, in root mean squares of the factor
 
 
 class AdapterBank:
@@ -2909,11 +2910,16 @@ class AdapterBank:
     def step(self, loss: Tensor, rate: Tensor) -> None:
         """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) at rates (B, 1) down `loss`,
         a sum over rows, so that none learns from another: s <- beta s + (1 - beta) g^2,
-        p <- p - rate g / (sqrt(s / (1 - beta^n)) + 1e-8)."""
+        p <- p - rate g / (r + ADAPTER_EPS rms(r) + 1e-8) with r = sqrt(s / (1 - beta^n)) and its
+        root mean square over a factor. Without that term an entry whose gradient is nothing but
+        rounding would at first move by a whole rate, in a direction that each machine draws."""
         (grad, ), beta = torch.autograd.grad(loss, self.flat), ADAPTER_BETA2
         self.updates += 1
         self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
         spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
+        for shape, part in zip(self.shapes, spread.split([n.numel() for n in self.shapes], 1)):
+            factor = part.view(len(part), shape[0], -1)
+            factor += ADAPTER_EPS * factor.square().mean(-1, keepdim=True).sqrt_()
         self.flat.addcdiv_(grad * -rate, spread)
 
     def adapters(self, dtype: torch.dtype = torch.float32) -> list[dict[str, LoRA]]:
@@ -4336,12 +4342,11 @@ def running_source(path: str | Path, h: Hyperparameters) -> tuple[str | None, by
 # C4, each exactly once. `verify` also replaces later tokens and looks whether earlier scores move.
 # ==================================================================================================
 class Windows(NamedTuple):
-    """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + length];
-    the targets at places lo <= i < hi of each span are scored, the places before lo are context.
+    """A batch of spans of the stream, (B,) int64 each. Inputs are tokens[start : start + hi]; the
+    targets at places lo <= i < hi of each span are scored, the places before lo are context.
     Target i of the stream is token i + 1. A row without a span has lo = hi = 0."""
 
     start: np.ndarray
-    length: np.ndarray
     lo: np.ndarray
     hi: np.ndarray
     width: int    # T of the batch: rows are padded to it
@@ -4355,7 +4360,7 @@ class Windows(NamedTuple):
         return (place >= self.lo[:, None]) & (place < self.hi[:, None])
 
 
-Span = tuple[int, int, int, int]
+Span = tuple[int, int, int]    # start, lo, hi
 
 
 def sliding(begin: int, end: int, T: int, stride: int) -> list[Span]:
@@ -4366,7 +4371,7 @@ def sliding(begin: int, end: int, T: int, stride: int) -> list[Span]:
     while lo < end:
         hi = min(end, lo + (stride if lo else T))
         start = max(0, hi - T)
-        spans.append((start, hi - start, lo - start, hi - start))
+        spans.append((start, lo - start, hi - start))
         lo = hi
     return spans
 
@@ -4374,8 +4379,8 @@ def sliding(begin: int, end: int, T: int, stride: int) -> list[Span]:
 def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
     """Batches of one shape (rows, T), hence of one graph; missing rows are empty windows."""
     rows = max(1, batch_tokens // T)
-    filled = np.array([*spans, *[(0, 0, 0, 0)] * (-len(spans) % rows)], np.int64)
-    return [Windows(*batch.T, T) for batch in filled.reshape(-1, rows, 4)]
+    filled = np.array([*spans, *[(0, 0, 0)] * (-len(spans) % rows)], np.int64)
+    return [Windows(*batch.T, T) for batch in filled.reshape(-1, rows, 3)]
 
 
 def document_plan(documents: np.ndarray, C: int, rows: int, world: World,
@@ -4403,7 +4408,7 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World,
     plan = np.zeros((max(free)[0], rows, 3), np.int64)
     for row, chunks in enumerate(map(np.concatenate, mine)):
         plan[:len(chunks), row] = chunks
-    return [Windows(start, count, np.zeros_like(count), count, C, age)
+    return [Windows(start, np.zeros_like(count), count, C, age)
             for start, count, age in plan.transpose(0, 2, 1)]
 
 
@@ -4509,9 +4514,8 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
     """This rank's batches (or other parts), with a line of progress and the time left."""
     log.begin(f"score {name}")
     begin_s = time.perf_counter()
-    quarters = {len(mine) * i // 4 for i in (1, 2, 3)}
     for i, w in enumerate(mine):
-        if i and (i in quarters or log.due()):
+        if i and log.due():
             left_s = (time.perf_counter() - begin_s) / i * (len(mine) - i)
             log.progress(f"score:{name} {i}/{len(mine)} left:{left_s:.0f}s")
         yield w
@@ -5532,7 +5536,7 @@ RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
 ABOUT = ("track", "name", "author", "github_id", "date", "blurb")    # what people say of it
 PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
 PROBE_SECONDS = 60.0    # for the C2 check, all tokens of a vocabulary one after the other
-MOST_NAMED = 10    # runs that a legend can hold; more are coloured by their final score
+MOST_NAMED = 10    # runs that a legend can hold
 BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
 # Names that a script for the leaderboard has no business with.
 FORBIDDEN = {"eval", "exec", "compile", "globals", "pickle", "torch.load", "np.load", "os.system",
@@ -5815,7 +5819,7 @@ def sourced(knobs: Mapping[str, Any]) -> list[tuple[str, Any, str, str]]:
 
 
 def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, Any]:
-    """submission.json, with `about` for what ABOUT names; each number is null without runs."""
+    """submission.json, with `about` for what ABOUT names."""
     runs, seeds = sorted(runs, key=lambda e: e.result["seed"]), {}
     for e in runs:
         r, s, scores = e.result, e.score, e.result["scores"]
@@ -5827,27 +5831,23 @@ def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, 
         if before and e.final == "ttt":
             entry |= dict(pre_ttt_val_bpb=before["val_bpb"],
                           ttt_gain_bpb=before["val_bpb"] - s["val_bpb"])
-    first = runs[0].result if runs else None
-    over = lambda work, name: work([entry[name] for entry in seeds.values()]) if runs else None
-    within = lambda limit, name: over(lambda numbers: max(numbers) <= limit, name)
-    mean, deviation = lambda x: float(np.mean(x)), lambda x: float(np.std(x, ddof=1))
+    first, column = runs[0].result, lambda name: [entry[name] for entry in seeds.values()]
+    deviation = lambda name: float(np.std(column(name), ddof=1))
     return dict(
         **about,
-        val_loss=over(mean, "val_loss"), val_loss_std=over(deviation, "val_loss"),
-        val_bpb=over(mean, "val_bpb"), val_bpb_std=over(deviation, "val_bpb"),
+        val_loss=float(np.mean(column("val_loss"))), val_loss_std=deviation("val_loss"),
+        val_bpb=float(np.mean(column("val_bpb"))), val_bpb_std=deviation("val_bpb"),
         seeds=[e.result["seed"] for e in runs], seed_results=seeds,
-        bytes_total=over(max, "artifact_bytes"), bytes_code=first and first["bytes"]["code"],
-        artifact_bytes_mean=over(mean, "artifact_bytes"),
-        artifact_bytes_max=over(max, "artifact_bytes"),
-        hardware=(f"{first['world_size']}x {first['device']}" if runs else
-                  "8xH100 80GB SXM (not measured)"),
-        pytorch_version=first and first["torch"],
-        technique_summary=first and "; ".join(
+        bytes_total=max(column("artifact_bytes")), bytes_code=first["bytes"]["code"],
+        artifact_bytes_mean=float(np.mean(column("artifact_bytes"))),
+        artifact_bytes_max=max(column("artifact_bytes")),
+        hardware=f"{first['world_size']}x {first['device']}", pytorch_version=first["torch"],
+        technique_summary="; ".join(
             f"{name}={value} ({source})" for name, value, _, source in sourced(first["knobs"])),
         compliance=dict(
-            training_under_600s=all(e.clock_s <= TRACK_SECONDS for e in runs) if runs else None,
-            artifact_under_16000000_bytes=within(CAP_BYTES, "artifact_bytes"),
-            eval_under_600s=within(TRACK_SECONDS, "eval_time_s"),
+            training_under_600s=all(e.clock_s <= TRACK_SECONDS for e in runs),
+            artifact_under_16000000_bytes=max(column("artifact_bytes")) <= CAP_BYTES,
+            eval_under_600s=max(column("eval_time_s")) <= TRACK_SECONDS,
             score_before_update=BEFORE_UPDATE))
 
 
@@ -6295,18 +6295,12 @@ def draw_curves(axes: Any, runs: Sequence[Evidence], colours: Sequence[Any]) -> 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     """The whole picture as PNG: curves and stages of all runs, the bytes of the best, the first."""
     figure = matplotlib.figure.Figure(figsize=(13, 13), layout="constrained")
-    axes, best, finals = figure.subplots(3, 2), runs[0], [e.score["val_bpb"] for e in runs]
+    axes, best = figure.subplots(3, 2), runs[0]
     for ax in axes.flat[:5]:
         ax.grid(alpha=0.3)
-    if len(runs) > MOST_NAMED:
-        norm = matplotlib.colors.Normalize(finals[0], max(finals[-1], finals[0] + 1e-9))
-        scale = matplotlib.cm.ScalarMappable(norm, "viridis")
-        draw_curves(axes, runs, [*map(scale.to_rgba, finals)])
-        figure.colorbar(scale, ax=axes[:2], label=f"final BPB of {len(runs)} runs")
-    else:
-        draw_curves(axes, runs, [f"C{i}" for i in range(len(runs))])
-        handles, names = axes[0, 1].get_legend_handles_labels()
-        axes[0, 1].legend(handles[::-1], names[::-1], fontsize="small", title="best first")
+    draw_curves(axes, runs, matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs))))
+    handles, names = (part[:-MOST_NAMED - 1:-1] for part in axes[0, 1].get_legend_handles_labels())
+    axes[0, 1].legend(handles, names, fontsize="small", title="best first, dark to light")
     parts = sorted(best.parts.items(), key=lambda item: item[1])    # the largest on top
     bars = axes[2, 1].barh([n for n, _ in parts], [size / 1e3 for _, size in parts])
     axes[2, 1].bar_label(bars, fmt=" {:,.1f}", fontsize="small")

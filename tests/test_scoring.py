@@ -45,7 +45,6 @@ def test_every_plan_scores_every_target_once(N, T, cut, rows, chunk, seed):
             real = w.hi > 0
             assert (w.hi <= w.width).all() and (w.lo < w.hi)[real].all(), name
             assert (w.start >= 0).all() and (w.start + w.hi <= N).all(), name
-            assert (w.length == w.hi).all(), name
             if name in ("sliding", "chunks"):  # as much context as the window has room for
                 place = w.start + w.lo
                 assert (w.lo >= np.minimum(T - min(cut, T), place))[real & (place > 0)].all(), name
@@ -57,9 +56,9 @@ def test_streams_shorter_than_equal_to_and_longer_than_the_window(N, stride):
     """Windows of 16 over N targets: all scored in order, each but the first with the context it can
     have."""
     spans = t.sliding(0, N, 16, stride)
-    assert [i for s, _, lo, hi in spans for i in range(s + lo, s + hi)] == list(range(N))
-    for start, length, lo, hi in spans[1:]:
-        assert lo >= min(16 - stride, start + lo) and hi == length <= 16
+    assert [i for s, lo, hi in spans for i in range(s + lo, s + hi)] == list(range(N))
+    for start, lo, hi in spans[1:]:
+        assert lo >= min(16 - stride, start + lo) and hi <= 16
 
 
 def test_documents_of_one_token_and_an_empty_tail():
@@ -89,7 +88,7 @@ def test_a_target_is_not_scored_twice():
     ledger.record(first, torch.ones(1, 16))
     with pytest.raises(RuntimeError, match="twice"):
         ledger.record(first, torch.ones(1, 16))
-    twin = t.Windows(*(np.concatenate([a, a]) for a in first[:4]), 16)
+    twin = t.Windows(*(np.concatenate([a, a]) for a in first[:3]), 16)
     with pytest.raises(RuntimeError, match="twice"):
         ledger_of().record(twin, torch.ones(2, 16))
 

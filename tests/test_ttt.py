@@ -289,7 +289,7 @@ def test_a_cheat_that_reads_ahead_is_refused(reach, when, monkeypatch):
         """What comes next, by any of three ways."""
         ledger = held["ledger"]
         if reach == "inputs":
-            ledger.inputs(t.Windows(*np.array([[60], [5], [0], [5]]), 5))
+            ledger.inputs(t.Windows(*np.array([[60], [0], [5]]), 5))
         elif reach == "lend":
             ledger.lend(0, 1)
         else:
