@@ -2869,7 +2869,7 @@ class Cache:
 # TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
 ADAPTER_BETA2 = 0.99    # decay of their squared gradient
-ADAPTER_EPS = 0.3    # added to its root, in root mean squares of the factor
+ADAPTER_EPS = 0.1    # added to its root, in root mean squares of the factor
 
 
 class AdapterBank:
@@ -3781,7 +3781,7 @@ def fit_budget(model: GPT, factors: Factors, damage: Mapping[str, Tensor], code:
 # checksum. Nothing is lost, nothing is pickled: reading a hostile file can only fail. First general
 # compressors, then the coder of the codes, the file around both, and the packing of the script.
 # ==================================================================================================
-MAGIC, CHECKSUM_BYTES, HEADER_LIMIT = b"PGOLF\x02", 16, 1 << 16
+MAGIC, CHECKSUM_BYTES, HEADER_LIMIT = b"PGOLF\x03", 16, 1 << 16
 PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
 # Always in the header, defaults or not: without them the streams have no shapes, and scoring with
 # others would be another model (`evaluate` refuses that).
@@ -3795,39 +3795,32 @@ LZMA_RAW = dict(format=lzma.FORMAT_RAW, filters=[
     dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)])
 
 
-def coders() -> dict[str, tuple[bytes, Callable, Callable]]:
-    """COMPRESSOR name -> (letter in the stream, encode(raw, quick), decode(coded, limit)) of those
-    installed; at most `limit` bytes come out, lest a hostile stream fills the memory."""
-    found = dict(lzma=(
-        b"l", lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
-        lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)))
+def coders() -> dict[str, tuple[Callable, Callable]]:
+    """COMPRESSOR name -> (encode(raw, quick), decode(coded, limit)) of the general ones installed;
+    at most `limit` bytes come out, lest a hostile stream fills the memory."""
+    found = dict(
+        lzma=(lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
+              lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)),
+        zlib=(lambda raw, quick: zlib.compress(raw, 9), inflate))
     if zstandard:
         found["zstd"] = (
-            b"z", lambda raw, quick: zstandard.ZstdCompressor(3 if quick else 22).compress(raw),
+            lambda raw, quick: zstandard.ZstdCompressor(3 if quick else 22).compress(raw),
             lambda coded, limit: zstandard.ZstdDecompressor().stream_reader(coded).read(limit))
-    found["zlib"] = b"d", lambda raw, quick: zlib.compress(raw, 9), inflate
     if brotli:
         found["brotli"] = (
-            b"b", lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
+            lambda raw, quick: brotli.compress(raw, quality=3 if quick else 11, lgwin=24),
             lambda coded, limit: brotli.Decompressor().process(coded, output_buffer_limit=limit))
     return found
 
 
-def squeeze(raw: bytes, compressor: str, quick: bool) -> bytes:
-    """The coder's letter and the coded bytes; the shortest of all for any name but a coder's."""
+def expand(coded: bytes, size: int, name: str) -> bytes:
+    """The `size` bytes that the coder of this name made `coded` of; raises `Refusal` for anything
+    else."""
     known = coders()
-    chosen = [known[compressor]] if compressor in known else known.values()
-    return min((letter + encode(raw, quick) for letter, encode, _ in chosen), key=len)
-
-
-def expand(coded: bytes, size: int) -> bytes:
-    """The `size` bytes that `squeeze` was given; raises `Refusal` for anything else."""
-    known = {letter: (name, decode) for name, (letter, _, decode) in coders().items()}
-    require(coded[:1] in known, f"artifact: a stream needs coder {coded[:1]!r}, and the package "
-            f"for it is not installed (here: {', '.join(coders())})")
-    name, decode = known[coded[:1]]
+    require(name in known, f"artifact: it needs the coder {name}, and the package for it is not "
+            f"installed (here: {', '.join(known)})")
     try:
-        raw = decode(coded[1:], size + 1)    # one byte more shows a stream that is too long
+        raw = known[name][1](coded, size + 1)    # one byte more shows a stream that is too long
     # each library has its own error types; all mean a damaged stream
     except Exception as error:
         raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
@@ -4150,7 +4143,7 @@ def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
     for general compressors, so that codes of a column, which are of one scale, lie together."""
     if coder != "rans":
         turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
-        return [squeeze(shuffled(c), coder, quick) for c in turned]
+        return [coders()[coder][0](shuffled(c), quick) for c in turned]
     banks, on = [*codes.values()], len(tapped(h))
     return [encode_codes(banks[:on], h.trellis_states), encode_codes(banks[on:])]
 
@@ -4159,8 +4152,9 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
     """int16 codes (L, rows, cols) in the order of `coded_roles`; the inverse of `pack_codes`."""
     shapes, on = [*coded_roles(h).values()], len(tapped(h))
     if coder != "rans":
-        return [unshuffled(expand(s, 2 * L * R * C), np.int16).reshape(L, C, R).swapaxes(1, 2) - 128
-                for s, (L, R, C) in zip(streams, shapes)]
+        turned = (unshuffled(expand(s, 2 * L * R * C, coder), np.int16).reshape(L, C, R)
+                  for s, (L, R, C) in zip(streams, shapes))
+        return [c.swapaxes(1, 2) - 128 for c in turned]
     try:
         return (decode_codes(streams[0], shapes[:on], h.trellis_states) +
                 decode_codes(streams[1], shapes[on:]))
@@ -4181,13 +4175,14 @@ def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]
 def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
     """The artifact, from which `unpack` gives back exactly `stored`; its bytes by part add up."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
-    tried = ["rans", "any"] if h.compressor == "auto" else [h.compressor]
+    tried = ["rans", *coders()] if h.compressor == "auto" else [h.compressor]
     coder, streams = min(((c, pack_codes(h, codes, c, quick)) for c in tried),
                          key=lambda choice: sum(map(len, choice[1])))
     steps = b"".join(getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
                      for n, part, kind, _ in grid_parts(h))
     plain = [v.cpu().numpy().ravel() for v in stored.values() if not isinstance(v, Coded)]
-    streams += [squeeze(raw, "any", quick) for raw in (steps, shuffled(np.concatenate(plain)))]
+    streams += [coders()["lzma"][0](raw, quick)
+                for raw in (steps, shuffled(np.concatenate(plain)))]
     # every knob that was turned, not only the model's: `eval` then scores as the run did
     knobs, sizes = h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS}, [*map(len, streams)]
     told = json.dumps(dict(knobs=knobs, coder=coder, streams=sizes), separators=(",", ":"))
@@ -4215,7 +4210,7 @@ def unpack(blob: bytes, place: str = "artifact") -> tuple[Hyperparameters, Store
     *streams, steps, halves = map(io.BytesIO(blob[first:]).read, lengths)
     parts, found, banks = grid_parts(h), {}, {}
     sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, _, kind, shape in parts]
-    raw = io.BytesIO(expand(steps, sum(sizes)))
+    raw = io.BytesIO(expand(steps, sum(sizes), "lzma"))
     for (name, part, kind, shape), size in zip(parts, sizes):
         values = np.frombuffer(bytearray(raw.read(size)), kind).reshape(shape)
         found[part, name] = found[part, roles(h)[name].tap] = torch.from_numpy(values)
@@ -4223,7 +4218,8 @@ def unpack(blob: bytes, place: str = "artifact") -> tuple[Hyperparameters, Store
         column = found.get(("column", roles(h)[n].tap), torch.zeros(shape[::2], dtype=torch.int8))
         banks[n] = Coded(torch.from_numpy(codes), Grid(found["scale", n], found["row", n], column))
     sizes = {n: math.prod(r.shape) for n, r in roles(h).items() if r.bits == 16}
-    plain = torch.from_numpy(unshuffled(expand(halves, 2 * sum(sizes.values())), np.float16))
+    halves = expand(halves, 2 * sum(sizes.values()), "lzma")
+    plain = torch.from_numpy(unshuffled(halves, np.float16))
     banks |= zip(sizes, plain.split([*sizes.values()]))
     return h, {n: banks[n] if n in shapes else banks[n].view(r.shape) for n, r in roles(h).items()}
 
@@ -4253,7 +4249,8 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
         header = json.loads(raw)
         knobs, coder, lengths = header["knobs"], header["coder"], header["streams"]
         require(type(knobs) is dict and set(MODEL_KNOBS) <= set(knobs) and
-                all(type(n) is int and n > 0 for n in lengths), "a value is missing or wrong")
+                all(type(n) is int and n > 0 for n in lengths) and type(coder) is str,
+                "a value is missing or wrong")
         h = typed_knobs(knobs, "knobs")
     except (lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError, Refusal) as error:
         raise Refusal(f"{place}: its header cannot be used ({error})") from None
