@@ -2,7 +2,7 @@
 absurd. The status is 0, 2 with one line on standard error, or 1 where a tool says so; never a traceback or a hang, and
 no file that was there is lost or changed. Runs end where training would begin.
 
-2,000 cases, the same each time, take about 25 s; FUZZ_CASES=20000 draws as many new ones:
+2,000 cases, the same each time, take about 40 s on one core; FUZZ_CASES=20000 draws as many new ones:
     FUZZ_CASES=20000 python -m pytest -n0 tests/test_fuzz.py
 """
 from __future__ import annotations
@@ -43,7 +43,7 @@ PHASES = [Phase.explicit, Phase.generate]
 
 def share(percent: int):
     """Settings of a test that gets so many of a hundred cases."""
-    return limits(max_examples=max(1, CASES * percent // 100), deadline=None, database=None,
+    return limits(max_examples=max(1, CASES * percent // 100), deadline=None, database=None, report_multiple_bugs=False,
                   derandomize="FUZZ_CASES" not in os.environ, phases=PHASES, suppress_health_check=[*HealthCheck])
 
 
@@ -508,9 +508,9 @@ def finished() -> list[Path]:
             lines += [f"final_{n}_exact val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f} eval_time:1500ms"
                       for n, s in result["scores"].items()]
             for name in result["scores"]:
-                rows = "".join("{:.0f} {:.0f} {:.6f}\n".format(*row) for row in table)
+                rows = "".join(f"{row[0]:.0f} {row[1]:.0f} {row[2]:.6f}\n" for row in table)
                 (folder / f"documents_{name}.txt").write_text("targets bytes nats\n" + rows)
-            (folder / "log.txt").write_text("\n".join([*lines, "RESULT " + json.dumps(result)]) + "\n")
+            (folder / "log.txt").write_text("\n".join([*lines, f"RESULT {json.dumps(result)}", ""]))
             (folder / "result.json").write_text(json.dumps(result, indent=1))
             (folder / "model.bin").write_bytes(blob)
             (folder / "train_gpt.py").write_bytes(code)
@@ -536,7 +536,7 @@ def test_the_made_up_runs_are_accepted():
         assert ends(["verify", "record"], {}) == 0 and ends(["verify", finished()[0]], {}) == 0
 
 
-@share(10)
+@share(7)
 @given(st.sampled_from(["result", "result", "log", "line", "table", "file", "entry", "none"]), st.booleans(), FOUND, st.data())
 def test_what_runs_leave(kind, record, said, data):
     """Logs, results, tables, artifacts, scripts and submission.json with other values in them."""
