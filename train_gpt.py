@@ -15,9 +15,7 @@ Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=dem
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # eight GPUs
     python train_gpt.py --help                                # every knob
     python train_gpt.py eval logs/<RUN_ID>/model.bin          # score an artifact again
-    python train_gpt.py data FILES... --vocab V --out DIR     # shards from documents of your own
-    python train_gpt.py report|submit|verify ... -h           # tables, records folders, reviews
-    SWEEP="MATRIX_LR=0.02,0.026;SEED=1,2" python train_gpt.py # a grid of runs
+    python train_gpt.py data|report|submit|verify|sweep -h    # shards, tables, records, reviews
 
 Dimension key: B rows, T tokens, D width, H query heads, K key/value heads, E head size, F MLP
 width, V vocabulary, L layers (stored), S steps (executed), R rank. A *layer* is stored, a *step* of
@@ -269,7 +267,7 @@ class Hyperparameters:
                                (0, 4, 8, 16, 32, 64).__contains__)
     step_search: str = one_of("layer role uniform", "steps that fill BUDGET_BYTES, one for each "
                               "role and layer, or role; uniform: by the CLIP_SIGMAS alone")
-    compressor: str = one_of("rans auto brotli zstd lzma zlib", "coder of codes; auto: shortest")
+    compressor: str = one_of("rans brotli zstd lzma zlib", "coder of the codes")
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
@@ -2070,9 +2068,9 @@ def fetch_files(o: argparse.Namespace, pull: Callable[[str], str], log: Log) -> 
     """Moves what `pull` brings of a data set to its places below --out, each file once it is whole;
     whole shards stay. Raises Refusal for what the manifest has not."""
     manifest = json.loads(Path(pull("manifest.json")).read_bytes())
-    sets = {row["name"].removeprefix("fineweb10B_"): row for row in manifest["datasets"]}
-    known = [name for name in sets if re.fullmatch("sp[0-9]+|byte260", name)]
-    require(o.published in known, f"--published {o.published}: expected one of {', '.join(known)}")
+    sets = {found[1]: row for row in manifest["datasets"]
+            if (found := re.fullmatch(r"fineweb10B_(sp\d+|byte260)", row["name"]))}
+    require(o.published in sets, f"--published {o.published}: expected one of {', '.join(sets)}")
     entry = sets[o.published]
     held, most = (int(entry["stats"][key]) for key in ("files_val", "files_train"))
     require(o.shards is None or 0 < o.shards <= most, f"--shards {o.shards}: expected 1 to {most}")
@@ -3667,11 +3665,6 @@ FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave 
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
 
 
-def damage_text(h: Hyperparameters, loader: Loader) -> Tensor:
-    """Ids (B, TRAIN_SEQ_LEN), DAMAGE_TOKENS in all, from the next micro-batch of training text."""
-    return loader.next().ids.view(-1, h.train_seq_len)[:max(1, DAMAGE_TOKENS // h.train_seq_len)]
-
-
 @torch.no_grad()
 def step_damage(model: GPT, world: World, loader: Loader, factors: Factors) -> dict[str, Tensor]:
     """KL divergence (L,) in nats per token (a difference of losses may be negative) that each
@@ -3679,7 +3672,8 @@ def step_damage(model: GPT, world: World, loader: Loader, factors: Factors) -> d
     h, damage, turn = model.h, {}, 0
     if h.step_search == "uniform":
         return damage
-    plan, ids = depth_plan(h, looped=True), damage_text(h, loader)
+    plan, rows = depth_plan(h, looped=True), max(1, DAMAGE_TOKENS // h.train_seq_len)
+    ids = loader.next().ids.view(-1, h.train_seq_len)[:rows]    # (B, TRAIN_SEQ_LEN)
     world.share_tensors([ids])
     truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
     for name in tapped(h):
@@ -3721,14 +3715,9 @@ def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str,
     return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
 
 
-def column_sizes(w: Tensor, grid: Grid) -> Tensor:
-    """Mean square (L, cols) of each column of a bank (L, rows, cols) in steps."""
-    return ((w / grid.rows()).square().mean(1) / grid.columns()[:, 0].square()).cpu()
-
-
 def gaussian_bits(size: Tensor) -> Tensor:
-    """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size`:
-    1/2 log2(2 pi e (size + 1/12)), where 1/12 is the variance that rounding adds."""
+    """Expected bits of a code, (..., cols) -> (...), with Gaussian columns of mean square `size` in
+    steps: 1/2 log2(2 pi e (size + 1/12)), where 1/12 is the variance that rounding adds."""
     return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
@@ -3742,7 +3731,11 @@ def fit_budget(model: GPT, factors: Factors, damage: Mapping[str, Tensor], code:
     if not damage:
         return pack(h, quantise(model, factors))
     base = ideal_stretch(h, damage)
-    sizes = {n: column_sizes(bank_of(model, n), searched_grid(model, n, factors)) for n in base}
+    sizes = {}    # (L, cols) mean square of each column in steps
+    for n in base:
+        grid = searched_grid(model, n, factors)
+        squares = (bank_of(model, n) / grid.rows() / grid.columns()).square()
+        sizes[n] = squares.mean(1).cpu()
     weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
     room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
     slack, low, high = (1 - ROOM_USED) * h.budget_bytes, FINEST, COARSEST
@@ -3782,6 +3775,7 @@ def fit_budget(model: GPT, factors: Factors, damage: Mapping[str, Tensor], code:
 # compressors, then the coder of the codes, the file around both, and the packing of the script.
 # ==================================================================================================
 MAGIC, CHECKSUM_BYTES, HEADER_LIMIT = b"PGOLF\x03", 16, 1 << 16
+LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last lines run it)\n"
 # Always in the header, defaults or not: without them the streams have no shapes, and scoring with
 # others would be another model (`evaluate` refuses that).
@@ -3790,17 +3784,15 @@ MODEL_KNOBS = (
     "rope_base qk_gain_init ln_scale xsa_last_n head_gate_scale smear_gate num_loops loop_start "
     "loop_end parallel_start_layer logit_softcap matrix_bits embed_bits trellis_states "
     "bigram_vocab_size ve_dim skip_gates parallel_form asym_logit_rescale gptq_roles").split()
-# Raw: no container, no checksum of its own. No context bits: the bytes are numbers, not text.
-LZMA_RAW = dict(format=lzma.FORMAT_RAW, filters=[
-    dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)])
 
 
 def coders() -> dict[str, tuple[Callable, Callable]]:
     """COMPRESSOR name -> (encode(raw, quick), decode(coded, limit)) of the general ones installed;
     at most `limit` bytes come out, lest a hostile stream fills the memory."""
     found = dict(
-        lzma=(lambda raw, quick: lzma.compress(raw, **LZMA_RAW),
-              lambda coded, limit: lzma.LZMADecompressor(**LZMA_RAW).decompress(coded, limit)),
+        lzma=(lambda raw, quick: lzma.compress(raw, lzma.FORMAT_ALONE, preset=LZMA_PRESET),
+              lambda coded, limit: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 27)
+              .decompress(coded, limit)),
         zlib=(lambda raw, quick: zlib.compress(raw, 9), inflate))
     if zstandard:
         found["zstd"] = (
@@ -4175,9 +4167,7 @@ def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]
 def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
     """The artifact, from which `unpack` gives back exactly `stored`; its bytes by part add up."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
-    tried = ["rans", *coders()] if h.compressor == "auto" else [h.compressor]
-    coder, streams = min(((c, pack_codes(h, codes, c, quick)) for c in tried),
-                         key=lambda choice: sum(map(len, choice[1])))
+    coder, streams = h.compressor, pack_codes(h, codes, h.compressor, quick)
     steps = b"".join(getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
                      for n, part, kind, _ in grid_parts(h))
     plain = [v.cpu().numpy().ravel() for v in stored.values() if not isinstance(v, Coded)]
@@ -4312,7 +4302,7 @@ def pack_source(source: str, block: str = "") -> bytes:
     else:
         warnings.warn("python_minifier is not installed: the packed script is longer", stacklevel=2)
     raw = text.encode()
-    packed = [(b"lzma", lzma.compress(raw, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME))]
+    packed = [(b"lzma", lzma.compress(raw, lzma.FORMAT_ALONE, preset=LZMA_PRESET))]
     if brotli:
         packed.append((b"brotli", brotli.compress(raw, brotli.MODE_TEXT, 11, 24)))
     return min((PACKED + UNPACKER.replace(b"CODER", coder) % literal(data)
@@ -5131,7 +5121,7 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
             wrong.append(str(error))
 
     package = dict(zstd="zstandard").get(h.compressor, h.compressor)
-    check(require, h.compressor in ("auto", "rans", *coders()),
+    check(require, h.compressor in ("rans", *coders()),
           f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
     size = len(os.fsencode(h.run_id))    # what nearly all file systems take as a name
     require(size <= 255, f"RUN_ID={h.run_id}: {size} bytes, expected a name of at most 255")
@@ -5370,8 +5360,7 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held so far, on the GPU or in all; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
 
 
 def device_name(device: torch.device) -> str:
@@ -5379,9 +5368,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):    # not Linux
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':')[1].strip()} ({torch.get_num_threads()} threads)"
+        if found := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            return f"{found[1].strip()} ({torch.get_num_threads()} threads)"
     return platform.processor() or "cpu"
 
 
@@ -5425,24 +5413,23 @@ def conclude(h: Hyperparameters, world: World, model: GPT, trained: Trained, clo
     return result
 
 
-def fresh_name(h: Hyperparameters) -> str:
-    """Time, recipe and seed, and a number where that is taken; the folder is made here and now, so
-    that no other start can have the name too."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
-    os.makedirs(h.logs_dir or ".", exist_ok=True)    # else a broken link would seem a taken name
-    for run_id in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):
-            (Path(h.logs_dir) / run_id).mkdir()
-            return run_id
-
-
 def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
-    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or `fresh_name`;
-    `Refusal` where this rank's knobs are not those of rank 0, as nodes may be started apart."""
-    theirs = world.share(h.changed())
+    """The hyperparameters with the run's name, one for all ranks: RUN_ID, or time, recipe, seed and
+    a number where that is taken; `Refusal` where this rank's knobs are not those of rank 0, as
+    nodes may be started apart."""
+    theirs, run_id, numbers = world.share(h.changed()), h.run_id, itertools.count(2)
     odd = sorted(h.changed().items() ^ theirs.items())
     require(not odd, f"rank 0 has other knobs, here or there {odd}: give all the same")
-    return replace(h, run_id=world.share(h.run_id or world.main and fresh_name(h)))
+    name = fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
+    if world.main:
+        os.makedirs(h.logs_dir or ".", exist_ok=True)    # a broken link would seem a taken name
+    while world.main and not run_id:
+        try:    # made here and now, so that no other start can have the name too
+            (Path(h.logs_dir) / name).mkdir()
+            run_id = name
+        except FileExistsError:
+            name = f"{fresh}-{next(numbers)}"
+    return replace(h, run_id=world.share(run_id))
 
 
 def evaluate(arguments: Sequence[str], world: World, env: Mapping[str, str]) -> None:
@@ -5473,15 +5460,13 @@ TOOLS: dict[str, Callable[[list[str], Mapping[str, str]], int]] = {}    # sectio
 
 def start(world: World, env: Mapping[str, str]) -> None:
     """A run of the knobs in the environment, from the choice of its recipe on."""
-    known = "run" in RECIPES or env.get("RECIPE")
-    small = world.device.type != "cuda" and not known
-    default = "run" if "run" in RECIPES else "demo" if small else "record"
-    log = Log(world)
+    log, fitting = Log(world), "record" if world.device.type == "cuda" else "demo"
+    default = "run" if "run" in RECIPES else fitting    # of a packed script its own run
     h = Hyperparameters.from_env(env, default, note=log)
     if h.fused_kernels and (trouble := kernels_trouble()):
         log(f"kernels:plain ({trouble})")
         h = replace(h, fused_kernels=False)
-    if small:
+    if default == "demo" and not env.get("RECIPE"):
         log("recipe: no CUDA device was found; RECIPE=demo is used (set RECIPE to choose)")
     with log.awake():
         watch = Clock(world)
@@ -6263,46 +6248,32 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
     return [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
 
 
-def draw_curves(axes: Any, runs: Sequence[Evidence], colours: Sequence[Any]) -> None:
-    """On (3, 2) axes: training loss and validation BPB, each against steps and against seconds, and
-    BPB by stage."""
-    number = r"(\d+\.?\d*|nan|inf)"
-    pattern = (rf"^step:(\d+)/\d+ (?:train_loss:{number}|val_loss:\S+ val_bpb:{number}) "
-               rf"train_time:(\d{{1,15}})ms")
-    for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
-        # (lines, 4) step, training nats, validation BPB, milliseconds
-        curve = np.array([[float(x or "nan") for x in line] for line in e.said(pattern)])
-        curve, style = curve.reshape(-1, 4), dict(color=colour, lw=1, label=e.artifact.parent.name)
-        for y, row in enumerate(axes[:2], 1):
-            seen = curve[~np.isnan(curve[:, y])]
-            for ax, x in zip(row, (seen[:, 0], seen[:, 3] / 1e3)):
-                ax.plot(x, seen[:, y], marker="." if len(seen) < 3 else "", **style)
-        for ax, last in zip(axes[1], (e.result["steps"], e.result["train_seconds"])):
-            ax.plot(last, e.score["val_bpb"], "*", color=colour, zorder=3)
-        stages = e.result["scores"]
-        axes[2, 0].plot([*stages], [s["val_bpb"] for s in stages.values()], marker="o", **style)
-    for row, label in zip(axes, ("training loss (nats per token)", "validation BPB")):
-        row[0].set(xlabel="steps", ylabel=label)
-        row[1].set(xlabel="seconds of training")
-    for ax in axes[1]:
-        ax.set_title("stars: final score", fontsize="small")
-    axes[2, 0].set(title="BPB by stage")
-
-
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
-    """The whole picture as PNG: curves and stages of all runs, the bytes of the best, the first."""
-    figure = matplotlib.figure.Figure(figsize=(13, 13), layout="constrained")
-    axes, best = figure.subplots(3, 2), runs[0]
-    for ax in axes.flat[:5]:
+    """Training loss against steps and seconds, and BPB by stage, of all runs; the bytes of the
+    best, the first: one picture as PNG."""
+    figure = matplotlib.figure.Figure(figsize=(13, 10), layout="constrained")
+    (steps, seconds), (stages, parts) = figure.subplots(2, 2)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
+        lines = e.said(r"^step:(\d+)/\d+ train_loss:(\d+\.?\d*|nan|inf) train_time:(\d+)ms")
+        step, loss, ms = np.array(lines, float).reshape(-1, 3).T
+        style = dict(color=colour, lw=1, label=e.artifact.parent.name)
+        steps.plot(step, loss, **style)
+        seconds.plot(ms / 1e3, loss, **style)
+        bpb = {name: score["val_bpb"] for name, score in e.result["scores"].items()}
+        stages.plot([*bpb], [*bpb.values()], marker="o", **style)
+    handles, names = (part[:-MOST_NAMED - 1:-1] for part in seconds.get_legend_handles_labels())
+    seconds.legend(handles, names, fontsize="small", title="best first, dark to light")
+    steps.set(xlabel="steps", ylabel="training loss (nats per token)")
+    seconds.set(xlabel="seconds of training")
+    stages.set(ylabel="BPB", title="BPB by stage")
+    for ax in (steps, seconds, stages):
         ax.grid(alpha=0.3)
-    draw_curves(axes, runs, matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs))))
-    handles, names = (part[:-MOST_NAMED - 1:-1] for part in axes[0, 1].get_legend_handles_labels())
-    axes[0, 1].legend(handles, names, fontsize="small", title="best first, dark to light")
-    parts = sorted(best.parts.items(), key=lambda item: item[1])    # the largest on top
-    bars = axes[2, 1].barh([n for n, _ in parts], [size / 1e3 for _, size in parts])
-    axes[2, 1].bar_label(bars, fmt=" {:,.1f}", fontsize="small")
-    axes[2, 1].set(xlabel="thousand bytes", xlim=(0, 1.18 * parts[-1][1] / 1e3),
-                   title=f"{best.result['bytes']['total']:,} bytes: {best.artifact.parent.name}")
+    sizes = sorted(runs[0].parts.items(), key=lambda item: item[1])    # the largest on top
+    bars = parts.barh([n for n, _ in sizes], [size / 1e3 for _, size in sizes])
+    parts.bar_label(bars, fmt=" {:,.1f}", fontsize="small")
+    parts.set(xlabel="thousand bytes", xlim=(0, 1.18 * sizes[-1][1] / 1e3),
+              title=f"{runs[0].result['bytes']['total']:,} bytes: {runs[0].artifact.parent.name}")
     picture = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False}):    # names may hold dollars
         figure.savefig(picture, format="png", dpi=100)
@@ -6329,10 +6300,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
         print(f"not shown: {line}")
     require(runs, f"report: no finished run in {', '.join(map(str, o.runs))}")
     out = o.to or (first.parent if (first / "log.txt").exists() else first)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(f"--to {out}: no folder can be made there ({error.strerror})") from None
+    out.mkdir(parents=True, exist_ok=True)
     matplotlib = optional("matplotlib.figure") and optional("matplotlib")
     picture = draw(runs, matplotlib) if matplotlib else b""
     if picture:

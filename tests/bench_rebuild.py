@@ -104,7 +104,8 @@ def correct_biases(model: t.GPT, loader: t.Loader, stored: t.Stored, steps: int)
     """`stored` with fp16 banks that `steps` of Adam, DAMAGE_TOKENS of new text each, brought closer
     to the model's predictions; the model stays as it was. After arXiv 1906.04721."""
     plan = t.depth_plan(model.h, looped=True)
-    texts = [t.damage_text(model.h, loader) for _ in range(steps)]
+    rows = max(1, t.DAMAGE_TOKENS // model.h.train_seq_len)
+    texts = [loader.next().ids.view(-1, model.h.train_seq_len)[:rows] for _ in range(steps)]
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
     plain = {n: model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)}
     # the exact model speaks first; then the rounded weights take its place in the banks

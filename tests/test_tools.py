@@ -451,7 +451,7 @@ def test_options_out_of_range_are_refused(bench, capsys):
     """A sample without documents, and a report where no folder can be."""
     logs = bench.root / "logs"
     assert "--documents 0: expected 1" in refused(bench, capsys, "verify", logs / "s1", "--documents", 0)
-    assert "no folder can be made" in refused(bench, capsys, "report", logs / "s1", "--to", logs / "s1/log.txt/x")
+    assert "Not a directory" in refused(bench, capsys, "report", logs / "s1", "--to", logs / "s1/log.txt/x")
 
 
 # ------------------------------------------------------------------------------------------- sweep
