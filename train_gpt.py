@@ -4815,8 +4815,7 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
                   log: Log) -> tuple[dict[str, float], Ledger]:
     """One of SCORES over the whole validation set: its result and the ledger; all ranks take part.
     Each score has a Ledger of its own, so none can learn from what another has booked."""
-    h, watch, ledger = model.h, Clock(world), Ledger(val, world)
-    T = h.eval_seq_len
+    h, T, watch, ledger = model.h, model.h.eval_seq_len, Clock(world), Ledger(val, world)
     if name == "ttt":
         adapt(model, ledger, name, log)
     elif name == "stream":
@@ -6310,8 +6309,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
         *(f"Not shown: {line}" for line in broken),
         "![curves, stages, bytes](report.png)" if picture else
         "No pictures: the package matplotlib is not installed."]).encode(errors="backslashreplace"))
-    print(f"report: {out / 'report.md'}" +
-          ("" if picture else " (install matplotlib for pictures)"))
+    print(f"report: {out / 'report.md'}" + " (install matplotlib for pictures)" * (not picture))
     return 0
 
 
