@@ -783,12 +783,11 @@ def heed(handler: Any) -> dict[int, Any]:
     the warnings of schedulers); returns what answered before."""
     if threading.current_thread() is not threading.main_thread():    # which alone has signals
         return {}
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-               if hasattr(signal, name)]
+    names = "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"    # of which Windows lacks some
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     # nohup ignores hangups, and means it; SIGINT is ignored in whatever a script starts with "&"
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return {number: signal.signal(number, handler) for number in numbers}
+    return {number: signal.signal(number, handler) for number in numbers
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
 
 
 def restore_signals(before: Mapping[int, Any]) -> None:
@@ -1130,8 +1129,7 @@ class Log:
         except BlockingIOError:
             raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
         except OSError as error:
-            raise Refusal(
-                f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+            raise Refusal(f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
         # Asked again now that the folder is locked: since `preflight` asked, another process may
         # have finished a run of this name.
         refuse_used(folder)
@@ -2133,7 +2131,7 @@ def fetch_published(arguments: list[str]) -> dict[str, Any]:
     return dict(published=o.published, out=o.out)
 
 
-def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> dict:
+def make_dataset(arguments: list[str], say: Callable[[str], None] | None = None) -> dict:
     """The verb data: makes shards of the documents that the command line names, or fetches some."""
     if any(argument.startswith("--published") for argument in arguments):
         return fetch_published(arguments)
@@ -2151,7 +2149,8 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
     choice.add_argument("--val-first", type=int, metavar="N", help="the first N documents are "
                         "validation (the official export: 50000, chosen for docs_selected.jsonl)")
     o = parser.parse_args(arguments)
-    first, val_first = o.files[0], o.val_first or 0
+    first, val_first, log = o.files[0], o.val_first or 0, Log(World())
+    say = say or log
     if first.name.startswith("docs_selected.jsonl") and not o.val and o.val_first is None:
         val_first = OFFICIAL_VAL_DOCUMENTS
         say(f"data: {first}: the first {val_first} documents are validation, as in the official "
@@ -2161,7 +2160,9 @@ def make_dataset(arguments: list[str], say: Callable[[str], None] = print) -> di
             'one .jsonl file with a line {"text": ...} for each document')
     tally = Tally(skip_bad=o.skip_bad)
     corpus = functools.partial(split_documents, o.files, o.val, val_first, tally)
-    manifest = build_dataset(corpus, o.vocab, o.tokenizer, o.out, o.caseops, say, tally)
+    log.begin("the tokenizer's training")    # a single call; all else says how far it is
+    with log.awake():
+        manifest = build_dataset(corpus, o.vocab, o.tokenizer, o.out, o.caseops, say, tally)
     say(f"data: {manifest['train_tokens']} train and {manifest['val_tokens']} val tokens "
         f"({manifest['val_bytes']} bytes) in {o.out}")
     return manifest
