@@ -783,8 +783,8 @@ def heed(handler: Any) -> dict[int, Any]:
     the warnings of schedulers); returns what answered before."""
     if threading.current_thread() is not threading.main_thread():    # which alone has signals
         return {}
-    names = "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"    # of which Windows lacks some
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"} & {*dir(signal)}
+    numbers = [getattr(signal, name) for name in sorted(names)]
     # nohup ignores hangups, and means it; SIGINT is ignored in whatever a script starts with "&"
     return {number: signal.signal(number, handler) for number in numbers
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
@@ -1129,7 +1129,7 @@ class Log:
         except BlockingIOError:
             raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
         except OSError as error:
-            raise Refusal(f"LOGS_DIR={folder.parent} cannot be written ({error.strerror})") from None
+            raise Refusal(f"LOGS_DIR={folder.parent} is not writable ({error.strerror})") from None
         # Asked again now that the folder is locked: since `preflight` asked, another process may
         # have finished a run of this name.
         refuse_used(folder)

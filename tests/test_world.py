@@ -114,11 +114,11 @@ def test_equal_artifact_bytes(outcomes):
 
 
 def test_equal_scores(outcomes):
-    """Fixed weights: every target's nats to the bit. TTT: to the rounding of shared gradients."""
+    """Windows: every target's nats to the bit. Streams, whose rows are other ones: to rounding."""
     for name in ("quantized", "sliding", "stream", "ttt"):
         one, two, other = (outcomes[key] for key in ((1, 0), (2, 0), (2, 1)))
         assert (two["nats"][name] == other["nats"][name]).all()
-        if name == "ttt":
+        if name in ("stream", "ttt"):
             assert abs(one["nats"][name] - two["nats"][name]).max() < 1e-3
         else:
             assert (one["nats"][name] == two["nats"][name]).all(), name
@@ -293,7 +293,7 @@ def test_log(tmp_path, capsys):
         tg.Log(tg.World(), folder)
     assert (folder / "log.txt").read_text() == "one\ntwo\nthree\n"
     (tmp_path / "file").touch()
-    with pytest.raises(tg.Refusal, match="LOGS_DIR=.*file cannot be written"):
+    with pytest.raises(tg.Refusal, match="LOGS_DIR=.*file is not writable"):
         tg.Log(tg.World(), tmp_path / "file" / "r")
 
 
