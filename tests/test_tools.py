@@ -295,8 +295,9 @@ def test_bytes_are_counted_again_from_raw_text(bench):
     assert re.search("raw documents", t.bad(t.check_data(data, data, e, texts))[0])
 
 
-@pytest.mark.parametrize("name, seconds, way", [("stream", 60, "stream: .* after 20 others"), (
-    "stream", 0, "stream: .* each after the same 20 others"), ("sliding", 0, "model: ")])
+@pytest.mark.parametrize("name, seconds, way", [
+    ("stream", 0, "stream: .* after the same 20 others"), ("sliding", 60, "sliding: .* after the same 20 others"),
+    ("sliding", 0, "model: ")])
 def test_probabilities_are_summed_in_three_ways(name, seconds, way, monkeypatch):
     """The whole scorer, a document for every token, or the model: 1 for honest shares, not for
     shares that were made larger."""
