@@ -4,12 +4,21 @@ Two scales, S (0.29M weights) and L (0.69M), each trained on TOKENS_PER_WEIGHT t
 on 107. What is scaled, and how, stands in SCALES. Documents: BENCH_DATA (docs_train.jsonl.zst, docs_val.jsonl.zst; default
 ../shared/data beside the repository), else the embedded corpus. Trained models are cached by content in BENCH_CACHE (default
 data/bench); a stopped training goes on from its checkpoint.
+
+All arms get the time of the first: its steps times the modelled milliseconds of both at full size; and artifacts of equal bytes.
+Run: python tests/bench_replica.py S "field:" "wide: MLP_MULT=6" --seeds 1,2,3 --processes 2
 """
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import sys
 import time
@@ -18,6 +27,7 @@ from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+import numpy as np
 import torch
 
 import train_gpt as tg
@@ -95,5 +105,139 @@ def replica(scale: str = "S", seed: int = 1, steps: int = 0, **knobs: str) -> Re
     return Replica(h, model, data, moments, damage, trainer.loader.position)
 
 
+class Judged(NamedTuple):
+    """What one arm gives with one seed."""
+
+    weights: int
+    steps: int
+    bytes: int
+    bits: float    # of the artifact per weight
+    nats: dict[str, list[float]]    # of each document: prequant, quantized, ttt
+
+
+def cost_ms(h: tg.Hyperparameters, base: tg.Hyperparameters, rate: float, block_ms: float, fixed_ms: float) -> float:
+    """Milliseconds of a training step of 98,304 tokens on one of 8 H100s, of the model of `h` at the size at which `base` is the
+    record's: matrix products at `rate` TFLOP/s, what else a block does, and what no block does (embedding, optimiser, sending)."""
+    D, layers = 512 * h.model_dim / base.model_dim, 11 / base.num_layers
+    heads, keys = D * h.num_heads * h.head_dim / h.model_dim, D * h.num_kv_heads * h.head_dim / h.model_dim
+    forward = 2 * D * (2 * heads + 2 * keys) + 4 * D * h.mlp_mult * D + 2 * 1024 * heads    # of a token and block
+    share = h.enable_looping_at if h.num_loops else 0.0
+    blocks = layers * (share * len(tg.depth_plan(h, False)) + (1 - share) * len(tg.depth_plan(h, True)))
+    head = 2 * D * 8192
+    return 3 * (blocks * forward + head) * 98_304 / rate / 1e9 + blocks * block_ms + fixed_ms
+
+
+# Public pairs at full size, 600 s on 8 H100s: what was changed, and ms per step (or 600 s over the steps).
+PAIRS = {"#2130, MLP 3 to 4": (dict(mlp_mult=3.0), dict(mlp_mult=4.0), 600e3 / 5337, 600e3 / 4991),
+         "#1871, MLP 4 to 4.5": (dict(mlp_mult=4.0), dict(mlp_mult=4.5), 123.1, 129.1),
+         "#1512, 11 to 12 layers": (dict(num_layers=11), dict(num_layers=12), 117.0, 130.0)}
+
+
+def fitted_cost() -> tuple[tuple[float, float, float], dict[str, float]]:
+    """(rate, block_ms, fixed_ms) with the least squared error of the ratios of PAIRS, at 120 ms for the record; and those errors."""
+    record, best = tg.Hyperparameters(), (math.inf, (), {})
+    for rate, block_ms in itertools.product(range(300, 801, 20), np.arange(0, 6, 0.1)):
+        fixed_ms = 120 - cost_ms(record, record, rate, block_ms, 0.0)
+        if fixed_ms < 0:
+            continue
+        errors = {}
+        for name, (before, after, slow, fast) in PAIRS.items():
+            ms = [cost_ms(dataclasses.replace(record, **knobs), record, rate, block_ms, fixed_ms) for knobs in (before, after)]
+            errors[name] = ms[1] / ms[0] / (fast / slow) - 1
+        best = min(best, (sum(e * e for e in errors.values()), (rate, float(block_ms), fixed_ms), errors), key=lambda row: row[0])
+    return best[1:]
+
+
+def first_documents(val: tg.Validation, count: int) -> tg.Validation:
+    """The first documents of the validation set."""
+    count = min(count, len(val.documents) - 1)
+    end = int(val.documents[count])
+    return tg.Validation(val.tokens[:end + 1], val.bytes[:end], val.documents[:count + 1])
+
+
+def judge(scale: str, seed: int, knobs: dict[str, str], steps: int, budget: int, documents: int, threads: int) -> Judged:
+    """Trains or finds one model, fits its artifact into `budget` bytes, and scores it before, after, and with TTT."""
+    torch.set_num_threads(threads)
+    bench = replica(scale, seed, steps, **knobs)
+    model, world, quiet = bench.model, tg.World(), tg.Log(tg.World(), quiet=True)
+    place = CACHE / bench.h.run_id / f"judged_{budget}_{documents}_{tg.fingerprint((REPO / 'train_gpt.py').read_text()):x}.json"
+    if place.is_file():
+        return Judged(*json.loads(place.read_text()))
+    val, nats = first_documents(bench.data.val, documents), {}
+
+    def score(name: str, kind: str) -> None:
+        """Keeps the nats of every document."""
+        ledger = tg.score_by_name(kind, model, val, world, quiet)[1]
+        nats[name] = np.add.reduceat(ledger.targets_nats().astype(float), val.documents[:-1]).tolist()
+
+    score("prequant", "stream")
+    h = model.retune(budget_bytes=budget)
+    blob, _ = tg.fit_budget(model, tg.inverse_factors(h, bench.moments), bench.damage, 0, quiet)
+    tg.load_stored(model, tg.unpack(blob)[1])
+    score("quantized", "stream")
+    score("ttt", "ttt")
+    weights = sum(p.numel() for p in model.parameters())
+    found = Judged(weights, bench.h.iterations, len(blob), 8 * len(blob) / weights, nats)
+    place.write_text(json.dumps(found))
+    return found
+
+
+def compared(mine: list[list[float]], base: list[list[float]], sizes: np.ndarray) -> tuple[float, float]:
+    """Difference in BPB, mean over seeds, and its standard error over documents."""
+    bits = (np.mean(mine, 0) - np.mean(base, 0)) / math.log(2)
+    mean = bits.sum() / sizes.sum()
+    return float(mean), float(np.sqrt(np.square(bits - mean * sizes).sum()) / sizes.sum())
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the table and the line BENCH."""
+    parser = argparse.ArgumentParser("bench_replica.py", description=__doc__)
+    parser.add_argument("scale", choices=sorted(SCALES))
+    parser.add_argument("arms", nargs="*", default=["field:"], help="name: KNOB=value ...; the first is the base of all differences")
+    parser.add_argument("--seeds", default="1")
+    parser.add_argument("--bytes", type=int, default=0, help="of every artifact; else 3.5 bits per weight of the first arm")
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1)
+    o = parser.parse_args(arguments)
+    seeds = [int(seed) for seed in o.seeds.split(",")]
+    arms = {name.strip(): dict(word.split("=", 1) for word in knobs.split()) for name, _, knobs in (a.partition(":") for a in o.arms)}
+    cost, errors = fitted_cost()
+    print(f"cost model: {cost[0]} TFLOP/s, {cost[1]:.1f} ms a block, {cost[2]:.1f} ms besides; errors of the public ratios: " +
+          ", ".join(f"{name} {error:+.1%}" for name, error in errors.items()))
+    folder, shapes = shards(int(COMMON["VOCAB_SIZE"])), {}
+    for name, knobs in arms.items():
+        shapes[name] = tg.Hyperparameters.from_env(COMMON | SCALES[o.scale] | knobs)
+    base = next(iter(shapes.values()))
+    count = sum(math.prod(r.shape) for r in tg.roles(base).values())
+    budget, all_steps = o.bytes or round(3.5 * count / 8), {}
+    for name, h in shapes.items():    # equal time: the first arm's steps, at this one's milliseconds
+        ms = cost_ms(h, base, *cost)
+        all_steps[name] = round(-(-TOKENS_PER_WEIGHT * count // base.train_batch_tokens) * cost_ms(base, base, *cost) / ms)
+    jobs, threads = list(itertools.product(arms, seeds)), max(1, tg.cpu_count() // o.processes)
+    with concurrent.futures.ProcessPoolExecutor(o.processes, multiprocessing.get_context("spawn")) as pool:
+        found = dict(zip(jobs, pool.map(judge, *zip(*[(o.scale, seed, arms[name], all_steps[name], budget, o.documents, threads)
+                                                      for name, seed in jobs]))))
+    val = first_documents(tg.find_dataset(dataclasses.replace(base, data_path=str(folder), tokenizer_path=str(
+        folder / f"fineweb_{base.vocab_size}_bpe.model")), tg.World(), print).val, o.documents)
+    sizes, table = np.add.reduceat(val.bytes, val.documents[:-1]), {}
+    print(f"{len(sizes)} documents, {sizes.sum()} bytes, seeds {o.seeds}; {tg.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+    print(f"{'arm':24}{'weights':>9}{'ms':>7}{'steps':>7}{'bytes':>9}{'bits':>6}" + "".join(
+        f"{stage:>10}{'difference':>12}{'s.e.':>8}" for stage in ("prequant", "quantized", "ttt")))
+    for name, h in shapes.items():
+        rows = [found[name, seed] for seed in seeds]
+        line = table[name] = dict(weights=rows[0].weights, ms=cost_ms(h, base, *cost), steps=rows[0].steps,
+                                  bytes=max(row.bytes for row in rows), bits=rows[0].bits)
+        text = f"{name:24}{line['weights']:9,}{line['ms']:7.1f}{line['steps']:7}{line['bytes']:9,}{line['bits']:6.2f}"
+        for stage in ("prequant", "quantized", "ttt"):
+            mine, first = ([found[n, seed].nats[stage] for seed in seeds] for n in (name, next(iter(arms))))
+            bpb = np.mean(mine, 0).sum() / math.log(2) / sizes.sum()
+            gap, error = compared(mine, first, sizes)
+            line[stage] = dict(bpb=bpb, difference=gap, se=error)
+            text += f"{bpb:10.5f}{gap:+12.5f}{error:8.5f}"
+        print(text, flush=True)
+    print("BENCH " + json.dumps(dict(scale=o.scale, budget=budget, documents=len(sizes), arms=table,
+                                     cost_model=dict(tflops=cost[0], block_ms=cost[1], fixed_ms=cost[2], errors=errors))))
+
+
 if __name__ == "__main__":
-    replica(sys.argv[1], int(sys.argv[2]), **dict(word.split("=", 1) for word in sys.argv[3:]))
+    main(sys.argv[1:])
