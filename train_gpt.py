@@ -6235,6 +6235,7 @@ def draw_gain(stream: Any, lengths: Any, e: Evidence, name: str) -> None:
 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     """The whole picture as PNG: curves of all runs, then the best one, the first, in detail."""
+    matplotlib.rcParams["text.parse_math"] = False    # names may hold dollars
     figure = matplotlib.figure.Figure(figsize=(13, 17), layout="constrained")
     axes, best, name = figure.subplots(4, 2), runs[0], runs[0].artifact.parent.name
     for ax in (*axes[:2].flat, *axes[3]):
@@ -6257,8 +6258,7 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
                    title=f"{best.result['bytes']['total']:,} bytes: {name}")
     draw_gain(*axes[3], best, name)
     picture = io.BytesIO()
-    with matplotlib.rc_context({"text.parse_math": False}):    # names may hold dollars
-        figure.savefig(picture, format="png", dpi=100)
+    figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
 
 
