@@ -5866,8 +5866,7 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
             (folder / f"train{mark}.log").write_text(e.log, encoding="utf-8")
         for name, path in copies.items():
             shutil.copyfile(path, folder / name)
-        # The versions of this installation, and the torch of the runs.
-        # the name of an installation that is half removed is None
+        # What is installed, but the torch of the runs; the name of what is half removed is None.
         found = {str(d.name).lower(): d.version for d in importlib.metadata.distributions()}
         found["torch"] = entry["pytorch_version"].split("+")[0]
         names = ("torch", "numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
@@ -6167,13 +6166,14 @@ def draw_curves(axes: Any, runs: Sequence[Evidence], colour: Callable) -> None:
     pattern = (rf"^step:(\d+)/\d+ (?:train_loss:{number}|val_loss:\S+ val_bpb:{number}) "
                rf"train_time:(\d{{1,15}})ms")
     for i, e in reversed([*enumerate(runs)]):    # the best one on top
+        name = e.artifact.parent.name.encode(errors="replace").decode()    # may be any bytes
         # (lines, 4) step, training nats, validation BPB, milliseconds
         curve = np.array([[float(x or "nan") for x in line] for line in e.said(pattern)])
         curve = curve.reshape(-1, 4)
         for y, row in enumerate(axes, 1):
             seen = curve[~np.isnan(curve[:, y])]
             for ax, x in zip(row, (seen[:, 0], seen[:, 3] / 1e3)):
-                ax.plot(x, seen[:, y], color=colour(i), lw=1, label=e.artifact.parent.name,
+                ax.plot(x, seen[:, y], color=colour(i), lw=1, label=name,
                         marker="." if len(seen) < 3 else "")
         for ax, last in zip(axes[1], (e.result["steps"], e.result["train_seconds"])):
             ax.plot(last, e.score["val_bpb"], "*", color=colour(i), zorder=3,
@@ -6237,7 +6237,8 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     """The whole picture as PNG: curves of all runs, then the best one, the first, in detail."""
     matplotlib.rcParams["text.parse_math"] = False    # names may hold dollars
     figure = matplotlib.figure.Figure(figsize=(13, 17), layout="constrained")
-    axes, best, name = figure.subplots(4, 2), runs[0], runs[0].artifact.parent.name
+    axes, best = figure.subplots(4, 2), runs[0]
+    name = best.artifact.parent.name.encode(errors="replace").decode()
     for ax in (*axes[:2].flat, *axes[3]):
         ax.grid(alpha=0.3)
     if len(runs) > MOST_NAMED:
