@@ -5927,8 +5927,7 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
             (folder / f"train{mark}.log").write_text(e.log, encoding="utf-8")
         for name, path in copies.items():
             shutil.copyfile(path, folder / name)
-        # The versions of this installation, and the torch of the runs.
-        # the name of an installation that is half removed is None
+        # What is installed, but the torch of the runs; the name of what is half removed is None.
         found = {str(d.name).lower(): d.version for d in importlib.metadata.distributions()}
         found["torch"] = entry["pytorch_version"].split("+")[0]
         names = ("torch", "numpy", "sentencepiece", "zstandard", "brotli", "python-minifier")
@@ -6257,7 +6256,8 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
         lines = e.said(r"^step:(\d+)/\d+ train_loss:(\d+\.?\d*|nan|inf) train_time:(\d+)ms")
         step, loss, ms = np.array(lines, float).reshape(-1, 3).T
-        style = dict(color=colour, lw=1, label=e.artifact.parent.name)
+        name = e.artifact.parent.name.encode(errors="replace").decode()    # of any bytes
+        style = dict(color=colour, lw=1, label=name)
         steps.plot(step, loss, **style)
         seconds.plot(ms / 1e3, loss, **style)
         bpb = {name: score["val_bpb"] for name, score in e.result["scores"].items()}
@@ -6273,10 +6273,9 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     bars = parts.barh([n for n, _ in sizes], [size / 1e3 for _, size in sizes])
     parts.bar_label(bars, fmt=" {:,.1f}", fontsize="small")
     parts.set(xlabel="thousand bytes", xlim=(0, 1.18 * sizes[-1][1] / 1e3),
-              title=f"{runs[0].result['bytes']['total']:,} bytes: {runs[0].artifact.parent.name}")
+              title=f"{runs[0].result['bytes']['total']:,} bytes of the best: {name}")
     picture = io.BytesIO()
-    with matplotlib.rc_context({"text.parse_math": False}):    # names may hold dollars
-        figure.savefig(picture, format="png", dpi=100)
+    figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
 
 
