@@ -821,7 +821,8 @@ def complain(error: object, env: Mapping[str, str] = os.environ) -> int:
     node = f"node {env.get('GROUP_RANK', 0)} = {platform.node()}"
     rank = f" (rank {env['RANK']}, {node})" if "RANK" in env else ""
     told = f"train_gpt.py: error{rank}: {error}"    # in which a name may hold anything
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in told), file=sys.stderr)
+    told = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in told)
+    print(told, file=sys.stderr, flush=True)
     return 2
 
 
@@ -909,8 +910,9 @@ class World:
         said = run_block({name: env[name] for name in names if name in env})
         try:
             rank, size, local = (int(env.get(*pair)) for pair in zip(names, "010"))
-            if not 0 <= rank < size or local < 0:
-                raise ValueError("0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK must hold")
+            if not (0 <= rank < size and 0 <= local and (size == 1 or {*names} <= {*env})):
+                raise ValueError("0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK must hold, and "
+                                 f"{', '.join(names)} be set")
             device = cls.claim_device(local)
             if size == 1:
                 return cls(rank, size, device)
@@ -5421,9 +5423,8 @@ def named_run(h: Hyperparameters, world: World) -> Hyperparameters:
     odd = sorted(h.changed().items() ^ theirs.items())
     require(not odd, f"rank 0 has other knobs, here or there {odd}: give all the same")
     name = fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{h.recipe.replace(',', '+')}-seed{h.seed}"
-    if world.main:
-        os.makedirs(h.logs_dir or ".", exist_ok=True)    # a broken link would seem a taken name
     while world.main and not run_id:
+        os.makedirs(h.logs_dir or ".", exist_ok=True)    # a broken link would seem a taken name
         try:    # made here and now, so that no other start can have the name too
             (Path(h.logs_dir) / name).mkdir()
             run_id = name

@@ -164,9 +164,32 @@ def packed(source: str, block: str = "") -> bytes:
 SAID = [""]    # what a process that verify starts will print
 
 
-def other_process(*_, **__):
+class Ended:
+    """A process that said something and ended well."""
+
+    returncode = 0
+
+    def __init__(self):
+        """What it said, line by line."""
+        self.stdout = SAID[0].splitlines(keepends=True)
+
+    def __enter__(self):
+        """Itself."""
+        return self
+
+    def __exit__(self, *error):
+        """Nothing."""
+
+    def wait(self) -> int:
+        """Its status."""
+        return 0
+
+    terminate = kill = wait
+
+
+def other_process(*_, **__) -> Ended:
     """A process that ends well."""
-    return types.SimpleNamespace(wait=lambda: 0, returncode=0, stdout=SAID[0], stderr="", terminate=lambda: None)
+    return Ended()
 
 
 # --------------------------------------------------------------------------------------- environments
