@@ -910,9 +910,9 @@ class World:
         said = run_block({name: env[name] for name in names if name in env})
         try:
             rank, size, local = (int(env.get(*pair)) for pair in zip(names, "010"))
-            if not (0 <= rank < size and 0 <= local and (size == 1 or {*names} <= {*env})):
+            if not (0 <= rank < size and 0 <= local and (size == 1 or {*names[3:]} <= {*env})):
                 raise ValueError("0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK must hold, and "
-                                 f"{', '.join(names)} be set")
+                                 f"{' and '.join(names[3:])} be set")
             device = cls.claim_device(local)
             if size == 1:
                 return cls(rank, size, device)
