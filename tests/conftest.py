@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # read at import: workers of the suite share the cores
+
 import numpy as np
 import pytest
 import torch

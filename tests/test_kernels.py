@@ -255,7 +255,7 @@ if not GPU and not t.INTERPRETED:
         pytest.importorskip("triton")
         chosen = ["-k", "the_model_with_kernels"] if script else []
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, __file__],
-                              env=os.environ | dict(TRITON_INTERPRET="1") | script, capture_output=True, text=True)
+                              env=os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") | script, capture_output=True, text=True)
         assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
     def test_a_machine_without_the_kernels_says_why_and_is_plain():
