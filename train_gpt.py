@@ -6140,6 +6140,7 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     yield from check_data(data, other, e, raw)
     tables = {n: table for n, table in e.tables.items() if n != "prequant"}    # has no artifact
     whole = built(theirs, e, h, device)
+    count = count or max(1, int(np.searchsorted(data.val.documents, 10_000)) - 1)
     for name, table in tables.items():
         yield from check_scores(theirs, whole, name, table, other.val, count)
     # The small one crosses borders of windows and chunks many times in a few hundred tokens.
@@ -6166,14 +6167,13 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
     process."""
     parser = argparse.ArgumentParser("train_gpt.py verify", description="review a submission")
     parser.add_argument("target", type=Path, help="records folder, or logs/<RUN_ID>")
-    parser.add_argument("--documents", type=int, default=50, help="documents to score again")
+    parser.add_argument("--documents", type=int, default=0, help="scored again; 0: 10,000 targets")
     parser.add_argument("--text", nargs="+", type=Path, default=[],
                         help="raw validation documents (.jsonl, .jsonl.zst, .txt)")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)    # new process
     o = parser.parse_args(arguments)
-    require(o.documents > 0, f"--documents {o.documents}: expected 1 or more")
-    log, findings, entry = Log(World()), [], {}
-    is_run = (o.target / "result.json").exists()
+    require(o.documents >= 0, f"--documents {o.documents}: expected 0 or more")
+    log, findings, entry, is_run = Log(World()), [], {}, (o.target / "result.json").exists()
     runs = [read_run(o.target)] if is_run else read_record(o.target)
     if o.alone:
         heard = listen()

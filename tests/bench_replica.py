@@ -198,6 +198,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bytes", type=int, default=0, help="of every artifact; else 3.5 bits per weight of the first arm")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--tokens", type=float, default=TOKENS_PER_WEIGHT, help="per weight of the first arm; a smaller number only "
+                        "shows that the bench runs")
     o = parser.parse_args(arguments)
     seeds = [int(seed) for seed in o.seeds.split(",")]
     arms = {name.strip(): dict(word.split("=", 1) for word in knobs.split()) for name, _, knobs in (a.partition(":") for a in o.arms)}
@@ -212,7 +214,7 @@ def main(arguments: list[str]) -> None:
     budget, all_steps = o.bytes or round(3.5 * count / 8), {}
     for name, h in shapes.items():    # equal time: the first arm's steps, at this one's milliseconds
         ms = cost_ms(h, base, *cost)
-        all_steps[name] = round(-(-TOKENS_PER_WEIGHT * count // base.train_batch_tokens) * cost_ms(base, base, *cost) / ms)
+        all_steps[name] = round(o.tokens * count / base.train_batch_tokens * cost_ms(base, base, *cost) / ms)
     jobs, threads = list(itertools.product(arms, seeds)), max(1, tg.cpu_count() // o.processes)
     with concurrent.futures.ProcessPoolExecutor(o.processes, multiprocessing.get_context("spawn")) as pool:
         found = dict(zip(jobs, pool.map(judge, *zip(*[(o.scale, seed, arms[name], all_steps[name], budget, o.documents, threads)

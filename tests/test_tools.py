@@ -451,7 +451,7 @@ def test_report_of_nothing_is_refused(tmp_path, capsys):
 def test_options_out_of_range_are_refused(bench, capsys):
     """A sample without documents, and a report where no folder can be."""
     logs = bench.root / "logs"
-    assert "--documents 0: expected 1" in refused(bench, capsys, "verify", logs / "s1", "--documents", 0)
+    assert "--documents -1: expected 0" in refused(bench, capsys, "verify", logs / "s1", "--documents", -1)
     assert "Not a directory" in refused(bench, capsys, "report", logs / "s1", "--to", logs / "s1/log.txt/x")
 
 
