@@ -5460,10 +5460,9 @@ TOOLS: dict[str, Callable[[list[str], Mapping[str, str]], int]] = {}    # sectio
 
 
 def start(world: World, env: Mapping[str, str]) -> None:
-    """A run of the knobs in the environment, from the choice of its recipe on."""
-    log, fitting = Log(world), "record" if world.device.type == "cuda" else "demo"
-    default = "run" if "run" in RECIPES else fitting    # of a packed script its own run
-    h = Hyperparameters.from_env(env, default, note=log)
+    """A run of the knobs in the environment; without RECIPE a packed script repeats its own."""
+    default = "run" if "run" in RECIPES else "record" if world.device.type == "cuda" else "demo"
+    h = Hyperparameters.from_env(env, default, note=(log := Log(world)))
     if h.fused_kernels and (trouble := kernels_trouble()):
         log(f"kernels:plain ({trouble})")
         h = replace(h, fused_kernels=False)
@@ -6021,8 +6020,9 @@ def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[F
     real one, sum to 1 (what looks up the real one only does not, #886): a document for each token
     where those stand apart, else by the whole scorer if that takes a minute, else by the model."""
     h, V = model.h, model.h.vocab_size
-    # The last one ends a window, and learners have made a step before it.
-    count = min(h.eval_seq_len + h.eval_stride, len(val.bytes))
+    # The last one ends a window, or learners have made a step before it.
+    count = h.ttt_stream_chunk + 4 if apart(name, h) else h.eval_seq_len + h.eval_stride
+    count = min(count, len(val.bytes))
     before, sizes, begin_s = val.tokens[:count].numpy(), val.bytes[:count], time.perf_counter()
     last = lambda token: stream_nats(module, model, name, np.append(before, token), sizes)[-1]
     what = f"{name}: probabilities of all {V} tokens after the same {count} others"
@@ -6116,10 +6116,10 @@ def built(module: Any, e: Evidence, h: Any, device: torch.device) -> Any:
 
 
 def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Path],
-            heard: list[str]) -> Iterator[Finding]:
-    """What can be seen of a run by running the submitted code; `heard` is of `listen`. The packed
-    script must know nothing without weights, so that its loss is ln V; scores come from the
-    readable one, which packs to the same bytes, compiled as in the run or not."""
+            heard: list[str], proven: bool = False) -> Iterator[Finding]:
+    """What can be seen of a run by running the submitted code, `proven` if another run was of it;
+    `heard` is of `listen`. The packed script must know nothing without weights: its loss is ln V.
+    Scores come from the readable one, which packs to the same bytes, compiled as in the run."""
     packed = load_script(e.code, "packed_script")
     h = packed.Hyperparameters(**e.result["changed_knobs"])
     torch.manual_seed(0)
@@ -6131,9 +6131,8 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     place = {n: env[n.upper()] for n in PLACES[2:5] if n.upper() in env}
     mine, theirs = e.knobs(**place, eval_budget_s=0.0), load_script(e.readable, "readable_script")
     h, device = theirs.Hyperparameters(**asdict(mine)), World.claim_device(0)
-    quiet = Log(World(), quiet=True)
-    data = find_dataset(mine, World(), quiet)
-    other = theirs.find_dataset(h, theirs.World(0, 1, device), quiet)
+    data = find_dataset(mine, World(), str)
+    other = theirs.find_dataset(h, theirs.World(0, 1, device), str)
     raw = list(read_documents(texts)) if texts else None
     if not texts and must_build(mine):    # the embedded corpus is its own raw text
         raw = [text for name, text in embedded_documents() if held_out(name)]
@@ -6143,6 +6142,8 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
     count = count or max(1, int(np.searchsorted(data.val.documents, 10_000)) - 1)
     for name, table in tables.items():
         yield from check_scores(theirs, whole, name, table, other.val, count)
+    if proven:
+        return
     # The small one crosses borders of windows and chunks many times in a few hundred tokens.
     T = min(h.eval_seq_len, 32)
     sizes = dict.fromkeys(("eval_seq_len", "train_seq_len", "micro_batch_tokens",
@@ -6162,9 +6163,8 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
 
 
 def verify(arguments: list[str], env: Mapping[str, str]) -> int:
-    """The verb `verify`: the checklist of a review, each line as soon as it is known; 0 if
-    everything passes, 1 if not. Code is run only if all that can be read is right, and in a new
-    process."""
+    """The verb `verify`: a review, each line as soon as it is known; 0 if all passes, else 1. Code
+    runs only if all that can be read is right, in a new process."""
     parser = argparse.ArgumentParser("train_gpt.py verify", description="review a submission")
     parser.add_argument("target", type=Path, help="records folder, or logs/<RUN_ID>")
     parser.add_argument("--documents", type=int, default=0, help="scored again; 0: 10,000 targets")
@@ -6180,7 +6180,7 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
         with log.awake():
             for e in runs:
                 log.begin(f"the review of {e.name}")
-                for f in examine(e, env, o.documents, o.text, heard):
+                for f in examine(e, env, o.documents, o.text, heard, e is not runs[0]):
                     log("FINDING " + json.dumps((f.group, bool(f.good), f.text, f"{e.name}: ")))
         return 0
 
