@@ -180,4 +180,4 @@ def test_what_is_nothing_but_rounding_moves_nobody(every):
         bank.reset(torch.tensor([0]))
         bank.step((bank.flat * (grad + noise * torch.randn(grad.shape, generator=g))).sum(), rate)
         moved.append((bank.flat - bank.start).detach())
-    assert moved[0].abs().max() > 0.005 and (moved[0] - moved[1]).abs().max() < 2e-5
+    assert moved[0].abs().max() > 0.005 and (moved[0] - moved[1]).abs().max() < 1e-4
