@@ -4374,32 +4374,34 @@ def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
 
 
 def document_plan(documents: np.ndarray, C: int, rows: int, world: World,
-                  chosen: Sequence[int] | None = None) -> list[Windows]:
-    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick: all `chosen`
-    documents, else its share of all, in as many ticks as every other rank.
+                  left: Mapping[int, int] | None = None) -> list[Windows]:
+    """The chunks of C tokens that this rank scores, one batch (rows, C) per tick: its share of all
+    documents, in as many ticks as every other rank, or all that are `left` (see `in_time`).
 
     The longest document goes first, each to the row of any rank that is free first. Inside a
     document chunks come in order, one per tick, in one row: that is all that C4 needs, since
     documents do not know of each other. Every rank computes the whole assignment and keeps its own
     rows, so nothing has to be sent."""
-    ticks, world = -(-np.diff(documents) // C), world if chosen is None else World()
+    ticks, world = -(-np.diff(documents) // C), world if left is None else World()
     free = [(0, row) for row in range(rows * world.size)]
-    # (chunks, 3) of each row: start, tokens, age
-    mine = [[np.empty((0, 3), np.int64)] for _ in range(rows)]
+    # (chunks, 4) of each row: start, lo, hi, age
+    mine = [[np.empty((0, 4), np.int64)] for _ in range(rows)]
     # a heap of (ticks until free, row); ties go by row, so that all ranks assign alike
     order = np.argsort(-ticks, kind="stable")
-    for d in order.tolist() if chosen is None else order[np.isin(order, chosen)].tolist():
+    for begin, end in zip(documents[order].tolist(), documents[order + 1].tolist()):
+        if left is not None and begin not in left:
+            continue
         busy, row = free[0]
-        heapq.heapreplace(free, (busy + int(ticks[d]), row))
+        heapq.heapreplace(free, (busy + -(-(end - begin) // C), row))
         if row % world.size == world.rank:
-            start = np.arange(*documents[d:d + 2], C)
+            start = np.arange(begin, end, C)
+            hi, first = np.minimum(C, end - start), left[begin] if left else begin
             mine[row // world.size].append(np.stack(
-                [start, np.minimum(C, documents[d + 1] - start), np.arange(len(start))], 1))
-    plan = np.zeros((max(free)[0], rows, 3), np.int64)
+                [start, (first - start).clip(0, hi), hi, np.arange(len(start))], 1))
+    plan = np.zeros((max(free)[0], rows, 4), np.int64)
     for row, chunks in enumerate(map(np.concatenate, mine)):
         plan[:len(chunks), row] = chunks
-    return [Windows(start, np.zeros_like(count), count, C, age)
-            for start, count, age in plan.transpose(0, 2, 1)]
+    return [Windows(start, lo, hi, C, age) for start, lo, hi, age in plan.transpose(0, 2, 1)]
 
 
 class Ledger:
@@ -4623,39 +4625,37 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
 
 
 def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float, world: World,
-            late: list[int]) -> Iterator[Windows]:
-    """The `ticks` of a plan. Once all would take more than `limit_s` by the pace so far, no other
-    document begins, and the first targets of those left go into `late`: a choice by time and
-    lengths, never by tokens."""
-    clock, every, busy = Clock(world), max(16, len(plan) // 64), True
+            late: dict[int, int]) -> Iterator[Windows]:
+    """The `ticks` of a plan, which end where all would take more than `limit_s` by the pace so far:
+    `late` then gets, by the first target of each document that is left, its first one not scored. A
+    choice by time and lengths, never by tokens."""
+    clock, every = Clock(world), max(16, len(plan) // 64)
     for i, w in enumerate(ticks):
         # all ranks have one number of ticks, and one clock, the mean of theirs
-        if not late and limit_s < math.inf and i and i % every == 0 and (
+        if limit_s < math.inf and i and i % every == 0 and (
                 clock.mean_s().item() / i * len(plan) > limit_s):
-            late += [int(x) for v in plan[i:] for x in v.start[(v.age == 0) & (v.hi > 0)]]
-        if late:    # rows whose document began before go on to its end
-            busy = busy & (w.age > 0)
-            w = w._replace(hi=w.hi * busy)
-            if not w.hi.any():
-                return
+            for v in plan[i:]:
+                for start, age in zip(v.start[v.hi > 0], v.age[v.hi > 0]):
+                    late.setdefault(int(start - age * v.width), int(start))
+            return
         yield w
 
 
 def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: int, name: str,
                     log: Log, limit_s: float = math.inf,
-                    chosen: Sequence[int] | None = None) -> None:
-    """Scores the documents between these edges, or this rank's `chosen` ones, by `Learners`; those
-    that `limit_s` seconds have no room for, the shortest, by the weights as they are."""
-    world, late = ledger.world, []
+                    left: Mapping[int, int] | None = None) -> None:
+    """Scores the documents between these edges, or what this rank has `left`, by `Learners`; what
+    `limit_s` seconds have no room for by the weights as they are."""
+    world, late = ledger.world, {}
     rows, C = tiles(model.h, documents, steps, world)
-    plan = document_plan(documents, C, rows, world, chosen)
+    plan = document_plan(documents, C, rows, world, left)
     learners = Learners(model, rows, C, steps)
     ticks = in_time(watched(plan, name, log), plan, limit_s, world, late)
     score(ledger, learners.follow(ticks), learners.nats_of, learners.learn)
     if late:
         log(f"late:{len(late)} documents of rank 0 without learners, for EVAL_BUDGET_S")
-        score_documents(model, ledger, documents, 0, name, log,
-                        chosen=np.searchsorted(documents, late))
+        del learners, ticks    # their cache
+        score_documents(model, ledger, documents, 0, name, log, left=late)
 
 
 def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: str,

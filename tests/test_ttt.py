@@ -437,6 +437,22 @@ def test_a_score_that_falls_behind_ends_in_time(form, slower, monkeypatch):
         assert any(line.startswith("late:") for line in log.lines) == (slower > 1)
 
 
+def test_one_long_document_ends_in_time(monkeypatch):
+    """A document that is being scored when time runs out is read again from its start by the plain
+    weights, and what was booked stays as it was."""
+    tokens, clock = stream(1600, document=10**6), SimulatedTime(monkeypatch, 3.0)
+    h, text = settings(**LATE, eval_budget_s=0.0), validation(tokens)
+    plain, log, base = nats("ttt", tokens, h), Lines(), nats("stream", tokens, h)
+    assert len(text.documents) == 2
+    model = model_of(dataclasses.replace(h, eval_budget_s=1.2 * clock.now_s))
+    clock.now_s, clock.late = 0.0, True
+    found = t.score_by_name("ttt", model, text, WORLD, log)[1].targets_nats()
+    assert clock.now_s <= model.h.eval_budget_s and any(line.startswith("late:1 ") for line in log.lines)
+    switch = int((found == plain).argmin())
+    assert switch > 100 and np.array_equal(found[:switch], plain[:switch])
+    np.testing.assert_allclose(found[switch:], base[switch:], atol=1e-5)
+
+
 def test_the_choice_of_late_documents_knows_no_tokens(monkeypatch):
     """C1 and C3 where time runs out: with all tokens after a place replaced, and documents of the
     same lengths, earlier scores stay bit for bit."""
