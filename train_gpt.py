@@ -4374,7 +4374,7 @@ def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
 
 
 def document_plan(documents: np.ndarray, C: int, rows: int, world: World,
-                  left: Mapping[int, int] | None = None) -> list[Windows]:
+                  left: Mapping[int, int] = {}) -> list[Windows]:
     """The chunks of C tokens that this rank scores, one batch (rows, C) per tick: its share of all
     documents, in as many ticks as every other rank, or all that are `left` (see `in_time`).
 
@@ -4382,20 +4382,20 @@ def document_plan(documents: np.ndarray, C: int, rows: int, world: World,
     document chunks come in order, one per tick, in one row: that is all that C4 needs, since
     documents do not know of each other. Every rank computes the whole assignment and keeps its own
     rows, so nothing has to be sent."""
-    ticks, world = -(-np.diff(documents) // C), world if left is None else World()
+    ticks, world = -(-np.diff(documents) // C), World() if left else world
     free = [(0, row) for row in range(rows * world.size)]
     # (chunks, 4) of each row: start, lo, hi, age
     mine = [[np.empty((0, 4), np.int64)] for _ in range(rows)]
     # a heap of (ticks until free, row); ties go by row, so that all ranks assign alike
-    order = np.argsort(-ticks, kind="stable")
-    for begin, end in zip(documents[order].tolist(), documents[order + 1].tolist()):
-        if left is not None and begin not in left:
+    spans = np.column_stack([documents[:-1], documents[1:], ticks])
+    for begin, end, count in spans[np.argsort(-ticks, kind="stable")].tolist():
+        if left and begin not in left:
             continue
         busy, row = free[0]
-        heapq.heapreplace(free, (busy + -(-(end - begin) // C), row))
+        heapq.heapreplace(free, (busy + count, row))
         if row % world.size == world.rank:
             start = np.arange(begin, end, C)
-            hi, first = np.minimum(C, end - start), left[begin] if left else begin
+            hi, first = np.minimum(C, end - start), left.get(begin, begin)
             mine[row // world.size].append(np.stack(
                 [start, (first - start).clip(0, hi), hi, np.arange(len(start))], 1))
     plan = np.zeros((max(free)[0], rows, 4), np.int64)
@@ -4632,8 +4632,7 @@ def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float, w
     clock, every = Clock(world), max(16, len(plan) // 64)
     for i, w in enumerate(ticks):
         # all ranks have one number of ticks, and one clock, the mean of theirs
-        if limit_s < math.inf and i and i % every == 0 and (
-                clock.mean_s().item() / i * len(plan) > limit_s):
+        if i and i % every == 0 and clock.read_s() / i * len(plan) > limit_s:
             for v in plan[i:]:
                 for start, age in zip(v.start[v.hi > 0], v.age[v.hi > 0]):
                     late.setdefault(int(start - age * v.width), int(start))
@@ -4642,15 +4641,16 @@ def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float, w
 
 
 def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: int, name: str,
-                    log: Log, limit_s: float = math.inf,
-                    left: Mapping[int, int] | None = None) -> None:
+                    log: Log, limit_s: float = math.inf, left: Mapping[int, int] = {}) -> None:
     """Scores the documents between these edges, or what this rank has `left`, by `Learners`; what
     `limit_s` seconds have no room for by the weights as they are."""
     world, late = ledger.world, {}
     rows, C = tiles(model.h, documents, steps, world)
     plan = document_plan(documents, C, rows, world, left)
     learners = Learners(model, rows, C, steps)
-    ticks = in_time(watched(plan, name, log), plan, limit_s, world, late)
+    ticks = watched(plan, name, log)
+    if limit_s < math.inf:    # else ranks do not meet: one may have nothing `left`
+        ticks = in_time(ticks, plan, limit_s, world, late)
     score(ledger, learners.follow(ticks), learners.nats_of, learners.learn)
     if late:
         log(f"late:{len(late)} documents of rank 0 without learners, for EVAL_BUDGET_S")
@@ -4688,7 +4688,7 @@ def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
     for part, (begin, end) in enumerate(watched(parts, name, log)):
         if h.ttt == "phased":
             inside = starts[(starts >= begin) & (starts <= end)]
-            left_s = limit_s * end / N - watch.mean_s().item()
+            left_s = limit_s * end / N - watch.read_s()
             score_documents(model, ledger, inside, h.ttt_steps, name, quiet, left_s)
         else:
             spans = sliding(begin, end, h.eval_seq_len, h.eval_stride)
@@ -4803,8 +4803,7 @@ def affordable(model: GPT, text: Validation, targets: int, world: World,
         rows, C = tiles(model.h, text.documents, model.h.ttt_steps, world)
         # the sample is short and leaves rows idle, so its time counts per place of a batch
         cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
-        # rank 0's, since the plans of the ranks may differ; a tenth is left for padding
-        need_s = world.share(1.1 * targets / cells * took["seconds"])
+        need_s = 1.1 * targets / cells * took["seconds"]    # a tenth is left for padding
         if need_s <= h.eval_budget_s:
             break
     if world.device.type == "cuda":    # what `late` documents take, there a minute of compiling
@@ -5362,7 +5361,8 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held so far, on the GPU or in all; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
+    linux = sys.platform == "linux"    # elsewhere in other units, or not at all
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if linux else 0
 
 
 def device_name(device: torch.device) -> str:

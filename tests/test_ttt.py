@@ -453,6 +453,27 @@ def test_one_long_document_ends_in_time(monkeypatch):
     np.testing.assert_allclose(found[switch:], base[switch:], atol=1e-5)
 
 
+def late_on_a_rank(world: t.World, folder: str) -> None:
+    """Saves the nats of a score that is behind at its first look at the clock, when this is the only
+    document left, on one rank."""
+    tokens = 2 + np.random.default_rng(0).integers(0, 10, 1300)
+    tokens[[0, 1200, 1230, 1260]] = t.BOS
+    model, log = model_of(settings(**LATE, eval_budget_s=1e-6)), Lines(world)
+    found = t.score_by_name("ttt", model, validation(tokens), world, log)[1].targets_nats()
+    np.save(f"{folder}/late_{world.rank}.npy", found)
+    np.save(f"{folder}/plain_{world.rank}.npy", t.score_by_name(
+        "stream", model, validation(tokens), world, log)[1].targets_nats())
+
+
+def test_ranks_with_nothing_left_wait_for_the_others(tmp_path):
+    """Only one of two ranks reads a document again: collectives still pair, all nats are there."""
+    on_ranks(2, late_on_a_rank, str(tmp_path))
+    late, other, plain = (np.load(tmp_path / f"{name}.npy") for name in ("late_0", "late_1", "plain_0"))
+    np.testing.assert_array_equal(late, other)
+    np.testing.assert_allclose(late[200:1199], plain[200:1199], atol=1e-5)
+    assert not np.allclose(late[:100], plain[:100], atol=1e-5)
+
+
 def test_the_choice_of_late_documents_knows_no_tokens(monkeypatch):
     """C1 and C3 where time runs out: with all tokens after a place replaced, and documents of the
     same lengths, earlier scores stay bit for bit."""
