@@ -215,6 +215,7 @@ class Hyperparameters:
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
     enable_looping_at: float = knob(0.35, "share of training before the recurrence", fraction)
+    untie_loops: bool = knob(False, "extra passes get weights of their own, at first copies")
     parallel_start_layer: int = knob(
         8, "first layer with separate attention and MLP lanes (#1204); NUM_LAYERS: none", natural)
     logit_softcap: float = knob(30.0, "logits are squashed into (-softcap, softcap)", positive)
@@ -389,6 +390,12 @@ class Hyperparameters:
     def gate_window(self) -> int:
         """Leading channels that drive the head gate and the smear gate: the published 12."""
         return min(12, self.model_dim)
+
+    @property
+    def slices(self) -> int:
+        """Slices of a bank of layers: NUM_LAYERS and, with UNTIE_LOOPS, one for each extra step."""
+        extra = self.num_loops * (self.loop_end + 1 - self.loop_start)
+        return self.num_layers + extra * self.untie_loops
 
     @property
     def valued(self) -> list[int]:
@@ -2200,7 +2207,7 @@ EMBED_INIT_STD = 0.005    # of the token embedding at first; its norm takes the 
 # 0.1% of the weights, too little to be worth codes.
 def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
-    L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
+    L, D, F_ = h.slices, h.model_dim, h.mlp_dim
     H, K = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
     # a row of skip weights for each pop of the deepest plan, which the others use in part
     S = sum(step.pop is not None for step in depth_plan(h, looped=True))
@@ -2226,7 +2233,7 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
         table["skip_gate"] = Role((S, D), 0.0, **scalar)
     if h.head_gate_scale:
         table["head_gate"] = Role((L, h.num_heads, h.gate_window), 0.0, "scalar", bits=8)
-    if h.parallel_start_layer < L and h.parallel_form == "lanes":
+    if h.parallel_start_layer < h.num_layers and h.parallel_form == "lanes":
         table["lane_keep"] = Role((L, 2), 1.1, **scalar)
         table["lane_write"] = Role((L, 2, 2), 1.0, **scalar)
     if h.parallel_form == "apart":
@@ -2252,9 +2259,10 @@ def roles(h: Hyperparameters) -> dict[str, Role]:
 
 
 class Step(NamedTuple):
-    """One executed block: the layer whose weights it uses and its part in the U-Net skips."""
+    """One executed block: which layer it is, whose weights, and its part in the U-Net skips."""
 
     layer: int
+    slice: int    # of the banks; the layer's number unless UNTIE_LOOPS gives a pass its own
     push: bool    # its output is kept for the step that mirrors it
     pop: int | None    # row of the skip weights that merges a kept output, or None
     parallel: bool    # attention and MLP read and write lanes of their own
@@ -2273,17 +2281,26 @@ def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple
     """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times if looped.
     The first half pushes its outputs, the second pops them in reverse (U-Net skips, #289); plain
     skips have a row for each pair of the unlooped plan only (#1539)."""
-    order, end = list(range(h.num_layers)), h.loop_end + 1
+    order, end = [(i, i) for i in range(h.num_layers)], h.loop_end + 1
     if looped:
-        order[end:end] = list(range(h.loop_start, end)) * h.num_loops
+        again = [i for i, _ in order[h.loop_start:end]] * h.num_loops
+        own = range(h.num_layers, h.slices) if h.untie_loops else again
+        order[end:end] = zip(again, own)
     # Only steps below `half` push, only those from it on are parallel: what is kept is one lane.
     half = len(order) // 2
     rows = half if h.skip_gates else h.num_layers // 2
     first = h.num_layers if h.parallel_form == "none" else h.parallel_start_layer
     return tuple(
-        Step(layer, half - rows <= slot < half, slot - half if half <= slot < half + rows else None,
+        Step(layer, own, half - rows <= slot < half,
+             slot - half if half <= slot < half + rows else None,
              layer >= first and slot >= half, layer >= h.num_layers - h.xsa_last_n, rounded)
-        for slot, layer in enumerate(order))
+        for slot, (layer, own) in enumerate(order))
+
+
+def repeated(h: Hyperparameters, t: Tensor) -> Tensor:
+    """(NUM_LAYERS, ...) -> (slices, ...): with UNTIE_LOOPS each extra step's row is its layer's."""
+    again = [t[h.loop_start:h.loop_end + 1]] * h.num_loops
+    return torch.cat([t, *again]) if h.untie_loops else t
 
 
 # ==================================================================================================
@@ -2690,9 +2707,10 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Fills every bank as its role says."""
         for name, role in roles(self.h).items():
-            w = self.bank[name]
-            if w.is_meta:
+            bank, layered = self.bank[name], name in Layer._fields
+            if bank.is_meta:
                 continue
+            w = bank[:self.h.num_layers] if layered else bank
             if role.init == "orthogonal":
                 for layer in w:
                     nn.init.orthogonal_(layer)
@@ -2702,6 +2720,8 @@ class GPT(nn.Module):
                 nn.init.normal_(w, std=0.01 if name == "ve" else EMBED_INIT_STD)
             else:
                 nn.init.constant_(w, role.init)
+            if layered:
+                bank.copy_(repeated(self.h, w))
 
     def layers(self, rounded: bool = False) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size
@@ -2713,8 +2733,8 @@ class GPT(nn.Module):
                 plain = role.optim == "scalar" and name != "head_gate"
                 cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
-        cast["depth_scale"] = (numbers**(-0.5 * self.h.ln_scale)).unbind(0)
-        absent = (None, ) * self.h.num_layers
+        cast["depth_scale"] = repeated(self.h, numbers**(-0.5 * self.h.ln_scale)).unbind(0)
+        absent = (None, ) * self.h.slices
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
@@ -2769,12 +2789,12 @@ class GPT(nn.Module):
                 m = a
             seam = dict(lora=lora[slot]) if lora else {}
             if probe:
-                seam["probe"] = lambda tap, x, layer=step.layer: probe(tap, layer, x)
+                seam["probe"] = lambda tap, x, index=step.slice: probe(tap, index, x)
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
             if cache:
                 seam["past"] = cache.past(slot)
-            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
+            a, m = run(layers[step.slice], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
             # before the lanes part, m is only another name of a
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
@@ -3151,6 +3171,12 @@ class Trainer:
             nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs).mean() / count
             nats.backward()
             loss = loss + nats.detach()
+        if h.untie_loops and not looped:
+            # What is equal at first and has equal gradients stays equal, average and momenta too:
+            # where the recurrence begins, passes with weights of their own part from what was one.
+            for name, p in self.model.bank.items():
+                if name in Layer._fields:
+                    p.grad = repeated(h, p.grad[:h.num_layers])
         self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number))
         self.ema.update(h.ema_decay)
         self.rounded_steps += rounded
@@ -3785,7 +3811,7 @@ PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last l
 MODEL_KNOBS = (
     "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult leaky_slope rope_dims "
     "rope_base qk_gain_init ln_scale xsa_last_n head_gate_scale smear_gate num_loops loop_start "
-    "loop_end parallel_start_layer logit_softcap matrix_bits embed_bits trellis_states "
+    "loop_end untie_loops parallel_start_layer logit_softcap matrix_bits embed_bits trellis_states "
     "bigram_vocab_size ve_dim skip_gates parallel_form asym_logit_rescale gptq_roles").split()
 
 
@@ -4715,6 +4741,7 @@ def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> 
     h, embed = model.h, model.bank["embed"]
     ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
+    ramp = repeated(h, ramp)
     shares = [(p, ramp.view(-1, *[1] * (p.dim() - 1)))
               for name, p in model.bank.items() if name in Layer._fields]
     if early:

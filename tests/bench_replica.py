@@ -1,6 +1,6 @@
 """The contest in small: a well-trained replica of the record, for every claim about BPB.
 
-Two scales, S (0.29M weights) and L (0.69M), each trained on TOKENS_PER_WEIGHT tokens per weight, as the contest's 36M weights are
+Two scales, S (0.18M weights) and L (0.69M), each trained on TOKENS_PER_WEIGHT tokens per weight, as the contest's 36M weights are
 on 107. What is scaled, and how, stands in SCALES. Documents: BENCH_DATA (docs_train.jsonl.zst, docs_val.jsonl.zst; default
 ../shared/data beside the repository), else the embedded corpus. Trained models are cached by content in BENCH_CACHE (default
 data/bench); a stopped training goes on from its checkpoint.
@@ -42,7 +42,7 @@ COMMON = dict(RECIPE="record,demo", CORPUS="shards", VOCAB_SIZE="1024", NUM_KV_H
               MUON_MOMENTUM_WARMUP_STEPS="200", EVAL_STRIDE="64", EVAL_BATCH_TOKENS="16384",
               TTT_CHUNK_TOKENS="32768", MAX_WALLCLOCK_SECONDS="0", TRAIN_LOG_EVERY="200", GPTQ_CALIBRATION_BATCHES="16")
 SCALES = dict(
-    S=dict(NUM_LAYERS="5", XSA_LAST_N="5", MODEL_DIM="64", NUM_HEADS="2", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="4",
+    S=dict(NUM_LAYERS="5", XSA_LAST_N="5", MODEL_DIM="48", NUM_HEADS="2", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="4",
            TRAIN_SEQ_LEN="256", EVAL_SEQ_LEN="256", TRAIN_BATCH_TOKENS="8192", MICRO_BATCH_TOKENS="8192"),
     L=dict(NUM_LAYERS="6", XSA_LAST_N="6", MODEL_DIM="96", NUM_HEADS="3", LOOP_START="2", LOOP_END="3", PARALLEL_START_LAYER="4",
            TRAIN_SEQ_LEN="512", EVAL_SEQ_LEN="512", TRAIN_BATCH_TOKENS="16384", MICRO_BATCH_TOKENS="16384"))
@@ -215,7 +215,7 @@ def main(arguments: list[str]) -> None:
     for name, h in shapes.items():    # equal time: the first arm's steps, at this one's milliseconds
         ms = cost_ms(h, base, *cost)
         all_steps[name] = round(o.tokens * count / base.train_batch_tokens * cost_ms(base, base, *cost) / ms)
-    jobs, threads = list(itertools.product(arms, seeds)), max(1, tg.cpu_count() // o.processes)
+    jobs, threads = [(name, seed) for seed in seeds for name in arms], max(1, tg.cpu_count() // o.processes)
     with concurrent.futures.ProcessPoolExecutor(o.processes, multiprocessing.get_context("spawn")) as pool:
         found = dict(zip(jobs, pool.map(judge, *zip(*[(o.scale, seed, arms[name], all_steps[name], budget, o.documents, threads)
                                                       for name, seed in jobs]))))
