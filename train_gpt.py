@@ -107,7 +107,8 @@ brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), op
     "sentencepiece")
 fcntl, resource = optional("fcntl"), optional("resource")    # which Windows has not
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
-torch_varlen = optional("torch.nn.attention.varlen")
+# a second of importing, for nothing where torch was built without GPUs
+torch_varlen = optional("torch.nn.attention.varlen") if torch.backends.cuda.is_built() else None
 descriptors = optional("triton.tools.tensor_descriptor")
 triton, tl = optional("triton"), optional("triton.language")    # not in CPU builds of torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"    # kernels then run on the CPU, slowly
