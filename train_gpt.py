@@ -3232,20 +3232,8 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
         blob = path.read_bytes()
         if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
             continue
-        # The parser meets the tensors in the order in which their bytes follow, so that no place of
-        # any has to be stored.
-        file = io.BytesIO(blob)
-
-        def thaw(found: dict[str, Any]) -> Any:
-            """The tensor described, its bytes being the next of the file; else the dict."""
-            if "dtype" not in found:    # JSON turned the whole numbers among the keys to text
-                return {int(k) if k.isdigit() else k: v for k, v in found.items()}
-            dtype, shape = getattr(torch, found["dtype"]), found["shape"]
-            raw = file.read(math.prod(shape) * dtype.itemsize)
-            return torch.tensor(np.frombuffer(raw, np.uint8)).view(dtype).view(shape)
-
-        with contextlib.suppress(Exception):    # any hash can be made right over any JSON
-            step, seconds, *_ = found = json.loads(file.readline(), object_hook=thaw)
+        with contextlib.suppress(Exception):    # any hash can be made right over any bytes
+            step, seconds, *_ = found = torch.load(io.BytesIO(blob[:-32]), "cpu", weights_only=True)
             if step >= 0 and seconds >= 0 and len(found) == 5:
                 return found
     if paths:
@@ -3294,18 +3282,13 @@ class Checkpoints:
                               f"{self.folder.name} goes on from there")
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint: one line of JSON, the bytes of its tensors, SHA-256."""
-        t, parts = self.t, []
-
-        def freeze(tensor: Tensor) -> dict[str, Any]:
-            """What JSON shall say of a tensor, whose bytes are put aside."""
-            parts.append(tensor.cpu().view(-1).view(torch.uint8).numpy().data)
-            return dict(dtype=str(tensor.dtype)[6:], shape=tensor.shape)
-
-        self.saved_s, state = self.clock.read_s(), t.snapshot()
+        """Writes a checkpoint: what `torch.save` makes of it, and its SHA-256."""
+        t, self.saved_s = self.t, self.clock.read_s()
+        state = t.snapshot()
         if t.world.main:
-            head = [step, self.saved_s, t.world.size, t.h.changed(), state]
-            body = b"".join([json.dumps(head, default=freeze).encode() + b"\n", *parts])
+            found = [step, self.saved_s, t.world.size, t.h.changed(), state]
+            torch.save(found, file := io.BytesIO())
+            body = file.getbuffer()
             write_atomically(self.folder / f"checkpoint{step:09}.bin", body,
                              hashlib.sha256(body).digest())
             for old in checkpoints(self.folder)[:-2]:
@@ -5517,6 +5500,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
                     f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
             if verb not in ("", "eval"):
                 require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
+                empty = [word for word in arguments if word.endswith("=--")]    # argparse: a list
+                require(not empty, f"{verb}: {' '.join(empty)}: expected a value, not --")
                 return TOOLS[verb](list(arguments[1:]), env)
             world = World.from_env(env)
             tune_process(world.device)

@@ -1,30 +1,28 @@
 """What the artifact's bytes buy: (a) coders on equal integers, (b) BPB lost at equal bytes for every way of quantising.
 
-The small model of bench_model.py, two training seeds. Steps are searched on training text only; losses are measured on
-validation documents, whole documents, with standard errors over documents of the paired difference. The last line is
-BENCH {"coders", "methods", "default", "uniform"}. Figures of `methods` are means over the seeds.
-Run: python tests/bench_artifact.py [SEED ...]           default 1 2; BENCH_TARGETS=120000 targets are scored
+Well-trained models of bench_replica.py. Steps are searched on training text only; losses are measured on the first documents of
+validation, with standard errors over documents of the paired difference. The last line is BENCH {"coders", "bits", ...}: of every
+number of bits per weight the methods' bytes and BPB lost, means over the seeds; `uniform` has its own bytes, which the first lines
+of --bits take over where it is 0.
+Run: python tests/bench_artifact.py S --seeds 1,2 --bits 0,3,2.5,2
      python tests/bench_artifact.py CHECKPOINT           torch.save(dict(knobs={...}, weights={...})) of any model
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from bench_rebuild import methods
+from bench_replica import SCALES, Replica, compared, document_nats, first_documents, replica
+from bench_replica import tg as t
 
-from bench_model import Bench, bench_model
-from bench_model import tg as t
-
-TARGETS = int(os.environ.get("BENCH_TARGETS", 120_000))
 WORLD, QUIET = t.World(), t.Log(t.World(), quiet=True)
 UNIFORM, DEFAULT = "uniform k=12.85", "default: trellis + layer + column + row"
 EQUAL, BOTH = (1.0, 0.0), (0.5, 0.5)    # powers of row and column steps: none of their own, the default
@@ -41,15 +39,15 @@ METHODS = {
 }
 
 
-def checkpoint(path: str) -> Bench:
-    """A model of anyone's: its knobs (DATA_PATH among them) and weights; moments are measured here."""
+def checkpoint(path: str) -> Replica:
+    """A model of anyone's: its knobs (DATA_PATH among them) and weights; moments and damages are measured here."""
     kept = torch.load(path, weights_only=True)
     h = t.Hyperparameters(**kept["knobs"])
     data, model = t.find_dataset(h, WORLD, print), t.build_model(h, WORLD)
     t.load_stored(model, kept["weights"])
     loader = t.Loader(h, WORLD, data.train)
     moments = t.second_moments(model, WORLD, loader, h.gptq_calibration_batches)
-    return Bench(h, model, data, moments, loader.position)
+    return Replica(h, model, data, moments, t.step_damage(model, WORLD, loader, t.inverse_factors(h, moments)), loader.position)
 
 
 def coder_table(h: t.Hyperparameters, stored: dict) -> dict[str, dict[str, float]]:
@@ -72,46 +70,32 @@ def coder_table(h: t.Hyperparameters, stored: dict) -> dict[str, dict[str, float
     return rows
 
 
-def document_nats(model: t.GPT, val: t.Validation) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and bytes of text of each of the first documents, about TARGETS targets in all."""
-    count = max(1, int(np.searchsorted(val.documents, TARGETS)))
-    count = min(count, len(val.documents) - 1)
-    N = int(val.documents[count])
-    part = t.Validation(val.tokens[:N + 1], val.bytes[:N], val.documents[:count + 1])
-    ledger = t.score_by_name("stream", model, part, WORLD, t.Log(WORLD, quiet=True))[1]
-    starts = part.documents[:-1]
-    return np.add.reduceat(ledger.targets_nats().astype(np.float64), starts), np.add.reduceat(part.bytes, starts)
-
-
-def paired(nats: np.ndarray, base: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Difference in BPB of two sets of document nats, and its standard error over documents."""
-    bits = (nats - base) / math.log(2)
-    mean = bits.sum() / sizes.sum()
-    return float(mean), float(np.sqrt(((bits - mean * sizes)**2).sum()) / sizes.sum())
-
-
-def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
-    """(b) for one model: bytes, BPB lost and its standard error of every method at `limit` bytes."""
+def method_rows(bench: Replica, limit: int, uniform: bytes, val: t.Validation, rebuilt: bool) -> dict[str, dict]:
+    """(b) for one model: bytes, BPB lost and its standard error of every method at `limit` bytes; if `rebuilt`, of those of
+    bench_rebuild.py too."""
     model, h, read_back = bench.model, bench.h, copy.deepcopy(bench.model)
 
     def judged(name: str, size: int, stored: dict, seconds: float, default: np.ndarray | None = None) -> np.ndarray:
         """Nats of the documents with these banks, after the row of a method; paired with the default's where given."""
         t.load_stored(read_back, stored)
-        nats = document_nats(read_back, bench.data.val)[0]
-        lost, se = paired(nats, base, sizes)
+        nats = document_nats(read_back, val, "stream")
+        lost, se = compared([nats], [base], sizes)
         rows[name] = dict(bytes=size, bpb_lost=round(lost, 6), se=round(se, 6))
-        words = f"{name:42}{size:11,}{lost:10.5f} ({se:.5f}){100 * lost / rows[UNIFORM]['bpb_lost']:7.1f}%{seconds:7.1f} s"
+        words = f"{name:42}{size:11,}{lost:10.5f} ({se:.5f}){100 * lost / next(iter(rows.values()))['bpb_lost']:7.1f}%{seconds:7.1f} s"
         if default is not None:
-            gain, se = paired(nats, default, sizes)
+            gain, se = compared([nats], [default], sizes)
             rows[name] |= dict(against_default=round(gain, 6), against_default_se=round(se, 6))
             words += f"   against the default {gain:+.5f} ({se:.5f})"
         print(words, flush=True)
         return nats
 
     factors, rows, damages = t.inverse_factors(h, bench.moments), {}, {}
-    base, sizes = document_nats(model, bench.data.val)
-    print(f"\n(b) {len(base)} documents, {sizes.sum():,} bytes, {base.sum() / sizes.sum() / math.log(2):.5f} BPB before")
-    for name, (changes, powers, measured) in {UNIFORM: (None, BOTH, False), **METHODS}.items():
+    base, sizes = document_nats(model, val, "stream"), np.add.reduceat(val.bytes, val.documents[:-1])
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"\n(b) {len(base)} documents, {sizes.sum():,} bytes, {base.sum() / sizes.sum() / math.log(2):.5f} BPB before; "
+          f"{limit:,} bytes, {8 * limit / weights:.2f} bits per weight")
+    own = {UNIFORM: (None, BOTH, False)} if len(uniform) == limit else {}
+    for name, (changes, powers, measured) in {**own, **METHODS}.items():
         blob, seconds = uniform, 0.0
         if changes is not None:
             model.h = replace(h, budget_bytes=limit, **changes)
@@ -132,7 +116,7 @@ def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
         model.h = replace(h, budget_bytes=limit - reserve)
         return t.fit_budget(model, factors, damages[(*BOTH, h.clip_search)], 0, QUIET)[0]
 
-    for name, method in methods(bench.position + 1).items():
+    for name, method in methods(bench.position + 1).items() if rebuilt else ():
         begin = time.perf_counter()
         size, stored = method(bench, factors, fit)
         judged(name, size, stored, time.perf_counter() - begin, nats)
@@ -140,25 +124,37 @@ def method_rows(bench: Bench, limit: int, uniform: bytes) -> dict[str, dict]:
     return rows
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Prints both tables for every model, then the BENCH line."""
+    parser = argparse.ArgumentParser("bench_artifact.py", description=__doc__)
+    parser.add_argument("model", help=f"a scale of the replica, {' or '.join(SCALES)}, or a checkpoint")
+    parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--bits", default="0,2.5", help="per weight, of the whole artifact; 0: the bytes of uniform steps")
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--rebuilt", action="store_true", help="methods of bench_rebuild.py too")
+    o = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    given = sys.argv[1:] or ["1", "2"]
     print(f"machine: {t.device_name(torch.device('cpu'))}, torch {torch.__version__}")
     coders, tables = {}, {}
-    for word in given:
-        bench = checkpoint(word) if Path(word).is_file() else bench_model(int(word))
-        bench.model.h = replace(bench.h, step_search="uniform", trellis_states=0)
-        stored = t.quantise(bench.model, t.inverse_factors(bench.h, bench.moments))
-        uniform, _ = t.pack(bench.model.h, stored)
-        coders = coders or coder_table(bench.model.h, stored)
-        tables[word] = method_rows(bench, len(uniform), uniform)
-    methods = {name: dict(bytes=sum(rows[name]["bytes"] for rows in tables.values()) // len(tables),
-                          bpb_lost=round(sum(rows[name]["bpb_lost"] for rows in tables.values()) / len(tables), 6),
-                          se=round(math.hypot(*(rows[name]["se"] for rows in tables.values())) / len(tables), 6))
-               for name in tables[given[0]]}
-    print("BENCH " + json.dumps(dict(coders=coders, methods=methods, default=DEFAULT, uniform=UNIFORM, seeds=tables)))
+    for seed in o.seeds.split(","):
+        bench = replica(o.model, int(seed)) if o.model in SCALES else checkpoint(o.model)
+        h, model = bench.h, bench.model
+        model.retune(step_search="uniform", trellis_states=0)
+        uniform, _ = t.pack(model.h, stored := t.quantise(model, t.inverse_factors(h, bench.moments)))
+        coders = coders or coder_table(model.h, stored)
+        weights = sum(p.numel() for p in model.parameters())
+        val = first_documents(bench.data.val, o.documents)
+        for bits in o.bits.split(","):
+            limit = round(float(bits) * weights / 8) or len(uniform)
+            tables.setdefault(bits, {})[seed] = method_rows(bench, limit, uniform, val, o.rebuilt)
+        if o.model not in SCALES:
+            break
+    mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
+    found = {bits: {name: dict(bytes=round(mean(rows := [table[name] for table in seeds.values()], "bytes")),
+                               bpb_lost=round(mean(rows, "bpb_lost"), 6), se=round(math.hypot(*(r["se"] for r in rows)) / len(rows), 6))
+                    for name in next(iter(seeds.values()))} for bits, seeds in tables.items()}
+    print("BENCH " + json.dumps(dict(coders=coders, bits=found, default=DEFAULT, uniform=UNIFORM, seeds=tables)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from unittest import mock
 
 import torch
+from bench_replica import Replica
+from bench_replica import tg as t
 from torch import Tensor
-
-from bench_model import Bench
-from bench_model import tg as t
 
 Factors, Fit = Mapping[str, t.Factor], Callable[[int], bytes]
 RANK, LARGEST, BITS = 4, 3, (2, 4)    # of LQER: rank, role-layers with the largest error, bits of A and B
@@ -36,7 +35,7 @@ def few_bits(x: Tensor, bits: int) -> Tensor:
     return low + ((x - low) / step).round() * step
 
 
-def low_rank(bench: Bench, factors: Factors, fit: Fit) -> tuple[int, dict]:
+def low_rank(bench: Replica, factors: Factors, fit: Fit) -> tuple[int, dict]:
     """LQER (arXiv 2402.02446; #1855): A B of rank RANK approximates what GPTQ left of the worst role-layers, in the
     norm of their inputs; A in int2, B in int4, two fp16 numbers per row of either."""
     table = t.roles(bench.h)
@@ -64,7 +63,7 @@ def low_rank(bench: Bench, factors: Factors, fit: Fit) -> tuple[int, dict]:
     return len(blob) + spent, stored | banks
 
 
-def salient_columns(bench: Bench, factors: Factors, fit: Fit) -> tuple[int, dict]:
+def salient_columns(bench: Replica, factors: Factors, fit: Fit) -> tuple[int, dict]:
     """AWQ-lite (arXiv 2306.00978; #1908): the columns with the largest activations get finer steps in the same solve."""
     plain = t.searched_grid
 
@@ -80,7 +79,7 @@ def salient_columns(bench: Bench, factors: Factors, fit: Fit) -> tuple[int, dict
     return len(blob), t.unpack(blob)[1]
 
 
-def centroids(bench: Bench, factors: Factors, fit: Fit) -> tuple[int, dict]:
+def centroids(bench: Replica, factors: Factors, fit: Fit) -> tuple[int, dict]:
     """Of each role-layer a scale and the points of its CLASSES smallest codes are refitted by least squares in the
     norm of its inputs; four bytes each."""
     table = t.roles(bench.h)
@@ -128,7 +127,7 @@ def correct_biases(model: t.GPT, loader: t.Loader, stored: t.Stored, steps: int)
     return found
 
 
-def bias_corrected(bench: Bench, factors: Factors, fit: Fit, position: int) -> tuple[int, dict]:
+def bias_corrected(bench: Replica, factors: Factors, fit: Fit, position: int) -> tuple[int, dict]:
     """The one that gained two standard errors on both seeds, 0.0001 BPB, on a model that had learned little."""
     blob, loader = fit(0), t.Loader(bench.h, t.World(), bench.data.train)
     loader.position = position
@@ -136,7 +135,7 @@ def bias_corrected(bench: Bench, factors: Factors, fit: Fit, position: int) -> t
     return len(blob), t.unpack(blob)[1]
 
 
-def methods(position: int) -> dict[str, Callable[[Bench, Factors, Fit], tuple[int, dict]]]:
+def methods(position: int) -> dict[str, Callable[[Replica, Factors, Fit], tuple[int, dict]]]:
     """Name -> method; `position` counts the micro-batches that were read before."""
     return {
         f"+ LQER rank {RANK}, int{BITS[0]}/int{BITS[1]}, {LARGEST} layers": low_rank,

@@ -1,6 +1,6 @@
 """The contest in small: a well-trained replica of the record, for every claim about BPB.
 
-Two scales, S (0.18M weights) and L (0.69M), each trained on TOKENS_PER_WEIGHT tokens per weight, as the contest's 36M weights are
+Two scales, S (0.18M weights) and L (0.34M), each trained on TOKENS_PER_WEIGHT tokens per weight, as the contest's 36M weights are
 on 107. What is scaled, and how, stands in SCALES. Documents: BENCH_DATA (docs_train.jsonl.zst, docs_val.jsonl.zst; default
 ../shared/data beside the repository), else the embedded corpus. Trained models are cached by content in BENCH_CACHE (default
 data/bench); a stopped training goes on from its checkpoint.
@@ -35,6 +35,7 @@ import train_gpt as tg
 DATA = Path(os.environ.get("BENCH_DATA", REPO.parent / "shared" / "data"))
 CACHE = Path(os.environ.get("BENCH_CACHE", REPO / "data" / "bench"))
 TOKENS_PER_WEIGHT = 60
+TTT_SHARE = 0.4    # of the documents get a score with TTT, which takes several times as long
 # Of the record: width, depth, vocabulary, context and batch shrink; one loop in the place of two keeps the share of repeated steps;
 # the average spans the same share of the steps, and momentum rises over the same share; all rates stay.
 COMMON = dict(RECIPE="record,demo", CORPUS="shards", VOCAB_SIZE="1024", NUM_KV_HEADS="1", QK_GAIN_INIT="2", NUM_LOOPS="1",
@@ -44,7 +45,7 @@ COMMON = dict(RECIPE="record,demo", CORPUS="shards", VOCAB_SIZE="1024", NUM_KV_H
 SCALES = dict(
     S=dict(NUM_LAYERS="5", XSA_LAST_N="5", MODEL_DIM="48", NUM_HEADS="2", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="4",
            TRAIN_SEQ_LEN="256", EVAL_SEQ_LEN="256", TRAIN_BATCH_TOKENS="8192", MICRO_BATCH_TOKENS="8192"),
-    L=dict(NUM_LAYERS="6", XSA_LAST_N="6", MODEL_DIM="96", NUM_HEADS="3", LOOP_START="2", LOOP_END="3", PARALLEL_START_LAYER="4",
+    L=dict(NUM_LAYERS="6", XSA_LAST_N="6", MODEL_DIM="64", NUM_HEADS="2", LOOP_START="2", LOOP_END="3", PARALLEL_START_LAYER="4",
            TRAIN_SEQ_LEN="512", EVAL_SEQ_LEN="512", TRAIN_BATCH_TOKENS="16384", MICRO_BATCH_TOKENS="16384"))
 
 
@@ -115,16 +116,22 @@ class Judged(NamedTuple):
     nats: dict[str, list[float]]    # of each document: prequant, quantized, ttt
 
 
+# Milliseconds per million weights of a layer and step: 3.5 bytes a weight sent by reduce-scatter and all-gather at 300 GB/s, 40 bytes
+# read and written by update and average at 2.5 TB/s, an eighth of Muon's products. Reckoned, not measured.
+WEIGHT_MS = 0.03
+
+
 def cost_ms(h: tg.Hyperparameters, base: tg.Hyperparameters, rate: float, block_ms: float, fixed_ms: float) -> float:
     """Milliseconds of a training step of 98,304 tokens on one of 8 H100s, of the model of `h` at the size at which `base` is the
-    record's: matrix products at `rate` TFLOP/s, what else a block does, and what no block does (embedding, optimiser, sending)."""
+    record's: matrix products at `rate` TFLOP/s, what else a block does, WEIGHT_MS, and what depends on none of these."""
     D, layers = 512 * h.model_dim / base.model_dim, 11 / base.num_layers
     heads, keys = D * h.num_heads * h.head_dim / h.model_dim, D * h.num_kv_heads * h.head_dim / h.model_dim
     forward = 2 * D * (2 * heads + 2 * keys) + 4 * D * h.mlp_mult * D + 2 * 1024 * heads    # of a token and block
     share = h.enable_looping_at if h.num_loops else 0.0
     blocks = layers * (share * len(tg.depth_plan(h, False)) + (1 - share) * len(tg.depth_plan(h, True)))
-    head = 2 * D * 8192
-    return 3 * (blocks * forward + head) * 98_304 / rate / 1e9 + blocks * block_ms + fixed_ms
+    head, weights = 2 * D * 8192, layers * h.slices * (D * (2 * heads + 2 * keys) + 2 * D * h.mlp_mult * D)
+    return (3 * (blocks * forward + head) * 98_304 / rate / 1e9 + blocks * block_ms +
+            WEIGHT_MS * weights / 1e6 + fixed_ms)
 
 
 # Public pairs at full size, 600 s on 8 H100s: what was changed, and ms per step (or 600 s over the steps).
@@ -155,27 +162,27 @@ def first_documents(val: tg.Validation, count: int) -> tg.Validation:
     return tg.Validation(val.tokens[:end + 1], val.bytes[:end], val.documents[:count + 1])
 
 
+def document_nats(model: tg.GPT, val: tg.Validation, score: str) -> np.ndarray:
+    """Nats of each document by one of SCORES."""
+    ledger = tg.score_by_name(score, model, val, tg.World(), tg.Log(tg.World(), quiet=True))[1]
+    return np.add.reduceat(ledger.targets_nats().astype(float), val.documents[:-1])
+
+
 def judge(scale: str, seed: int, knobs: dict[str, str], steps: int, budget: int, documents: int, threads: int) -> Judged:
     """Trains or finds one model, fits its artifact into `budget` bytes, and scores it before, after, and with TTT."""
     torch.set_num_threads(threads)
     bench = replica(scale, seed, steps, **knobs)
-    model, world, quiet = bench.model, tg.World(), tg.Log(tg.World(), quiet=True)
+    model, quiet = bench.model, tg.Log(tg.World(), quiet=True)
     place = CACHE / bench.h.run_id / f"judged_{budget}_{documents}_{tg.fingerprint((REPO / 'train_gpt.py').read_text()):x}.json"
     if place.is_file():
         return Judged(*json.loads(place.read_text()))
     val, nats = first_documents(bench.data.val, documents), {}
-
-    def score(name: str, kind: str) -> None:
-        """Keeps the nats of every document."""
-        ledger = tg.score_by_name(kind, model, val, world, quiet)[1]
-        nats[name] = np.add.reduceat(ledger.targets_nats().astype(float), val.documents[:-1]).tolist()
-
-    score("prequant", "stream")
-    h = model.retune(budget_bytes=budget)
+    nats["prequant"] = document_nats(model, val, "stream").tolist()
+    h = model.retune(budget_bytes=budget, eval_budget_s=0.0)
     blob, _ = tg.fit_budget(model, tg.inverse_factors(h, bench.moments), bench.damage, 0, quiet)
     tg.load_stored(model, tg.unpack(blob)[1])
-    score("quantized", "stream")
-    score("ttt", "ttt")
+    nats["quantized"] = document_nats(model, val, "stream").tolist()
+    nats["ttt"] = document_nats(model, first_documents(val, round(TTT_SHARE * documents)), "ttt").tolist()
     weights = sum(p.numel() for p in model.parameters())
     found = Judged(weights, bench.h.iterations, len(blob), 8 * len(blob) / weights, nats)
     place.write_text(json.dumps(found))
@@ -221,8 +228,8 @@ def main(arguments: list[str]) -> None:
                                                       for name, seed in jobs]))))
     val = first_documents(tg.find_dataset(dataclasses.replace(base, data_path=str(folder), tokenizer_path=str(
         folder / f"fineweb_{base.vocab_size}_bpe.model")), tg.World(), print).val, o.documents)
-    sizes, table = np.add.reduceat(val.bytes, val.documents[:-1]), {}
-    print(f"{len(sizes)} documents, {sizes.sum()} bytes, seeds {o.seeds}; {tg.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+    all_sizes, table = np.add.reduceat(val.bytes, val.documents[:-1]), {}
+    print(f"{len(all_sizes)} documents, {all_sizes.sum()} bytes, with TTT the first {TTT_SHARE:.0%}; seeds {o.seeds}; {tg.device_name(torch.device('cpu'))}, torch {torch.__version__}")
     print(f"{'arm':24}{'weights':>9}{'ms':>7}{'steps':>7}{'bytes':>9}{'bits':>6}" + "".join(
         f"{stage:>10}{'difference':>12}{'s.e.':>8}" for stage in ("prequant", "quantized", "ttt")))
     for name, h in shapes.items():
@@ -232,12 +239,13 @@ def main(arguments: list[str]) -> None:
         text = f"{name:24}{line['weights']:9,}{line['ms']:7.1f}{line['steps']:7}{line['bytes']:9,}{line['bits']:6.2f}"
         for stage in ("prequant", "quantized", "ttt"):
             mine, first = ([found[n, seed].nats[stage] for seed in seeds] for n in (name, next(iter(arms))))
+            sizes = all_sizes[:len(mine[0])]
             bpb = np.mean(mine, 0).sum() / math.log(2) / sizes.sum()
             gap, error = compared(mine, first, sizes)
             line[stage] = dict(bpb=bpb, difference=gap, se=error)
             text += f"{bpb:10.5f}{gap:+12.5f}{error:8.5f}"
         print(text, flush=True)
-    print("BENCH " + json.dumps(dict(scale=o.scale, budget=budget, documents=len(sizes), arms=table,
+    print("BENCH " + json.dumps(dict(scale=o.scale, budget=budget, documents=len(all_sizes), arms=table,
                                      cost_model=dict(tflops=cost[0], block_ms=cost[1], fixed_ms=cost[2], errors=errors))))
 
 

@@ -1,10 +1,11 @@
-"""What each form of test-time training gains and costs, on the small model of bench_model.py.
+"""What each form of test-time training gains and costs, on a well-trained model of bench_replica.py.
 
 Documents of the validation set in their order, each cut after 2,048 tokens, until TARGETS are reached. Rates were chosen on
 documents of docs_train that the model had not read; this reports once on docs_val. Gains are differences of BPB from `none`, their
 standard errors are paired by document; the last column compares with `stream`, the field's form, in the same way. FLOPs are counted by torch on
 the first documents; a matrix product of n x k by k x m counts 2 n k m, backward products too.
-Run: python tests/bench_ttt.py [TARGETS] [METHOD ...]      (all methods on 30,000 targets: about 14 minutes on one core)
+Run: python tests/bench_ttt.py S [TARGETS] [METHOD ...]
+     python tests/bench_ttt.py S [TARGETS] budgets          EVAL_BUDGET_S at ten shares of what the default takes
 """
 from __future__ import annotations
 
@@ -18,9 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from bench_replica import replica, tg
 from torch.utils.flop_counter import FlopCounterMode
-
-from bench_model import bench_model, tg
 
 LONGEST, FLOP_DOCUMENTS = 2048, 6
 # the form of #1530; rates and ranks of one learner were chosen by its streaming twin
@@ -99,14 +99,37 @@ def measure(name: str, model: tg.GPT, h: tg.Hyperparameters, val: tg.Validation,
                (time.perf_counter() - begin_s) / N)
 
 
+def budgets(model: tg.GPT, h: tg.Hyperparameters, data: tg.Dataset, val: tg.Validation) -> list[dict[str, float]]:
+    """What EVAL_BUDGET_S makes of ten budgets, by the real clock: the rung, seconds, gain."""
+    world, rows = tg.World(), []
+    start = {f.name: getattr(h, f.name) for f in dataclasses.fields(h)} | dict(ttt_chunk_tokens=4096)
+    score = lambda name, log=None: tg.score_by_name(name, model, val, world, log or tg.Log(world, quiet=True))[0]
+    model.retune(**start)
+    none, whole = score("stream"), score("ttt")
+    print(f"none {none['val_bpb']:.5f} BPB, {none['seconds']:.1f} s; the default {whole['val_bpb']:.5f} BPB, {whole['seconds']:.1f} s")
+    for share in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
+        budget_s = share * whole["seconds"]
+        model.retune(**start | dict(eval_budget_s=budget_s))
+        tg.affordable(model, tg.rehearsal_text(model.h, data), len(val.bytes), world, tg.Log(world, quiet=True))
+        found, h = score("ttt", tg.Log(world)), model.h
+        rows.append(dict(share=share, budget_s=budget_s, seconds=found["seconds"], gain=none["val_bpb"] - found["val_bpb"],
+                         learners=h.ttt_learners, chunk=h.ttt_stream_chunk, steps=h.ttt_steps))
+        print("{share:5.0%} {budget_s:7.1f} s of budget, {seconds:7.1f} s taken, gain {gain:8.5f}, {learners} learners, "
+              "chunk {chunk}, {steps} steps".format(**rows[-1]), flush=True)
+    return rows
+
+
 def main(arguments: list[str]) -> None:
     """Prints the table and the line BENCH."""
-    targets = int(arguments[0]) if arguments else 30_000
-    names = arguments[1:] or list(METHODS)
+    scale, targets = arguments[0], int((arguments[1:] or [30_000])[0])
+    names = arguments[2:] or list(METHODS)
     names = ["none", *[n for n in names if n != "none"]]
-    bench = bench_model(1)
+    bench = replica(scale, 1)
     h = dataclasses.replace(bench.h, eval_stride=64)
     val, few = cut(bench.data.val, targets), cut(bench.data.val, targets, FLOP_DOCUMENTS)
+    if names == ["none", "budgets"]:
+        print("BENCH " + json.dumps(dict(budgets=budgets(bench.model, h, bench.data, val))))
+        return
     lengths = np.diff(val.documents)
     print(f"{len(lengths)} documents, {len(val.bytes)} targets, {val.bytes.sum()} bytes, {(lengths > 1000).sum()} documents over "
           f"1,000 targets; {tg.device_name(torch.device('cpu'))}, torch {torch.__version__}, {bench.model.dtype}")

@@ -17,6 +17,8 @@ import train_gpt as tg
 from conftest import REPO, TINY, clean_env, random_tokens, write_dataset
 
 sys.path.insert(0, str(REPO / "tests"))
+import bench_replica
+
 import bench_gpu
 import beside
 
@@ -218,3 +220,18 @@ def test_the_made_up_tokenizer_has_its_size(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     made = sentencepiece.SentencePieceProcessor(model_file=str(beside.made_tokenizer(tmp_path / "m.model", 8192)))
     assert made.vocab_size() == 8192 and made.piece_to_id("\u2581") != made.unk_id()
+
+
+def test_the_cost_model_and_the_paired_difference():
+    """The record takes 120 ms; public ratios are met within 5%; what computes or stores more costs more. Two arms that differ
+    by a constant number of bits per byte have that difference and no error."""
+    cost, errors = bench_replica.fitted_cost()
+    record = tg.Hyperparameters()
+    ms = lambda **knobs: bench_replica.cost_ms(replace(record, **knobs), record, *cost)
+    assert ms() == pytest.approx(120) and max(map(abs, errors.values())) < 0.05
+    assert ms(num_loops=0) < ms(num_loops=1) < ms() < ms(untie_loops=True) < 1.01 * ms() < ms(mlp_mult=4.5) < ms(num_layers=12)
+    sizes = np.array([10, 200, 3000])
+    base = [sizes * 1.0, sizes * 1.1]
+    mean, error = bench_replica.compared([nats + 0.01 * sizes * np.log(2) for nats in base], base, sizes)
+    assert mean == pytest.approx(0.01) and error < 1e-9
+    assert bench_replica.compared([base[0] + np.array([5, 0, 0])], base[:1], sizes)[1] > 1e-4
