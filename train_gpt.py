@@ -7,7 +7,7 @@ arrow is one function call and one line of the log:
 
     rehearse    every later stage on a few steps of training data, then rewound bit for bit
     train       Muon + AdamW and an average of the weights, inside MAX_WALLCLOCK_SECONDS
-    calibrate   second moments of the activations, inside the same clock; the last look at such data
+    calibrate   curvature of the loss, inside the same clock; the last look at such data
     score       plain, sliding, streaming, and with score-first test-time training (TTT)
 
 Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=demo is chosen, aloud):
@@ -255,7 +255,7 @@ class Hyperparameters:
         600.0, "seconds between checkpoints; none where the clock is no longer; 0: never", natural)
 
     # -- bytes
-    gptq_calibration_batches: int = knob(16, "micro-batches for the second moments", positive)
+    gptq_calibration_batches: int = knob(16, "micro-batches for the curvature", positive)
     gptq_reserve_seconds: float = knob(
         0.0, "part of the clock kept for calibration, s; 0: measured in the rehearsal", natural)
     gptq_damping: float = knob(0.01, "added to their diagonals, as a share of its mean", positive)
@@ -267,8 +267,8 @@ class Hyperparameters:
         14.0, "largest code of an embedding row, in standard deviations; 0: its largest", natural)
     trellis_states: int = knob(8, "states of the trellis down each column of codes; 0: none",
                                (0, 4, 8, 16, 32, 64).__contains__)
-    step_search: str = one_of("layer role uniform", "steps that fill BUDGET_BYTES, one for each "
-                              "role and layer, or role; uniform: by the CLIP_SIGMAS alone")
+    step_search: str = one_of("layer uniform", "steps that fill BUDGET_BYTES, by damage; uniform: "
+                              "by the CLIP_SIGMAS alone")
     compressor: str = one_of("rans brotli zstd lzma zlib", "coder of the codes")
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
@@ -2515,8 +2515,6 @@ def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") 
 Layer = NamedTuple("Layer", [(name, Tensor | None) for name in (
     "wq", "wk", "wv", "wo", "w_up", "w_down", "q_gain", "attn_scale", "mlp_scale", "mix_x",
     "mix_x0", "head_gate", "lane_keep", "lane_write", "depth_scale")])
-Probe = Callable[[str, int, Tensor], None]    # tap, layer, activation
-LayerProbe = Callable[[str, Tensor], None] | None    # the same inside one layer
 Rope = tuple[Tensor, Tensor]    # cosine and sine
 Adapters = Mapping[str, LoRA]    # of one step, by the map that each corrects
 
@@ -2526,17 +2524,12 @@ def kernels_take(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETED) and x.dtype == torch.bfloat16 and x.size(-1) % 8 == 0
 
 
-def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, probe: LayerProbe = None,
-        fused: bool = False) -> Tensor:
+def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, fused: bool = False) -> Tensor:
     """(..., D) -> (..., D): down @ LeakyReLU(up @ x, slope)^2 with weights (F, D) and (D, F)."""
-    # a probe is to see the activations in between, which the plain form has at hand
-    if fused and kernels_take(x) and not probe:
+    if fused and kernels_take(x):
         y, _ = torch.ops.golf.mlp(x.flatten(0, -2), up, down, slope)
         return y.view_as(x)
-    hidden = F.leaky_relu(F.linear(x, up), slope).square()
-    if probe:
-        probe("mlp_hidden", hidden)
-    return F.linear(hidden, down)
+    return F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
 
 
 class Block(nn.Module):
@@ -2548,12 +2541,9 @@ class Block(nn.Module):
         self.h, self.kernel = h, kernel
 
     def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool, lora: Adapters,
-                  probe: LayerProbe, value: Tensor | None = None,
-                  past: Past | None = None) -> Tensor:
+                  value: Tensor | None = None, past: Past | None = None) -> Tensor:
         """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
         h, (B, T, _) = self.h, n.shape
-        if probe:
-            probe("attn_in", n)
         heads = lambda t: t.view(B, T, -1, h.head_dim)    # (B, T, H | K, E)
         q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
         # norms make |q| = |k| = sqrt(E): a logit lies within gain * sqrt(E) whatever the weights
@@ -2572,21 +2562,16 @@ class Block(nn.Module):
         if w.head_gate is not None:
             gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)    # (B, T, H)
             y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
-        y = y.reshape(B, T, -1)
-        if probe:
-            probe("attn_out", y)
-        return linear(y, w.wo, lora.get("o"), lora_in=n)
+        return linear(y.reshape(B, T, -1), w.wo, lora.get("o"), lora_in=n)
 
-    def mlp(self, w: Layer, n: Tensor, lora: Adapters, probe: LayerProbe) -> Tensor:
+    def mlp(self, w: Layer, n: Tensor, lora: Adapters) -> Tensor:
         """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
-        if probe:
-            probe("mlp_in", n)
-        y = mlp(n, w.w_up, w.w_down, self.h.leaky_slope, probe, self.h.fused_kernels)
+        y = mlp(n, w.w_up, w.w_down, self.h.leaky_slope, self.h.fused_kernels)
         return y + correction(lora["mlp"], n) if "mlp" in lora else y
 
     def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
-                parallel: bool, xsa: bool, lora: Adapters = {}, probe: LayerProbe = None,
-                value: Tensor | None = None, past: Past | None = None) -> tuple[Tensor, Tensor]:
+                parallel: bool, xsa: bool, lora: Adapters = {}, value: Tensor | None = None,
+                past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Lanes (a, m), each (B, T, D) -> the lanes after this step, of which a serial one hands
         `m` through. `value` (B, T, K E) is added to the values.
 
@@ -2597,13 +2582,13 @@ class Block(nn.Module):
         # x0 is the embedding: however deep the step, what the token is stays within reach
         read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
         attn = w.attn_scale * self.attention(w, norm(read) * w.depth_scale, rope, docs, xsa, lora,
-                                             probe, value, past)
+                                             value, past)
         if not parallel:
             a = (read + attn).type_as(a)
-            a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora, probe)).type_as(a)
+            a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora)).type_as(a)
             return a, m
         source = read if self.h.parallel_form == "gptj" else m
-        mlp = w.mlp_scale * self.mlp(w, norm(source) * w.depth_scale, lora, probe)
+        mlp = w.mlp_scale * self.mlp(w, norm(source) * w.depth_scale, lora)
         if self.h.parallel_form == "gptj":
             return (read + attn + mlp).type_as(a), m
         if self.h.parallel_form == "apart":
@@ -2680,8 +2665,9 @@ class GPT(nn.Module):
         self.block, self.head = Block(h, kernel), Head(h)
         # what `compile` replaces
         self.run_nats: Callable = self.nats
-        self.parts: dict[str, Callable] = dict(block=self.block, head=self.head, merge=merge_skip,
+        self.plain: dict[str, Callable] = dict(block=self.block, head=self.head, merge=merge_skip,
                                                join=join_lanes, embedded=self.embedded)
+        self.parts = self.plain
         self.initialise()
 
     def compile(self, mode: str) -> None:
@@ -2765,16 +2751,14 @@ class GPT(nn.Module):
         return x if last is None else x[:, last.size(1):]
 
     def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
-               lora: Sequence[Adapters] | None = None, probe: Probe | None = None,
-               cache: Cache | None = None) -> Tensor:
+               lora: Sequence[Adapters] | None = None, cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
-        step, then the head's; `probe` sees all that feeds a quantised matrix; with a `cache`, ids
-        are the next chunk of what it remembers."""
+        step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
         # `a` is the lane that attention and serial steps write, `m` the MLP's lane
         x0 = a = m = self.parts["embedded"](ids, *([cache.last] if cache else []))
         h, docs = self.h, docs or whole_rows(ids)
-        # Compiled by blocks, adapters and probes would be graphs of their own: they run plain.
-        run = self.block if probe or lora else self.parts["block"]
+        # Compiled by blocks, adapters would be graphs of their own: they run plain.
+        run = self.block if lora else self.parts["block"]
         layers = cache.layers if cache else self.layers(plan[0].rounded)
         rope = rope_table(h, ids.size(1), x0, cache.behind if cache else None)
         weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
@@ -2789,8 +2773,6 @@ class GPT(nn.Module):
             if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
                 m = a
             seam = dict(lora=lora[slot]) if lora else {}
-            if probe:
-                seam["probe"] = lambda tap, x, index=step.slice: probe(tap, index, x)
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
             if cache:
@@ -2801,10 +2783,7 @@ class GPT(nn.Module):
             if step.push:
                 kept.append(a)
         share = self.bank["lane_share"] if h.parallel_form == "apart" else None
-        x = self.parts["join"](a, m, share)
-        if probe:
-            probe("final", 0, x)
-        return x
+        return self.parts["join"](a, m, share)
 
     def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
              lora: Sequence[Adapters] | None = None, cache: Cache | None = None) -> Tensor:
@@ -3232,8 +3211,20 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
         blob = path.read_bytes()
         if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
             continue
-        with contextlib.suppress(Exception):    # any hash can be made right over any bytes
-            step, seconds, *_ = found = torch.load(io.BytesIO(blob[:-32]), "cpu", weights_only=True)
+        # The parser meets the tensors in the order in which their bytes follow, so that no place of
+        # any has to be stored.
+        file = io.BytesIO(blob)
+
+        def thaw(found: dict[str, Any]) -> Any:
+            """The tensor described, its bytes being the next of the file; else the dict."""
+            if "dtype" not in found:    # JSON turned the whole numbers among the keys to text
+                return {int(k) if k.isdigit() else k: v for k, v in found.items()}
+            dtype, shape = getattr(torch, found["dtype"]), found["shape"]
+            raw = file.read(math.prod(shape) * dtype.itemsize)
+            return torch.tensor(np.frombuffer(raw, np.uint8)).view(dtype).view(shape)
+
+        with contextlib.suppress(Exception):    # any hash can be made right over any JSON
+            step, seconds, *_ = found = json.loads(file.readline(), object_hook=thaw)
             if step >= 0 and seconds >= 0 and len(found) == 5:
                 return found
     if paths:
@@ -3282,13 +3273,18 @@ class Checkpoints:
                               f"{self.folder.name} goes on from there")
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint: what `torch.save` makes of it, and its SHA-256."""
-        t, self.saved_s = self.t, self.clock.read_s()
-        state = t.snapshot()
+        """Writes a checkpoint: one line of JSON, the bytes of its tensors, SHA-256."""
+        t, parts = self.t, []
+
+        def freeze(tensor: Tensor) -> dict[str, Any]:
+            """What JSON shall say of a tensor, whose bytes are put aside."""
+            parts.append(tensor.cpu().view(-1).view(torch.uint8).numpy().data)
+            return dict(dtype=str(tensor.dtype)[6:], shape=tensor.shape)
+
+        self.saved_s, state = self.clock.read_s(), t.snapshot()
         if t.world.main:
-            found = [step, self.saved_s, t.world.size, t.h.changed(), state]
-            torch.save(found, file := io.BytesIO())
-            body = file.getbuffer()
+            head = [step, self.saved_s, t.world.size, t.h.changed(), state]
+            body = b"".join([json.dumps(head, default=freeze).encode() + b"\n", *parts])
             write_atomically(self.folder / f"checkpoint{step:09}.bin", body,
                              hashlib.sha256(body).digest())
             for old in checkpoints(self.folder)[:-2]:
@@ -3368,31 +3364,52 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 
 # ==================================================================================================
 # 10. Quantisation
-# Weights W become codes * steps so that outputs, not weights, stay close: with H = sum of x x^T
-# over a matrix's inputs x GPTQ lowers trace((W - W') H (W - W')^T), all layers of a bank at once.
-# Reads the averaged weights and, inside the clock, training text (`second_moments`, `step_damage`);
-# never validation text. Gives an artifact that fills BUDGET_BYTES.
+# Weights W become codes * steps so that the loss, not the weights, stays close: GPTQ lowers
+# trace(D (W - W') H (W - W')^T), all layers of a bank at once, where diagonal D for rows and H for
+# columns are what `curvature` finds. Reads the averaged weights and, inside the clock, training
+# text; never validation text. Gives an artifact that fills BUDGET_BYTES.
 # ==================================================================================================
-@torch.no_grad()
-def second_moments(model: GPT, world: World, loader: Loader, batches: int) -> dict[str, Tensor]:
-    """Sum of x x^T over the tokens of `batches` of all ranks, by tap: (L | 1, n, n) fp64. The plan
-    is the looped one, so a layer is rounded for what it gets in all its passes."""
-    h, sums = model.h, {}
+SEQUENCES = 1024    # after which more text no longer helps
 
-    def probe(tap: str, layer: int, x: Tensor) -> None:
-        """Adds the moment of one activation; a layer that runs several times adds each of them."""
-        rows, layers = x.flatten(0, -2).float(), sums.setdefault(tap, {})
-        layers[layer] = layers.get(layer, 0) + (rows.mT @ rows).double() * counted
 
+def curvature(model: GPT, world: World, loader: Loader,
+              batches: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What errors of the weights cost, from gradients G of sequences out of `batches`, with labels
+    that the model draws itself: their squares are then the second derivative (arXiv 2505.22988).
+    An error E of a coded bank costs about sum_r d_r E_r H E_r^T. Returns d (L | 1, rows), squares
+    of the rows of G, by bank, and H (L | 1, n, n), of trace 1, by tap, fp64: G^T G of all banks of
+    the tap, rows scaled alike, so that an input counts by what comes of it (arXiv 2505.07004)."""
+    h, plan, taps = model.h, depth_plan(model.h, looped=True), {
+        n: roles(model.h)[n].tap for n in tapped(model.h)}
+    rows, inputs = dict.fromkeys(taps, 0.0), dict.fromkeys(taps.values(), 0.0)
+    # no graph was compiled for a single sequence
+    compiled, model.parts = model.parts, model.plain
     # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and the
     # collectives below meet the same keys in the same order.
-    end = -(-batches // world.size) * world.size * (h.gptq_roles != "none")
+    end, count = -(-batches // world.size) * world.size * bool(taps), max(
+        1, SEQUENCES // h.gptq_calibration_batches)
     for number in range(world.rank, end, world.size):
-        counted = number < batches    # spare ranks add nothing
         batch = sampled(model, number) if h.calibration == "self" else loader.next()
-        model.hidden(batch.ids, depth_plan(h, looped=True), batch.docs, probe=probe)
-    return {tap: torch.stack([world.sum(layers[i]) for i in sorted(layers)])
-            for tap, layers in sums.items()}
+        dice = torch.Generator(world.device).manual_seed(h.seed + number)
+        for ids in batch.ids.view(-1, 1, h.train_seq_len)[:count]:
+            embed = model.bank["embed"].to(model.dtype)
+            logits = model.head.logits(model.hidden(ids, plan)[0], embed)
+            drawn = logits.detach().softmax(-1).multinomial(1, generator=dice)[:, 0]
+            loss = F.cross_entropy(logits, drawn, reduction="sum") * (number < batches)
+            for n, G in zip(taps, torch.autograd.grad(loss, [model.bank[n] for n in taps])):
+                G = G.view(-1, *G.shape[-2:])
+                size = G.square().sum(-1)
+                rows[n] += size.double()
+                scaled = G / (size + 0.1 * size.mean(-1, keepdim=True) + 1e-30)[..., None]
+                inputs[taps[n]] += (G.mT @ scaled / G.size(1)).double()
+    model.parts = compiled
+    for n, d in rows.items():    # rows that no text touched have little to lose, not nothing
+        d = world.sum(d)
+        rows[n] = (d + 1e-3 * d.mean(-1, keepdim=True)).clamp_min(1e-30).float()
+    for tap, H in inputs.items():
+        H = world.sum(H)
+        inputs[tap] = H / H.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-30)
+    return rows, inputs
 
 
 @torch.no_grad()
@@ -3409,8 +3426,7 @@ def sampled(model: GPT, number: int) -> Batch:
     return Batch(ids, ids, whole_rows(ids))
 
 
-# A step is in proportion to the standard deviation of its row, and to the entry of its column in
-# GPTQ's factor, each to a power; where steps are uniform, to 1 and 0.
+# Powers to which steps follow the curvature of their row and column (`searched_grid`).
 ROW_STEP_POWER = COLUMN_STEP_POWER = 0.5
 OCTAVE = 4    # exponents of steps are quarters of an octave: finer ones cost more than they save
 
@@ -3590,19 +3606,21 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
 
 
 def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> Factors:
-    """The factor of each tap's second moments."""
+    """The factor of each tap's moment."""
     return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
 
 
 def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int = 0,
-         block: int = 128) -> Coded:
+         block: int = 128, weight: Tensor | None = None) -> Coded:
     """Rounds a bank (L, rows, cols) column by column to codes of at most `top`, or on a trellis of
-    so many states, pushing each error onto the columns not yet rounded (arXiv 2210.17323).
+    so many states, where errors of a row count by its `weight` (L, rows), pushing each error onto
+    the columns not yet rounded (arXiv 2210.17323).
     With e_j = (w_j - steps_j codes_j) / U_jj each later column k becomes w_k - e_j U_jk, beyond a
     block by one product, and the error of the outputs grows by |e_j|^2."""
     order, upper = factor
     # from here to the last line columns stand in the factor's order, not in the bank's
     wide, high = grid.columns()[:, 0].gather(1, order), grid.rows()[..., 0]
+    costs = high.square() * (1.0 if weight is None else weight / weight.mean(-1, keepdim=True))
     columns = order[:, None, :].expand_as(w)
     work, codes = w.gather(2, columns), torch.empty_like(w)
     for lo in range(0, w.size(2), block):
@@ -3612,7 +3630,7 @@ def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int =
             scale = high * wide[:, j, None]
             x = work[:, :, j] / scale
             # a trellis, whose path is a whole column, has no largest code: the coder escapes it
-            q = (trellis_codes(x, states, high.square()).float() if states else
+            q = (trellis_codes(x, states, costs).float() if states else
                  x.round().clamp_(-top, top))
             error = (work[:, :, j] - q * scale) / upper[:, j, j, None]
             codes[:, :, j], errors[:, :, j - lo] = q, error
@@ -3627,35 +3645,46 @@ def bank_of(model: GPT, name: str) -> Tensor:
     return w.view(-1, *w.shape[-2:])
 
 
-def searched_grid(model: GPT, name: str, factors: Factors) -> Grid:
-    """The steps of a bank before the search stretches them. An error in column j counts 1 / U_jj^2
-    (arXiv 2603.04956): steps ~ U_jj (power 1) would give all columns one share of the damage."""
+class Curvature(NamedTuple):
+    """What `curvature` found, ready for use."""
+
+    rows: dict[str, Tensor]    # d (L | 1, rows) by bank
+    factors: Factors    # of H
+
+
+def searched_grid(model: GPT, name: str, found: Curvature) -> Grid:
+    """The steps of a bank before the search stretches them. An error in row r counts d_r, one in
+    column j 1 / U_jj^2 (arXiv 2603.04956): steps ~ U_jj / sqrt(d_r), powers of 1, would give all of
+    them one share of the damage, but codes of many sizes cost the coder more."""
     h, role = model.h, roles(model.h)[name]
-    rows, columns = (1, 0) if h.step_search == "uniform" else (ROW_STEP_POWER, COLUMN_STEP_POWER)
-    order, upper = factors[role.tap]
-    # zero on average, column exponents leave the bits of a bank as they were
-    column = columns * OCTAVE * upper.diagonal(dim1=1, dim2=2).log2()
-    column = (column - column.mean(-1, keepdim=True)).round().clamp(-128, 127).to(torch.int8)
-    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, rows,
-                        h.clip_search and role.optim == "muon")
-    return grid._replace(column=torch.empty_like(column).scatter_(1, order, column))
+    if h.step_search == "uniform":
+        return uniform_grid(bank_of(model, name), role.bits, role.sigmas, 1.0,
+                            h.clip_search and role.optim == "muon")
+    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, 0.0)
+    order, upper = found.factors[role.tap]
+    # zero on average, exponents leave the bits of a bank as they were
+    exponent = lambda size, power: ((e := power * OCTAVE * size.log2()) - e.mean(
+        -1, keepdim=True)).round().clamp(-128, 127).to(torch.int8)
+    column = exponent(upper.diagonal(dim1=1, dim2=2), COLUMN_STEP_POWER)
+    return grid._replace(row=exponent(found.rows[name], -0.5 * ROW_STEP_POWER),
+                         column=torch.empty_like(column).scatter_(1, order, column))
 
 
 @torch.no_grad()
-def quantise(model: GPT, factors: Factors, stretch: Mapping[str, Tensor] = {}) -> Stored:
+def quantise(model: GPT, found: Curvature, stretch: Mapping[str, Tensor] = {}) -> Stored:
     """Every bank as it will be stored; steps are 2^stretch (L,) times those of `searched_grid`."""
     h, stored = model.h, {}
     for name, role in roles(h).items():
         if role.bits == 16:
             stored[name] = model.bank[name].detach().half()
         elif role.tap:
-            grid = searched_grid(model, name, factors)
+            grid = searched_grid(model, name, found)
             # On a trellis half the step costs the same bits, because parity is free. Searched
             # steps clip nothing: what is large is escaped by the coder (`fold`).
             scale = grid.scale * 2.0**stretch.get(name, 0.0) / (2 if h.trellis_states else 1)
             top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
-            stored[name] = gptq(bank_of(model, name), factors[role.tap],
-                                grid._replace(scale=scale), top, h.trellis_states)
+            stored[name] = gptq(bank_of(model, name), found.factors[role.tap], grid._replace(
+                scale=scale), top, h.trellis_states, weight=found.rows[name])
         else:
             stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas,
                                       h.clip_search and role.optim == "muon")
@@ -3672,57 +3701,30 @@ def load_stored(model: GPT, stored: Stored) -> None:
 
 # Rate control. Steps of f times the uniform ones cost about a f^2 nats and save n log2 f bits, so
 # given bytes cost least at f ~ sqrt(n / a), where the slopes of both to log f are in one ratio in
-# all role-layers. `step_damage` measures a, `fit_budget` searches the factor that all f share.
-DAMAGE_TOKENS, DAMAGE_STRETCH = 4096, 1.5    # text and steps with which `a` is measured
+# all role-layers. `damage_of` reckons a, `fit_budget` searches the factor that all f share.
 FINEST, COARSEST = -1.0, 4.0    # octaves, on average, by which steps may leave the uniform ones
 ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is done
 
 
 @torch.no_grad()
-def step_damage(model: GPT, world: World, loader: Loader, factors: Factors) -> dict[str, Tensor]:
-    """KL divergence (L,) in nats per token (a difference of losses may be negative) that each
-    role-layer alone causes by DAMAGE_STRETCH times uniform steps; all ranks read one text."""
-    h, damage, turn = model.h, {}, 0
-    if h.step_search == "uniform":
-        return damage
-    plan, rows = depth_plan(h, looped=True), max(1, DAMAGE_TOKENS // h.train_seq_len)
-    ids = loader.next().ids.view(-1, h.train_seq_len)[:rows]    # (B, TRAIN_SEQ_LEN)
-    world.share_tensors([ids])
-    truth, embed = model.hidden(ids, plan), model.bank["embed"].to(model.dtype, copy=True)
-    for name in tapped(h):
-        # `bank` shares the model's memory: each layer is spoilt in place, judged and put back
-        bank, grid = bank_of(model, name), searched_grid(model, name, factors)
-        exact, damage[name] = bank.clone(), torch.zeros(len(bank), device=world.device)
-        # only ratios between role-layers matter, so no trellis is searched
-        coarse = grid._replace(scale=DAMAGE_STRETCH * grid.scale)
-        rough = gptq(bank, factors[roles(h)[name].tap], coarse).decode()
-        for i in range(len(bank)):
-            turn += 1
-            if turn % world.size == world.rank:
-                bank[i] = rough[i]
-                damage[name][i] = divergence(model, truth, embed, model.hidden(ids, plan))
-                bank[i] = exact[i]
-    return {name: world.sum(kl).cpu() for name, kl in damage.items()}
-
-
-def divergence(model: GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
-    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
-    of `truth` with `embed`, a copy of the exact table: the model's own may be rounded by now."""
-    total, now = 0.0, model.bank["embed"].to(model.dtype)
-    # 2048 tokens at a time: logits (T, V) are fp32 and come twice
-    for exact, rough in zip(truth.flatten(0, 1).split(2048), x.flatten(0, 1).split(2048)):
-        p = model.head.logits(exact, embed).log_softmax(-1)
-        q = model.head.logits(rough, now).log_softmax(-1)
-        total = total + F.kl_div(q, p, reduction="sum", log_target=True)
-    return total / truth[..., 0].numel()
+def damage_of(model: GPT, found: Curvature) -> dict[str, Tensor]:
+    """What rounding each role-layer by `searched_grid` costs, (L,), up to one factor for all:
+    errors spread evenly over a step, and in column j GPTQ leaves 1 / U_jj of them."""
+    damage = {}
+    for name in tapped(model.h):
+        grid = searched_grid(model, name, found)
+        order, upper = found.factors[roles(model.h)[name].tap]
+        left = grid.columns()[:, 0].gather(1, order) / upper.diagonal(dim1=1, dim2=2)
+        rows = found.rows[name] * grid.rows()[..., 0].square()
+        damage[name] = (rows.sum(-1) * left.square().sum(-1)).cpu()
+    return damage
 
 
 def ideal_stretch(h: Hyperparameters, damage: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Octaves (L,) between the least costly steps and the uniform ones: log2 sqrt(n / a), less its
     mean over all weights; within 3, lest a damage of next to nothing asks for endless steps."""
-    kl = {n: d.mean().expand_as(d) if h.step_search == "role" else d for n, d in damage.items()}
-    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in kl}
-    found = {n: 0.5 * (weights[n] / d.clamp_min(1e-12)).log2() for n, d in kl.items()}
+    weights = {n: math.prod(roles(h)[n].shape[-2:]) for n in damage}
+    found = {n: 0.5 * (weights[n] / d.clamp_min(1e-30)).log2() for n, d in damage.items()}
     mean = (sum(weights[n] * o.sum() for n, o in found.items()) /
             sum(weights[n] * len(o) for n, o in found.items()))
     return {n: (o - mean).clamp(-3, 3) for n, o in found.items()}
@@ -3734,19 +3736,18 @@ def gaussian_bits(size: Tensor) -> Tensor:
     return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
-def fit_budget(model: GPT, factors: Factors, damage: Mapping[str, Tensor], code: int,
-               log: Log) -> Packed:
+def fit_budget(model: GPT, found: Curvature, code: int, log: Log) -> Packed:
     """The artifact that fills BUDGET_BYTES together with `code` bytes; the smallest possible one
-    where none fits, that of uniform steps without damages. The shift in octaves that all steps
+    where none fits, that of uniform steps without a search. The shift in octaves that all steps
     share is searched: each pass bisects an estimate that costs nothing, then rounds and codes all
     banks there, which narrows the bracket around the budget and corrects the estimate."""
     h = model.h
-    if not damage:
-        return pack(h, quantise(model, factors))
-    base = ideal_stretch(h, damage)
+    if h.step_search == "uniform" or not tapped(h):
+        return pack(h, quantise(model, found))
+    base = ideal_stretch(h, damage_of(model, found))
     sizes = {}    # (L, cols) mean square of each column in steps
     for n in base:
-        grid = searched_grid(model, n, factors)
+        grid = searched_grid(model, n, found)
         squares = (bank_of(model, n) / grid.rows() / grid.columns()).square()
         sizes[n] = squares.mean(1).cpu()
     weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
@@ -3766,7 +3767,7 @@ def fit_budget(model: GPT, factors: Factors, damage: Mapping[str, Tensor], code:
             shift = low + width * bisect.bisect_left(range(2**24), True, 1,
                                                     key=lambda i: fits(low + width * i))
         stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
-        tried[shift] = blob, ledger = pack(h, quantise(model, factors, stretch))
+        tried[shift] = blob, ledger = pack(h, quantise(model, found, stretch))
         if 0 <= room - len(blob) <= 2 * slack:
             break
         low, high = (low, shift) if len(blob) <= room else (shift, high)
@@ -4725,8 +4726,7 @@ def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> 
     h, embed = model.h, model.bank["embed"]
     ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
-    ramp = repeated(h, ramp)
-    shares = [(p, ramp.view(-1, *[1] * (p.dim() - 1)))
+    shares = [(p, repeated(h, ramp).view(-1, *[1] * (p.dim() - 1)))
               for name, p in model.bank.items() if name in Layer._fields]
     if early:
         before = [p.clone() for p, _ in shares]
@@ -5206,21 +5206,19 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
         adapt_early(t.model, few, t.world, 1)
         if h.prequant_ttt_data == "train":    # else it is off the clock
             adaptation_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
-    for _ in range(2):
-        calibration = Clock(t.world)
-        moments = second_moments(t.model, t.world, t.loader, t.world.size)
-        # one turn was timed, a batch on each rank; all further ones are reckoned from it
-        rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
-        moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
-        factors = inverse_factors(h, moments)
-        step_damage(t.model, t.world, t.loader, factors)
-        calibration_s = moments_s + calibration.read_s()
+    calibration = Clock(t.world)
+    rows, moments = curvature(t.model, t.world, t.loader, t.world.size)
+    # one turn was timed, a batch on each rank; all further ones are reckoned from it
+    rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
+    moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
+    found = Curvature(rows, inverse_factors(h, moments))
+    calibration_s = moments_s + calibration.read_s()
     # 1.3, because a late stop breaks the rule and an early one costs a few steps
     reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
     say("quantise and pack")
     pace = Clock(t.world)
     # quick: the ways through packing and reading matter here, not the length
-    _, again = unpack(pack(h, quantise(t.model, factors), quick=True)[0])
+    _, again = unpack(pack(h, quantise(t.model, found), quick=True)[0])
     load_stored(t.model, again)
     # the search rounds and packs about four times
     cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s,
@@ -5269,17 +5267,17 @@ def measured_scores(model: GPT, data: Dataset, world: World, log: Log,
     return results
 
 
-def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> dict[str, Tensor]:
+def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> Curvature:
     """Adapts the averaged weights to `held` where PREQUANT_TTT_EPOCHS asks for it, then returns the
-    second moments of those weights; what reads no training data is off the clock."""
+    curvature there; what reads no training data is off the clock."""
     h, watch = t.h, Clock(t.world)
     if h.prequant_ttt_epochs and h.prequant_ttt_data != "after":
         adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
     clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))
     watch = Clock(t.world)
-    moments = second_moments(t.model, t.world, t.loader, h.gptq_calibration_batches)
+    rows, moments = curvature(t.model, t.world, t.loader, h.gptq_calibration_batches)
     clock.pause(watch.read_s() * (h.calibration == "self"))
-    return moments
+    return Curvature(rows, inverse_factors(h, moments))
 
 
 def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float) -> dict[str, Any]:
@@ -5303,8 +5301,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
     log.begin("calibrate")
-    factors = inverse_factors(h, calibrate(trainer, held, clock))
-    damage = step_damage(model, world, trainer.loader, factors)
+    found = calibrate(trainer, held, clock)
     clock_s = clock.read_s()
     graphs.append(model.graphs())
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
@@ -5314,7 +5311,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
 
     log.begin("quantise")
     watch = Clock(world)
-    blob, ledger = (fit_budget(model, factors, damage, len(code), log) if world.main else (b"", {}))
+    blob, ledger = (fit_budget(model, found, len(code), log) if world.main else (b"", {}))
     seconds["quantise"] = watch.read_s()
     log.begin("pack and read back")
     watch = Clock(world)
@@ -5586,12 +5583,6 @@ class Evidence:
     def clock_s(self) -> float:
         """Seconds on the training clock, calibration included."""
         return self.result["seconds"]["train"] + self.result["seconds"]["calibration"]
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes of every part of the artifact and of the code."""
-        parts = {name: int(size) for name, size in self.said(r"^bytes:(\w+) (\d{1,15})\b")}
-        return parts | {"packed code": self.result["bytes"]["code"]}
 
     def said(self, pattern: str) -> list[Any]:
         """All places of the log that match, or their groups."""
@@ -5867,7 +5858,8 @@ def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: s
         "Scores (BPB by stage)": markdown(
             [("seed", *scores, "val_loss", "bytes", "steps", "eval s"), *seeds]),
         f"Bytes (seed {seed})": markdown(
-            [("part", "bytes"), *runs[0].parts.items(), ("total", r["bytes"]["total"])]),
+            [("part", "bytes"), *runs[0].said(r"^bytes:(\w+) (\d+)\b"),
+             ("packed code", r["bytes"]["code"]), ("total", r["bytes"]["total"])]),
         f"Seconds (seed {seed})": markdown([("stage", "s"), *stages.items()]),
         "Components": markdown([("knob", "value", "meaning", "source"), *sourced(r["knobs"])]),
         "Changed from the defaults": f"`{changed}`",
@@ -6262,10 +6254,10 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
 
 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
-    """Training loss against steps and seconds, and BPB by stage, of all runs; the bytes of the
-    best, the first: one picture as PNG."""
-    figure = matplotlib.figure.Figure(figsize=(13, 10), layout="constrained")
-    (steps, seconds), (stages, parts) = figure.subplots(2, 2)
+    """Training loss against steps and seconds, and BPB by stage, of all runs, the best first: one
+    picture as PNG."""
+    figure = matplotlib.figure.Figure(figsize=(18, 6), layout="constrained")
+    steps, seconds, stages = figure.subplots(1, 3)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
     for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
         lines = e.said(r"^step:(\d+)/\d+ train_loss:(\d+\.?\d*|nan|inf) train_time:(\d+)ms")
@@ -6283,11 +6275,6 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     stages.set(ylabel="BPB", title="BPB by stage")
     for ax in (steps, seconds, stages):
         ax.grid(alpha=0.3)
-    sizes = sorted(runs[0].parts.items(), key=lambda item: item[1])    # the largest on top
-    bars = parts.barh([n for n, _ in sizes], [size / 1e3 for _, size in sizes])
-    parts.bar_label(bars, fmt=" {:,.1f}", fontsize="small")
-    parts.set(xlabel="thousand bytes", xlim=(0, 1.18 * sizes[-1][1] / 1e3),
-              title=f"{runs[0].result['bytes']['total']:,} bytes of the best: {name}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
@@ -6321,7 +6308,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     write_atomically(out / "report.md", "\n\n".join([
         f"# {len(runs)} runs, best first", markdown(table),
         *(f"Not shown: {line}" for line in broken),
-        "![curves, stages, bytes](report.png)" if picture else
+        "![curves and stages](report.png)" if picture else
         "No pictures: the package matplotlib is not installed."]).encode(errors="backslashreplace"))
     print(f"report: {out / 'report.md'}" + " (install matplotlib for pictures)" * (not picture))
     return 0

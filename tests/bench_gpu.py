@@ -284,15 +284,14 @@ def export(b: Bench) -> dict[str, Any]:
         seconds[name + "_s"], watch = watch.read_s(), tg.Clock(world)
         return value
 
-    moments = booked("calibration", tg.second_moments(model, world, b.trainer.loader, h.gptq_calibration_batches))
-    factors = booked("factors", tg.inverse_factors(h, moments))
-    damage = booked("damage", tg.step_damage(model, world, b.trainer.loader, factors))
-    stored = booked("gptq", tg.quantise(model, factors))
+    rows, inputs = booked("calibration", tg.curvature(model, world, b.trainer.loader, h.gptq_calibration_batches))
+    found = tg.Curvature(rows, booked("factors", tg.inverse_factors(h, inputs)))
+    stored = booked("gptq", tg.quantise(model, found))
     booked("pack", tg.pack(h, stored))
-    blob, _ = booked("fit_budget", tg.fit_budget(model, factors, damage, 32_768, log))    # GPTQ and packing, 1 to 4 times
+    blob, _ = booked("fit_budget", tg.fit_budget(model, found, 32_768, log))    # GPTQ and packing, 1 to 4 times
     booked("unpack", tg.unpack(blob))
     return seconds | dict(artifact_bytes=len(blob),
-                          whole_s=sum(seconds[f"{n}_s"] for n in ("calibration", "factors", "damage", "fit_budget")))
+                          whole_s=sum(seconds[f"{n}_s"] for n in ("calibration", "factors", "fit_budget")))
 
 
 def scoring(b: Bench) -> dict[str, Any]:

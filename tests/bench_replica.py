@@ -55,8 +55,7 @@ class Replica(NamedTuple):
     h: tg.Hyperparameters
     model: tg.GPT
     data: tg.Dataset
-    moments: dict[str, torch.Tensor]    # of GPTQ_CALIBRATION_BATCHES micro-batches after training
-    damage: dict[str, torch.Tensor]    # of `step_damage`
+    found: tg.Curvature    # of GPTQ_CALIBRATION_BATCHES micro-batches after training
     position: int    # micro-batches that training and calibration have read
 
 
@@ -85,25 +84,24 @@ def replica(scale: str = "S", seed: int = 1, steps: int = 0, **knobs: str) -> Re
     key = json.dumps([sorted(h.changed().items()), steps, [tg.file_sha256(p) for p in sorted(folder.glob("*.bin"))]])
     h = model.retune(iterations=steps, run_id=f"replica_{scale}{seed}_{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     path = CACHE / h.run_id / "model.pt"
-    if path.is_file():
-        kept = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for name, w in kept["weights"].items():
-                model.bank[name].copy_(w)
-        return Replica(h, model, data, kept["moments"], kept["damage"], kept["position"])
-    model.compile(tg.compile_mode(h, world.device, print))
-    trainer, begin_s = tg.Trainer(h, world, model, data), time.perf_counter()
-    tg.train(trainer, 0.0, tg.Log(world, CACHE / h.run_id), str)
-    moments = tg.second_moments(model, world, trainer.loader, h.gptq_calibration_batches)
-    damage = tg.step_damage(model, world, trainer.loader, tg.inverse_factors(h, moments))
-    kept = dict(weights={n: p.detach().clone() for n, p in model.bank.items()}, moments=moments, damage=damage,
-                position=trainer.loader.position)
-    torch.save(kept, partial := path.with_suffix(f".{os.getpid()}"))
-    os.replace(partial, path)
-    for checkpoint in tg.checkpoints(path.parent):
-        checkpoint.unlink()
-    print(f"replica: {weights:,} weights, {steps} steps, {path} after {time.perf_counter() - begin_s:.0f} s", flush=True)
-    return Replica(h, model, data, moments, damage, trainer.loader.position)
+    if not path.is_file():
+        model.compile(tg.compile_mode(h, world.device, print))
+        trainer, begin_s = tg.Trainer(h, world, model, data), time.perf_counter()
+        tg.train(trainer, 0.0, tg.Log(world, CACHE / h.run_id), str)
+        kept = dict(weights={n: p.detach().clone() for n, p in model.bank.items()}, position=trainer.loader.position)
+        torch.save(kept, partial := path.with_suffix(f".{os.getpid()}"))
+        os.replace(partial, path)
+        for checkpoint in tg.checkpoints(path.parent):
+            checkpoint.unlink()
+        print(f"replica: {weights:,} weights, {steps} steps, {path} after {time.perf_counter() - begin_s:.0f} s", flush=True)
+    kept = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for name, w in kept["weights"].items():
+            model.bank[name].copy_(w)
+    loader = tg.Loader(h, world, data.train)
+    loader.position = kept["position"]
+    rows, inputs = tg.curvature(model, world, loader, h.gptq_calibration_batches)
+    return Replica(h, model, data, tg.Curvature(rows, tg.inverse_factors(h, inputs)), loader.position)
 
 
 class Judged(NamedTuple):
@@ -178,8 +176,8 @@ def judge(scale: str, seed: int, knobs: dict[str, str], steps: int, budget: int,
         return Judged(*json.loads(place.read_text()))
     val, nats = first_documents(bench.data.val, documents), {}
     nats["prequant"] = document_nats(model, val, "stream").tolist()
-    h = model.retune(budget_bytes=budget, eval_budget_s=0.0)
-    blob, _ = tg.fit_budget(model, tg.inverse_factors(h, bench.moments), bench.damage, 0, quiet)
+    model.retune(budget_bytes=budget, eval_budget_s=0.0)
+    blob, _ = tg.fit_budget(model, bench.found, 0, quiet)
     tg.load_stored(model, tg.unpack(blob)[1])
     nats["quantized"] = document_nats(model, val, "stream").tolist()
     nats["ttt"] = document_nats(model, first_documents(val, round(TTT_SHARE * documents)), "ttt").tolist()

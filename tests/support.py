@@ -49,15 +49,16 @@ def dataset(tokens: np.ndarray) -> t.Dataset:
     return t.Dataset([tokens.astype(np.uint16)], validation(tokens[:97]), "test")
 
 
-def moments_of(model: t.GPT, world: t.World = WORLD, batches: int = 4) -> dict:
-    """Second moments of the activations over `batches` micro-batches of a made-up shard."""
+def curvature_of(model: t.GPT, world: t.World = WORLD, batches: int = 4) -> tuple[dict, dict]:
+    """What `curvature` finds on `batches` micro-batches of a made-up shard."""
     loader = t.Loader(model.h, world, [stream(3000).astype(np.uint16)])
-    return t.second_moments(model, world, loader, batches)
+    return t.curvature(model, world, loader, batches)
 
 
-def factors_of(model: t.GPT) -> dict:
-    """GPTQ's factors of `moments_of`."""
-    return t.inverse_factors(model.h, moments_of(model))
+def found_of(model: t.GPT, batches: int = 4) -> t.Curvature:
+    """The same, ready for use."""
+    rows, inputs = curvature_of(model, batches=batches)
+    return t.Curvature(rows, t.inverse_factors(model.h, inputs))
 
 
 class Half(t.World):

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from support import Lines, factors_of, model_of, settings, t
+from support import Lines, found_of, model_of, settings, t
 
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, t.Coded | torch.Tensor]:
     """The quantised banks of a small model."""
     model = model_of(settings())
-    return t.quantise(model, factors_of(model))
+    return t.quantise(model, found_of(model))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_every_shape_of_model_is_packed(changes):
     """Absent roles, other depths and widths of codes: the table alone decides what is stored."""
     h = settings(**changes)
     model = model_of(h)
-    stored = t.quantise(model, factors_of(model))
+    stored = t.quantise(model, found_of(model))
     again_h, again = t.unpack(t.pack(h, stored, quick=True)[0])
     assert list(again) == list(t.roles(again_h)) and all(same(again[n], stored[n]) for n in stored)
 
@@ -281,36 +281,36 @@ def test_damage_behind_a_right_checksum_is_refused_or_harmless(stored, compresso
     assert refused > 30
 
 
-def budget_model(seed: int) -> tuple[t.GPT, dict, dict]:
+def budget_model(seed: int) -> tuple[t.GPT, t.Curvature]:
     """A made-up model of 0.4 million weights in which scales of roles, layers and columns differ,
-    with factors of correlated inputs and damages."""
+    with the curvature of correlated inputs and rows of many sizes."""
     h = settings(model_dim=96, vocab_size=1024, num_layers=3, loop_start=1, loop_end=1, mlp_mult=4.0,
-                 step_search=("role", "layer")[seed % 2], parallel_start_layer=2,
+                 parallel_start_layer=2,
                  trellis_states=8 if seed % 5 == 4 else 0)
     torch.manual_seed(seed)
-    model, moments, damage = t.GPT(h), {}, {}
+    model, moments, rows = t.GPT(h), {}, {}
     for name, role in t.roles(h).items():
         if role.tap:
             w = t.bank_of(model, name)
             w.copy_(torch.randn_like(w) * torch.exp(torch.randn(len(w), 1, w.size(2)) * 0.4) * 0.03)
-            damage[name] = torch.exp(2 * torch.randn(len(w))) * w[0].numel()
+            rows[name] = torch.exp(2 * torch.randn(len(w), 1) + torch.randn(len(w), w.size(1)))
             x = torch.randn(len(w), 2 * w.size(2), w.size(2))
             x = x @ (torch.eye(w.size(2)) + 0.3 * torch.randn(w.size(2), w.size(2)) / 8)
             moments[role.tap] = x.double().mT @ x.double()
-    return model, t.inverse_factors(h, moments), damage
+    return model, t.Curvature(rows, t.inverse_factors(h, moments))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_budget_is_filled(seed):
     """Twenty models and budgets from 1.9 to 4 bits a weight: code + artifact are within 99.9 and
     100% of BUDGET_BYTES, and read back."""
-    model, factors, damage = budget_model(seed)
+    model, found = budget_model(seed)
     code, rng = 30_000, np.random.default_rng(100 + seed)
-    weights = sum(t.bank_of(model, n).numel() for n in damage)
+    weights = sum(t.bank_of(model, n).numel() for n in found.rows)
     budget = code + int(weights * rng.uniform(1.9, 4) / 8) + 8_000
     model.h = replace(model.h, budget_bytes=budget)
     log = Lines()
-    blob, ledger = t.fit_budget(model, factors, damage, code, log)
+    blob, ledger = t.fit_budget(model, found, code, log)
     assert 0.999 * budget <= len(blob) + code <= budget
     assert sum(ledger.values()) == len(blob) and list(t.unpack(blob)[1]) == list(t.roles(model.h))
     said = re.search(r"(\d+) bytes free after (\d) passes", log.lines[-1])
@@ -321,9 +321,9 @@ def test_the_budget_is_filled(seed):
 def test_a_budget_out_of_reach_ends_at_the_last_steps(budget):
     """Too small a budget gets the coarsest steps, a huge one only twice as fine ones, and the log
     says so."""
-    model, factors, damage = budget_model(0)
+    model, found = budget_model(0)
     model.h, log = replace(model.h, budget_bytes=budget), Lines()
-    blob, _ = t.fit_budget(model, factors, damage, 30_000, log)
+    blob, _ = t.fit_budget(model, found, 30_000, log)
     mean = float(re.search(r"steps:x([\d.]+)", log.lines[-1])[1])
     assert mean == pytest.approx(16 if budget < 40_000 else 0.5, rel=1e-3)
     assert (len(blob) + 30_000 > budget) == (budget < 40_000)
@@ -335,12 +335,12 @@ def test_a_budget_out_of_reach_ends_at_the_last_steps(budget):
 def test_the_search_needs_no_good_estimate(monkeypatch, power, bits):
     """However wrong the expected bytes are, a reachable budget is filled, and the smallest size is
     that of the coarsest steps, really packed."""
-    model, factors, damage = budget_model(1)
+    model, found = budget_model(1)
     true = t.gaussian_bits
     monkeypatch.setattr(t, "gaussian_bits", lambda size: true(size).clamp_min(0.01)**power)
-    budget = 30_000 + 8_000 + int(bits * sum(t.bank_of(model, n).numel() for n in damage) / 8)
+    budget = 30_000 + 8_000 + int(bits * sum(t.bank_of(model, n).numel() for n in found.rows) / 8)
     model.h, log = replace(model.h, budget_bytes=budget), Lines()
-    blob, _ = t.fit_budget(model, factors, damage, 30_000, log)
+    blob, _ = t.fit_budget(model, found, 30_000, log)
     if bits == 0.2:
         assert "steps:x16.000" in log.lines[-1] and len(blob) + 30_000 > budget
     else:
@@ -348,8 +348,8 @@ def test_the_search_needs_no_good_estimate(monkeypatch, power, bits):
 
 
 def test_uniform_steps_are_packed_as_they_are(stored):
-    """Without damages nothing is searched: the artifact is that of `quantise`."""
+    """Nothing is searched: the artifact is that of `quantise`."""
     h = settings(step_search="uniform")
     model = model_of(h)
-    factors = factors_of(model)
-    assert t.fit_budget(model, factors, {}, 0, Lines())[0] == t.pack(h, t.quantise(model, factors))[0]
+    found = found_of(model)
+    assert t.fit_budget(model, found, 0, Lines())[0] == t.pack(h, t.quantise(model, found))[0]

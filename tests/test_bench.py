@@ -33,7 +33,7 @@ EXPECTED = dict(
     kernels=dict.fromkeys(DIRECTIONS, FORMS) | dict(trouble=None),
     attention=dict(chosen=None, **{f"{kernel}_{T}": ATTENTION for T in (64, 96) for kernel in ("sdpa", "blocks")}),
     muon=dict.fromkeys(("step_ms", "floor_ms")),
-    export=dict.fromkeys(("parameters", "artifact_bytes", "whole_s", "calibration_s", "factors_s", "damage_s", "gptq_s",
+    export=dict.fromkeys(("parameters", "artifact_bytes", "whole_s", "calibration_s", "factors_s", "gptq_s",
                           "pack_s", "fit_budget_s", "unpack_s")),
     scoring=dict.fromkeys(("quantized", "sliding", "stream", "ttt"), SCORE),
     losses=dict.fromkeys(("steps", "fused_ran", "fused", "plain", "difference")))

@@ -213,12 +213,9 @@ def test_rotary(tiny):
 def test_xsa_formula(tiny):
     """y - (y . v) v / |v|^2 for each query head and the value of its own position: nothing along v is left."""
     model, b = alive(replace(tiny, head_gate_scale=0.0)), batch(tiny)
-    w, x = model.layers()[0], torch.randn(2, 16, 32)
-    seen = {}
-    for xsa in (True, False):
-        model.block.attention(w, x, tg.rope_table(tiny, 16, x), b.docs, xsa, {},
-                              lambda tap, t: seen.__setitem__((tap, xsa), t.detach()))
-    y, plain = (seen["attn_out", xsa].view(2, 16, 2, 2, 8) for xsa in (True, False))
+    w, x = model.layers()[0]._replace(wo=torch.eye(32)), torch.randn(2, 16, 32)    # so that the heads come out
+    y, plain = (model.block.attention(w, x, tg.rope_table(tiny, 16, x), b.docs, xsa, {}).detach().view(2, 16, 2, 2, 8)
+                for xsa in (True, False))
     v = (x @ w.wv.detach().T).view(2, 16, 2, 1, 8)
     torch.testing.assert_close(y, plain - (plain * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True) * v,
                                atol=1e-5, rtol=1e-4)
@@ -320,34 +317,6 @@ def test_the_whole_model_equals_its_formula(tiny, looped):
 
 
 # ----------------------------------------------------------------------------------------------- seams and precision
-def test_probe_sees_every_tap(tiny):
-    """Each quantised role's tap, for every layer, as often as it runs, with the columns of its matrix."""
-    model, plan, b = alive(tiny), tg.depth_plan(tiny, True), batch(tiny)
-    seen = []
-    x = model.hidden(b.ids, plan, b.docs, probe=lambda tap, layer, t: seen.append((tap, layer, t)))
-    assert torch.equal(x, model.hidden(b.ids, plan, b.docs)), "looking changes nothing"
-    counts = {}
-    for tap, layer, _t in seen:
-        counts[tap, layer] = counts.get((tap, layer), 0) + 1
-    runs = [[s.layer for s in plan].count(layer) for layer in range(tiny.num_layers)]
-    for role in tg.roles(tiny).values():
-        if role.tap:
-            expected = {0: 1} if role.tap == "final" else dict(enumerate(runs))
-            assert {layer: n for (tap, layer), n in counts.items() if tap == role.tap} == expected
-            assert all(t.shape == (2, 16, role.shape[-1]) for tap, _, t in seen if tap == role.tap)
-
-
-def test_probed_activations_feed_the_matrices(tiny):
-    """The tap of `wo` and `w_down` is what the matrix multiplies: changing the matrix there changes the step by it."""
-    model = alive(tiny)
-    taps, x = {}, torch.randn(1, 8, 32)
-    w = model.layers()[1]
-    out = model.block.attention(w, x, tg.rope_table(tiny, 8, x), whole(x[..., 0]), True, {}, taps.__setitem__)
-    torch.testing.assert_close(out, taps["attn_out"] @ w.wo.T)
-    torch.testing.assert_close(model.block.mlp(w, x, {}, taps.__setitem__), taps["mlp_hidden"] @ w.w_down.T)
-    assert torch.equal(taps["attn_in"], x) and torch.equal(taps["mlp_in"], x)
-
-
 def test_bf16_is_close_to_fp32(tiny):
     """The same weights in both number formats; the loss itself is fp32."""
     b, plan = batch(tiny), tg.depth_plan(tiny, True)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from conftest import REPO
-from support import factors_of, model_of, settings, t
+from support import found_of, model_of, settings, t
 
 LIMIT_BYTES = 48_000
 VARIETY = '''
@@ -213,7 +213,7 @@ def test_the_packed_main_answers(shipped_script, capsys):
 def test_artifacts_cross_between_readable_and_packed(shipped_script):
     """Some names inside are shortened, but what one packs the other unpacks."""
     packed, model = shipped_script[0], model_of(settings())
-    blob = t.pack(settings(), t.quantise(model, factors_of(model)), quick=True)[0]
+    blob = t.pack(settings(), t.quantise(model, found_of(model)), quick=True)[0]
     reader = next(f for f in vars(packed).values() if inspect.isfunction(f)
                   and "lengths of its streams" in inspect.getsource(f))
     h, banks = reader(blob, "artifact")

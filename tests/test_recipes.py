@@ -136,8 +136,8 @@ def print_of_stored(h: t.Hyperparameters) -> list:
     """What is stored of a model with named weights, calibrated as the recipe says."""
     model = named_model(h)
     loader = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
-    moments = t.second_moments(model, WORLD, loader, h.gptq_calibration_batches)
-    stored = t.quantise(model, t.inverse_factors(h, moments))
+    rows, inputs = t.curvature(model, WORLD, loader, h.gptq_calibration_batches)
+    stored = t.quantise(model, t.Curvature(rows, t.inverse_factors(h, inputs)))
     return [x for v in stored.values() for x in ([v.codes, *v.grid] if isinstance(v, t.Coded) else [v])]
 
 
@@ -375,7 +375,7 @@ def test_rounding_in_training_is_that_of_the_exporter(changes):
     model = named_model(h)
     used = model.layers(rounded=True)
     for name in ("wq", "w_down"):
-        stored = t.quantise(model, {})[name].decode()
+        stored = t.quantise(model, t.Curvature({}, {}))[name].decode()
         for layer, w in zip(used, stored):
             torch.testing.assert_close(getattr(layer, name), w, atol=1e-7, rtol=1e-6)
     torch.stack([layer.wq for layer in used]).sum().backward()

@@ -31,10 +31,10 @@ def rehearsed_run(world: tg.World, folder: Path) -> None:
     model = alive(h, seed=world.rank)    # the rest starts from the same weights, on both sizes: rank 0's
     world.share_tensors(p.data for p in model.bank.values())
     loader = tg.Loader(h, world, data.train)
-    moments = tg.second_moments(model, world, loader, h.gptq_calibration_batches)
-    factors = tg.inverse_factors(h, moments)
-    damage = tg.step_damage(model, world, loader, factors)
-    blob, _ = tg.fit_budget(model, factors, damage, 0, silent)
+    rows, inputs = tg.curvature(model, world, loader, h.gptq_calibration_batches)
+    found = tg.Curvature(rows, tg.inverse_factors(h, inputs))
+    damage = tg.damage_of(model, found)
+    blob, _ = tg.fit_budget(model, found, 0, silent)
     scores, nats = {}, {}
     for name in ("quantized", "sliding", "stream", "ttt"):
         result, ledger = tg.score_by_name(name, model, data.val, world, silent)
