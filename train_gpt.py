@@ -3379,11 +3379,10 @@ def curvature(model: GPT, world: World, loader: Loader,
     An error E of a coded bank costs about sum_r d_r E_r H E_r^T. Returns d (L | 1, rows), squares
     of the rows of G, by bank, and H (L | 1, n, n), of trace 1, by tap, fp64: G^T G of all banks of
     the tap, rows scaled alike, so that an input counts by what comes of it (arXiv 2505.07004)."""
-    h, plan, taps = model.h, depth_plan(model.h, looped=True), {
-        n: roles(model.h)[n].tap for n in tapped(model.h)}
+    h, plan = model.h, depth_plan(model.h, looped=True)
+    taps = {n: role.tap for n, role in roles(h).items() if role.tap}
     rows, inputs = dict.fromkeys(taps, 0.0), dict.fromkeys(taps.values(), 0.0)
-    # no graph was compiled for a single sequence
-    compiled, model.parts = model.parts, model.plain
+    compiled, model.parts = model.parts, model.plain    # no graph is made for one sequence
     # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and the
     # collectives below meet the same keys in the same order.
     end, count = -(-batches // world.size) * world.size * bool(taps), max(
@@ -3403,11 +3402,11 @@ def curvature(model: GPT, world: World, loader: Loader,
                 scaled = G / (size + 0.1 * size.mean(-1, keepdim=True) + 1e-30)[..., None]
                 inputs[taps[n]] += (G.mT @ scaled / G.size(1)).double()
     model.parts = compiled
-    for n, d in rows.items():    # rows that no text touched have little to lose, not nothing
-        d = world.sum(d)
+    for n in rows:    # rows that no text touched have little to lose, not nothing
+        d = world.sum(rows[n])
         rows[n] = (d + 1e-3 * d.mean(-1, keepdim=True)).clamp_min(1e-30).float()
-    for tap, H in inputs.items():
-        H = world.sum(H)
+    for tap in inputs:
+        H = world.sum(inputs[tap])
         inputs[tap] = H / H.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-30)
     return rows, inputs
 
@@ -4537,8 +4536,7 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 SPREAD = 2.0    # ratio of the rates of neighbouring learners
 MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
 SGD_MOMENTUM, SGD_CLIP = 0.9, 1.0    # of all-weights adaptation: momentum, largest gradient norm
-# What TTT gives up, one after the other, where time is short: what gains least for its time first,
-# by tests/bench_ttt.py.
+# What TTT gives up where time is short, what gains least for its time first (tests/bench_ttt.py).
 LADDER = (("ttt_steps", 1), ("ttt_learners", 2), ("ttt_learners", 1), ("ttt_stream_chunk", 48),
           ("ttt_steps", 0))
 PACE = 0.97    # of EVAL_BUDGET_S that scoring keeps to
@@ -4635,15 +4633,15 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
     return rows, C
 
 
-def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float, world: World,
-            late: dict[int, int]) -> Iterator[Windows]:
-    """The `ticks` of a plan, which end where all would take more than `limit_s` by the pace so far:
-    `late` then gets, by the first target of each document that is left, its first one not scored. A
-    choice by time and lengths, never by tokens."""
-    clock, every = Clock(world), max(16, len(plan) // 64)
+def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float,
+            rest: Callable[[int], float], world: World, late: dict[int, int]) -> Iterator[Windows]:
+    """The `ticks` of a plan until, by the pace so far, no more fit into `limit_s` before the
+    `rest`, whose cost is that of so many ticks: `late` then gets, by the first target of each document
+    that is left, its first one not scored. A choice by time and lengths, never by tokens."""
+    clock, every, end = Clock(world), max(16, len(plan) // 64), len(plan)
     for i, w in enumerate(ticks):
         # all ranks have one number of ticks, and one clock, the mean of theirs
-        if i and i % every == 0 and clock.read_s() / i * len(plan) > limit_s:
+        if i and i % every == 0 and clock.read_s() / i * min(end, i + every + rest(i)) > limit_s:
             for v in plan[i:]:
                 for start, age in zip(v.start[v.hi > 0], v.age[v.hi > 0]):
                     late.setdefault(int(start - age * v.width), int(start))
@@ -4661,7 +4659,10 @@ def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: in
     learners = Learners(model, rows, C, steps)
     ticks = watched(plan, name, log)
     if limit_s < math.inf:    # else ranks do not meet: one may have nothing `left`
-        ticks = in_time(ticks, plan, limit_s, world, late)
+        # The plain weights cost half a learner, and begin anew with documents that are under way.
+        end, longest = len(plan), int(np.diff(documents).max()) // C
+        rest = lambda i: (end - i + min(i, longest)) * 0.5 / model.h.ttt_learners
+        ticks = in_time(ticks, plan, limit_s, rest, world, late)
     score(ledger, learners.follow(ticks), learners.nats_of, learners.learn)
     if late:
         log(f"late:{len(late)} documents of rank 0 without learners, for EVAL_BUDGET_S")
@@ -6254,8 +6255,7 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
 
 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
-    """Training loss against steps and seconds, and BPB by stage, of all runs, the best first: one
-    picture as PNG."""
+    """Loss against steps and seconds, and BPB by stage, of all runs, the best first: a PNG."""
     figure = matplotlib.figure.Figure(figsize=(18, 6), layout="constrained")
     steps, seconds, stages = figure.subplots(1, 3)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
