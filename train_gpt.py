@@ -4635,9 +4635,9 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
 
 def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float,
             rest: Callable[[int], float], world: World, late: dict[int, int]) -> Iterator[Windows]:
-    """The `ticks` of a plan until, by the pace so far, no more fit into `limit_s` before the
-    `rest`, whose cost is that of so many ticks: `late` then gets, by the first target of each document
-    that is left, its first one not scored. A choice by time and lengths, never by tokens."""
+    """The `ticks` of a plan until, by the pace so far, no more fit into `limit_s` before the rest,
+    whose cost is that of `rest` ticks: `late` then gets, by the first target of each document that
+    is left, its first one not scored. A choice by time and lengths, never by tokens."""
     clock, every, end = Clock(world), max(16, len(plan) // 64), len(plan)
     for i, w in enumerate(ticks):
         # all ranks have one number of ticks, and one clock, the mean of theirs
