@@ -4797,11 +4797,11 @@ def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def affordable(model: GPT, text: Validation, targets: int, world: World,
+def affordable(model: GPT, text: Validation, documents: np.ndarray, world: World,
                log: Log) -> Hyperparameters:
-    """All knobs, with the best form of TTT with which `targets` targets are scored within
-    EVAL_BUDGET_S, by the seconds that training text takes here. They go into the artifact, so that
-    `eval` scores alike."""
+    """All knobs, with the best form of TTT with which documents between these edges are scored
+    within EVAL_BUDGET_S, by the seconds that training text takes here. They go into the artifact,
+    so that `eval` scores alike."""
     h = model.h
     if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
         return h
@@ -4812,10 +4812,11 @@ def affordable(model: GPT, text: Validation, targets: int, world: World,
         model.retune(**{name: value})
         for _ in range(2 if rung else 1):    # the first time compiles; the rehearsal did it once
             took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
-        rows, C = tiles(model.h, text.documents, model.h.ttt_steps, world)
-        # the sample is short and leaves rows idle, so its time counts per place of a batch
-        cells = len(document_plan(text.documents, C, rows, world)) * rows * C * world.size
-        need_s = 1.1 * targets / cells * took["seconds"]    # a tenth is left for padding
+        cells = []    # places in batches, some of which stay idle: of the sample, of all documents
+        for edges in (text.documents, documents):
+            rows, C = tiles(model.h, edges, model.h.ttt_steps, world)
+            cells.append(len(document_plan(edges, C, rows, world)) * rows * C)
+        need_s = 1.1 * cells[1] / cells[0] * took["seconds"]
         if need_s <= h.eval_budget_s:
             break
     if world.device.type == "cuda":    # what `late` documents take, there a minute of compiling
@@ -5292,9 +5293,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     graphs = [model.graphs()]
     trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), h.gptq_reserve_seconds
     if h.rehearsal_steps:
-        targets = len(data.val.bytes)
-        reserve_s = rehearse(trainer, data, log, held, targets)
-        h = affordable(model, rehearsal_text(h, data), targets, world, log)
+        reserve_s = rehearse(trainer, data, log, held, len(data.val.bytes))
+        h = affordable(model, rehearsal_text(h, data), data.val.documents, world, log)
     seconds["rehearsal"] = watch.read_s()
     graphs.append(model.graphs())
 

@@ -362,7 +362,7 @@ def test_a_cheat_that_warms_up_on_validation_tokens_is_seen(honest, monkeypatch)
             t.rehearse(trainer, data, Lines())
         return
     t.rehearse(trainer, data, Lines())
-    found = t.affordable(trainer.model, t.rehearsal_text(h, data), 100, WORLD, Lines())
+    found = t.affordable(trainer.model, t.rehearsal_text(h, data), data.val.documents, WORLD, Lines())
     assert 0 <= found.ttt_steps <= h.ttt_steps
 
 
@@ -405,14 +405,14 @@ def test_the_best_form_that_fits_is_taken(monkeypatch):
     for share in (0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0):
         h, log = dataclasses.replace(asked, eval_budget_s=share * full_s), Lines()
         model = model_of(h)
-        chosen = t.affordable(model, text, 899, WORLD, log)
+        chosen = t.affordable(model, text, text.documents, WORLD, log)
         assert "EVAL_BUDGET_S" in log.lines[0] and chosen.eval_budget_s == h.eval_budget_s
         assert seconds("", model)[0]["seconds"] <= h.eval_budget_s or not chosen.ttt_steps, share
         found.append((chosen.ttt_steps, chosen.ttt_learners, -chosen.ttt_stream_chunk))
     assert found == sorted(found) and found[0][0] == 0 and found[-1] == (2, 3, -5), found
     assert len(set(found)) >= 5, found
     unbounded = dataclasses.replace(asked, eval_budget_s=0.0)
-    left = t.affordable(model_of(unbounded), text, 899, WORLD, Lines())
+    left = t.affordable(model_of(unbounded), text, text.documents, WORLD, Lines())
     assert left == dataclasses.replace(unbounded, fused_kernels=left.fused_kernels)
 
 
