@@ -258,7 +258,7 @@ class Hyperparameters:
     gptq_calibration_batches: int = knob(16, "micro-batches for the curvature", positive)
     gptq_reserve_seconds: float = knob(
         0.0, "part of the clock kept for calibration, s; 0: measured in the rehearsal", natural)
-    gptq_damping: float = knob(0.01, "added to their diagonals, as a share of its mean", positive)
+    gptq_damping: float = knob(0.01, "added to its diagonals, as a share of their mean", positive)
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
     matrix_clip_sigmas: float = knob(
@@ -3385,8 +3385,8 @@ def curvature(model: GPT, world: World, loader: Loader,
     compiled, model.parts = model.parts, model.plain    # no graph is made for one sequence
     # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and the
     # collectives below meet the same keys in the same order.
-    end, count = -(-batches // world.size) * world.size * bool(taps), max(
-        1, SEQUENCES // h.gptq_calibration_batches)
+    end = -(-batches // world.size) * world.size * bool(taps)
+    count = max(1, SEQUENCES // h.gptq_calibration_batches)    # of each batch
     for number in range(world.rank, end, world.size):
         batch = sampled(model, number) if h.calibration == "self" else loader.next()
         dice = torch.Generator(world.device).manual_seed(h.seed + number)
@@ -3600,8 +3600,8 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed.any():
                 return order, upper.float()
-    raise Refusal(f"GPTQ_DAMPING={damping}: a second moment is not positive definite at "
-                  f"{damping * 1e5:g}; the activations hold NaN or infinity")
+    raise Refusal(f"GPTQ_DAMPING={damping}: the moment of a tap is not positive definite at "
+                  f"{damping * 1e5:g}; the gradients hold NaN or infinity")
 
 
 def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> Factors:
@@ -3655,11 +3655,11 @@ def searched_grid(model: GPT, name: str, found: Curvature) -> Grid:
     """The steps of a bank before the search stretches them. An error in row r counts d_r, one in
     column j 1 / U_jj^2 (arXiv 2603.04956): steps ~ U_jj / sqrt(d_r), powers of 1, would give all of
     them one share of the damage, but codes of many sizes cost the coder more."""
-    h, role = model.h, roles(model.h)[name]
-    if h.step_search == "uniform":
-        return uniform_grid(bank_of(model, name), role.bits, role.sigmas, 1.0,
-                            h.clip_search and role.optim == "muon")
-    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, 0.0)
+    h, role, uniform = model.h, roles(model.h)[name], model.h.step_search == "uniform"
+    grid = uniform_grid(bank_of(model, name), role.bits, role.sigmas, float(uniform),
+                        h.clip_search and role.optim == "muon")
+    if uniform:
+        return grid
     order, upper = found.factors[role.tap]
     # zero on average, exponents leave the bits of a bank as they were
     exponent = lambda size, power: ((e := power * OCTAVE * size.log2()) - e.mean(

@@ -25,13 +25,14 @@ from bench_replica import SCALES, Replica, compared, document_nats, first_docume
 from bench_replica import tg as t
 
 WORLD, QUIET = t.World(), t.Log(t.World(), quiet=True)
+ROWS, COLUMNS = t.ROW_STEP_POWER, t.COLUMN_STEP_POWER
 # name -> (changed knobs, powers of row and column steps)
 METHODS = {
-    "default": ({}, (0.5, 0.5)),
-    "rows alike": ({}, (0.0, 0.5)),
-    "columns alike": ({}, (0.5, 0.0)),
-    "no trellis": (dict(trellis_states=0), (0.5, 0.5)),
-    "64 states": (dict(trellis_states=64), (0.5, 0.5)),
+    "default": ({}, (ROWS, COLUMNS)),
+    "rows alike": ({}, (0.0, COLUMNS)),
+    "columns alike": ({}, (ROWS, 0.0)),
+    "no trellis": (dict(trellis_states=0), (ROWS, COLUMNS)),
+    "64 states": (dict(trellis_states=64), (ROWS, COLUMNS)),
 }
 
 

@@ -227,7 +227,8 @@ def main(arguments: list[str]) -> None:
     val = first_documents(tg.find_dataset(dataclasses.replace(base, data_path=str(folder), tokenizer_path=str(
         folder / f"fineweb_{base.vocab_size}_bpe.model")), tg.World(), print).val, o.documents)
     all_sizes, table = np.add.reduceat(val.bytes, val.documents[:-1]), {}
-    print(f"{len(all_sizes)} documents, {all_sizes.sum()} bytes, with TTT the first {TTT_SHARE:.0%}; seeds {o.seeds}; {tg.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+    print(f"{len(all_sizes)} documents, {all_sizes.sum()} bytes, with TTT the first {TTT_SHARE:.0%}; seeds {o.seeds}; "
+          f"{tg.device_name(torch.device('cpu'))}, torch {torch.__version__}")
     print(f"{'arm':24}{'weights':>9}{'ms':>7}{'steps':>7}{'bytes':>9}{'bits':>6}" + "".join(
         f"{stage:>10}{'difference':>12}{'s.e.':>8}" for stage in ("prequant", "quantized", "ttt")))
     for name, h in shapes.items():

@@ -306,7 +306,8 @@ JSON = st.one_of(
     st.none(), st.booleans(), st.integers(), st.sampled_from([0, 1, -1, 2**53, 2**64, 10**400, -10**4000, "NEST", "", "x",
                                                               "a\0b", "\ud800", "a\nb", "$x^$", "../../x", "/dev/zero", "nan",
                                                               "\x1b[2J", 1e308, -1e308, 5e-324, [], {}, [[]], {"": 0}]),
-    st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)).map(copy.deepcopy)    # `changed` goes on changing what it drew
+    st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)).map(copy.deepcopy)    # `changed` goes on changing what it drew
 
 
 @st.composite
