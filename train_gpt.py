@@ -138,6 +138,21 @@ def require(holds: object, sentence: str) -> None:
         raise Refusal(sentence)
 
 
+def brief(error: Exception) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def refusing(sentence: str, *errors: type[Exception]) -> Iterator[None]:
+    """Within the block these errors of libraries are faults of the input: a `Refusal` with the
+    sentence, and in brackets what the error says."""
+    try:
+        yield
+    except errors as error:
+        raise Refusal(f"{sentence} ({getattr(error, 'strerror', '') or brief(error)})") from None
+
+
 # ==================================================================================================
 # 2. Hyperparameters
 # One typed table declares every setting once: its name in capitals is the environment variable.
@@ -748,11 +763,6 @@ def help_text(topic: str = "") -> str:
 # What all ranks must decide alike (stop, save, steps per chunk) is decided by a number that a
 # collective gave to all: a rank that goes by its own clock leaves the others waiting.
 # ==================================================================================================
-def brief(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class Outlet(io.FileIO):
     """Standard output or error, which may go away: a closed pipe, a lost terminal or a full disk
     lose the text, not the run. It has no buffer, so that nothing is left to fail at exit."""
@@ -916,7 +926,8 @@ class World:
                 "start these processes with torchrun, or set WORLD_SIZE=1 where one is all")
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         said = run_block({name: env[name] for name in names if name in env})
-        try:
+        with refusing(f"{said}: this group of ranks cannot be joined; start it with torchrun",
+                      ValueError, RuntimeError, OSError):
             rank, size, local = (int(env.get(*pair)) for pair in zip(names, "010"))
             if not (0 <= rank < size and 0 <= local and (size == 1 or {*names[3:]} <= {*env})):
                 raise ValueError("0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK must hold, and "
@@ -935,9 +946,6 @@ class World:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                     rank=rank, world_size=size, timeout=day)
             return cls(rank, size, device, watch)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise Refusal(f"{said}: this group of ranks cannot be joined ({brief(error)}); start "
-                          "it with torchrun") from None
 
     @staticmethod
     def claim_device(local: int) -> torch.device:
@@ -1152,11 +1160,10 @@ class Log:
     def write(self, lines: Sequence[str]) -> None:
         """Appends lines to log.txt, opened anew each time, so that what was said outlives this
         process. Raises `Refusal` where that fails."""
-        try:
-            with open(self.folder / "log.txt", "a", -1, "utf-8", "backslashreplace") as f:
-                f.writelines(line + "\n" for line in lines)
-        except OSError as error:
-            raise Refusal(f"{self.folder}/log.txt cannot be written ({error.strerror})") from None
+        path = self.folder / "log.txt"
+        with refusing(f"{path} cannot be written", OSError), open(
+                path, "a", -1, "utf-8", "backslashreplace") as f:
+            f.writelines(line + "\n" for line in lines)
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -1522,10 +1529,8 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     place = f"tokenizer {path}"
     require(path.is_file(), f"{place}: there is no such file")
     require(sentencepiece, f"{place} needs the package sentencepiece (pip install sentencepiece)")
-    try:
+    with refusing(f"{place}: not a SentencePiece model", RuntimeError, OSError, ValueError):
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except (RuntimeError, OSError, ValueError) as error:
-        raise Refusal(f"{place}: not a SentencePiece model") from error
     size, bos = len(tokenizer), tokenizer.bos_id()
     require(size == V, f"{place}: {size} pieces, expected VOCAB_SIZE {V}")
     require(bos == BOS, f"{place}: document start has id {bos}, expected {BOS}")
@@ -1658,7 +1663,8 @@ class ShardWriter:
 def delivered(out: Path, option: str = "--to") -> Iterator[Path]:
     """A folder to fill, which takes the name `out` when the block ends without an error, or whose
     files move into an empty `out`, such as a mounted volume; else raises `Refusal`."""
-    try:
+    # an error, too, where another process was faster
+    with refusing(f"{option} {out}: cannot be made", OSError):
         out = Path(os.path.abspath(out))    # the name of "." is that of the folder
         there = out.exists()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -1675,8 +1681,6 @@ def delivered(out: Path, option: str = "--to") -> Iterator[Path]:
             else:    # the manifest first: half of what it names is not `intact`
                 for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
                     os.rename(path, out / path.name)
-    except OSError as error:    # where another process was faster, too
-        raise Refusal(f"{option} {out}: cannot be made ({error})") from error
 
 
 @dataclass
@@ -1752,7 +1756,7 @@ def zstd_lines(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
     # any window that the format allows, of up to 2 GB (zstd --long=31)
     frames = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, rest = frames.decompressobj(), []    # parts of a line that may be long
-    try:
+    with refusing(f"documents {path}: damaged zstd stream", zstandard.ZstdError):
         while packed := frame.unused_data or file.read(1 << 17):
             if frame.eof:
                 frame = frames.decompressobj()
@@ -1761,8 +1765,6 @@ def zstd_lines(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
             for line in lines:
                 yield b"".join(rest)
                 rest = [line]
-    except zstandard.ZstdError as error:
-        raise Refusal(f"documents {path}: damaged zstd stream ({error})") from error
     require(frame.eof, f"documents {path}: the zstd stream ends in the middle of a frame")
     yield b"".join(rest)
 
@@ -1845,7 +1847,8 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
         # spells it as U+10FFFD "_" and U+10FFFD twice, and the denormaliser undoes that.
         Path(rules).write_text("10FFFD\t10FFFD 10FFFD\n2581\t10FFFD 5F\n")
         Path(unrules).write_text("10FFFD 10FFFD\t10FFFD\n10FFFD 5F\t2581\n")
-        try:
+        with refusing(f"VOCAB_SIZE {V}: no tokenizer of this size fits these documents",
+                      RuntimeError, OSError):
             # For losslessness: own rules in place of NFKC, which rewrites characters; no prefix and
             # no merged spaces; bytes for what the alphabet lacks. For equal models: one thread.
             sentencepiece.SentencePieceTrainer.train(
@@ -1855,9 +1858,6 @@ def train_tokenizer(texts: Iterable[str], V: int, path: Path, markers: Iterable[
                 normalization_rule_tsv=rules, denormalization_rule_tsv=unrules, minloglevel=4,
                 add_dummy_prefix=False, remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True, max_sentence_length=1 << 16)
-        except (RuntimeError, OSError) as error:
-            raise Refusal(f"VOCAB_SIZE {V}: no tokenizer of this size can be trained on these "
-                          f"documents ({' '.join(str(error).split())})") from error
     write_atomically(path, model.getvalue().replace(folder.encode(), b"/" * len(folder.encode())))
 
 
@@ -3250,11 +3250,10 @@ class Checkpoints:
         if not found:
             return 0
         step, self.saved_s, *_, state = found
-        try:
+        with refusing(f"{self.folder}: a checkpoint of another version of this script; choose "
+                      "another RUN_ID", LookupError, TypeError, AttributeError, ValueError,
+                      RuntimeError):
             self.t.restore(state)
-        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise Refusal(f"{self.folder}: a checkpoint of another version of this script "
-                          f"({brief(error)}); choose another RUN_ID") from None
         # the seconds of the process that was stopped count as if they were this one's
         self.clock.pause(-self.saved_s)
         self.clock.agreed_s = self.saved_s
@@ -3824,11 +3823,9 @@ def expand(coded: bytes, size: int, name: str) -> bytes:
     known = coders()
     require(name in known, f"artifact: it needs the coder {name}, and the package for it is not "
             f"installed (here: {', '.join(known)})")
-    try:
-        raw = known[name][1](coded, size + 1)    # one byte more shows a stream that is too long
     # each library has its own error types; all mean a damaged stream
-    except Exception as error:
-        raise Refusal(f"artifact: a {name} stream is damaged ({error})") from None
+    with refusing(f"artifact: a {name} stream is damaged", Exception):
+        raw = known[name][1](coded, size + 1)    # one byte more shows a stream that is too long
     require(len(raw) == size,
             f"artifact: a {name} stream holds {len(raw)} bytes, {size} were expected")
     return raw
@@ -4160,11 +4157,9 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
         turned = (unshuffled(expand(s, 2 * L * R * C, coder), np.int16).reshape(L, C, R)
                   for s, (L, R, C) in zip(streams, shapes))
         return [c.swapaxes(1, 2) - 128 for c in turned]
-    try:
+    with refusing("artifact: its codes cannot be read", ValueError):
         return (decode_codes(streams[0], shapes[:on], h.trellis_states) +
                 decode_codes(streams[1], shapes[on:]))
-    except ValueError as error:
-        raise Refusal(f"artifact: {error}") from None
 
 
 def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
@@ -4246,7 +4241,8 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
     (length, ) = struct.unpack_from("<I", blob, len(MAGIC))
     require(length <= min(HEADER_LIMIT, len(blob) - first),
             f"{place}: its header claims {length} bytes")
-    try:
+    with refusing(f"{place}: its header cannot be used", lzma.LZMAError, ValueError, KeyError,
+                  TypeError, RecursionError, Refusal):
         raw = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26).decompress(
             blob[first:first + length], HEADER_LIMIT)
         header = json.loads(raw)
@@ -4255,8 +4251,6 @@ def read_header(blob: bytes, place: str) -> tuple[Hyperparameters, str, list[int
                 all(type(n) is int and n > 0 for n in lengths) and type(coder) is str,
                 "a value is missing or wrong")
         h = typed_knobs(knobs, "knobs")
-    except (lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError, Refusal) as error:
-        raise Refusal(f"{place}: its header cannot be used ({error})") from None
     # a header of few bytes can ask for terabytes: refuse before any shape becomes memory
     require(h.num_layers * (1 + h.num_loops) < 4096 and
             sum(math.prod(r.shape) for r in roles(h).values()) <= 100 * len(blob) + 10_000_000,
@@ -5596,10 +5590,8 @@ class Evidence:
 
 def read_json(place: Path | str, text: str | None = None) -> Any:
     """What a file, or some text of it, says as JSON; raises `Refusal` that names the file."""
-    try:
+    with refusing(f"{place}: not JSON", ValueError, RecursionError):
         return json.loads(place.read_bytes() if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"{place}: not JSON ({brief(error)})") from None
 
 
 def fits(value: Any, form: Any) -> bool:
@@ -5731,13 +5723,12 @@ def check_run(e: Evidence, track: str | None) -> list[Finding]:
 
 def unpacked(raw: bytes, place: object) -> str:
     """The text inside a packed script, which is read and not run; `Refusal` for another file."""
-    try:
+    # parsers and coders have error types of their own
+    with refusing(f"{place}: not a packed script", Exception):
         body = max((n.value for n in ast.walk(ast.parse(raw)) if isinstance(n, ast.Constant)
                     and isinstance(n.value, str)), key=len, default="").encode("latin-1")
         text = (brotli if b"brotli.decompress" in raw else lzma).decompress(body).decode()
         return text if ast.parse(text) else ""
-    except Exception as error:    # parsers and coders have error types of their own
-        raise Refusal(f"{place}: not a packed script ({brief(error)})") from None
 
 
 def check_code(e: Evidence) -> Iterator[Finding]:
@@ -5885,13 +5876,11 @@ def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: s
 
 def compare(entry: Mapping[str, Any], score: Mapping[str, float], against: str) -> str:
     """The difference to `mean,std,n` of another record, in BPB and nats, with Welch's test."""
-    try:
+    with refusing(f"--against {against}: expected mean,std,n of another record, such as "
+                  "1.05651,0.00036,3", ValueError):
         mean, std, count = map(float, against.split(","))
         if not (abs(mean) < 100 and 0 <= std < 100 and 2 <= count <= 1e6):
-            raise ValueError(against)
-    except ValueError:
-        raise Refusal(f"--against {against}: expected mean,std,n of another record, such as "
-                      "1.05651,0.00036,3") from None
+            raise ValueError("out of range")
     t, dof, p = welch((entry["val_bpb"], entry["val_bpb_std"], len(entry["seeds"])),
                       (mean, std, int(count)))
     gap = entry["val_bpb"] - mean
