@@ -2532,72 +2532,6 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, fused: bool = False) 
     return F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
 
 
-class Block(nn.Module):
-    """One executed step; it owns no weights, so that one compiled graph serves every layer."""
-
-    def __init__(self, h: Hyperparameters, kernel: str):
-        """Keeps the hyperparameters and the name of the attention kernel."""
-        super().__init__()
-        self.h, self.kernel = h, kernel
-
-    def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool, lora: Adapters,
-                  value: Tensor | None = None, past: Past | None = None) -> Tensor:
-        """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
-        h, (B, T, _) = self.h, n.shape
-        heads = lambda t: t.view(B, T, -1, h.head_dim)    # (B, T, H | K, E)
-        q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
-        # norms make |q| = |k| = sqrt(E): a logit lies within gain * sqrt(E) whatever the weights
-        q = (q * w.q_gain[:, None]).type_as(n)
-        k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
-        v = linear(n, w.wv, lora.get("v"))
-        v = heads(v if value is None else v + value)
-        y = (attend(q, k, v, docs, self.kernel) if past is None else
-             recall(q, k, v, past, self.kernel))
-        # What a token says of itself is in its stream already; heads bring what is elsewhere.
-        if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
-            own = F.normalize(v, dim=-1)[..., None, :]    # (B, T, K, 1, E)
-            grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
-            y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
-        # A softmax cannot attend to nothing: a factor per head and token lets a head keep silent.
-        if w.head_gate is not None:
-            gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)    # (B, T, H)
-            y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
-        return linear(y.reshape(B, T, -1), w.wo, lora.get("o"), lora_in=n)
-
-    def mlp(self, w: Layer, n: Tensor, lora: Adapters) -> Tensor:
-        """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
-        y = mlp(n, w.w_up, w.w_down, self.h.leaky_slope, self.h.fused_kernels)
-        return y + correction(lora["mlp"], n) if "mlp" in lora else y
-
-    def forward(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
-                parallel: bool, xsa: bool, lora: Adapters = {}, value: Tensor | None = None,
-                past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """Lanes (a, m), each (B, T, D) -> the lanes after this step, of which a serial one hands
-        `m` through. `value` (B, T, K E) is added to the values.
-
-        With r = mix_x a + mix_x0 x0, A and M for attention and MLP of the scaled norm, each times
-        its own scale: serial a <- r + A(r), then a <- a + M(a). Lanes (#1204): a <- keep a +
-        w A(r) + w' M(m), and m alike with weights of its own, so neither waits for the other.
-        gptj (#1493): a <- r + A(r) + M(r). apart (#1539): a <- r + A(r), m <- m + M(m)."""
-        # x0 is the embedding: however deep the step, what the token is stays within reach
-        read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
-        attn = w.attn_scale * self.attention(w, norm(read) * w.depth_scale, rope, docs, xsa, lora,
-                                             value, past)
-        if not parallel:
-            a = (read + attn).type_as(a)
-            a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora)).type_as(a)
-            return a, m
-        source = read if self.h.parallel_form == "gptj" else m
-        mlp = w.mlp_scale * self.mlp(w, norm(source) * w.depth_scale, lora)
-        if self.h.parallel_form == "gptj":
-            return (read + attn + mlp).type_as(a), m
-        if self.h.parallel_form == "apart":
-            return (read + attn).type_as(a), (m + mlp).type_as(a)
-        keep, write = w.lane_keep, w.lane_write    # write[source, lane]: source 0 attention, 1 MLP
-        return ((keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp).type_as(a),
-                (keep[1] * m + write[0, 1] * attn + write[1, 1] * mlp).type_as(a))
-
-
 def softcapped(z: Tensor, cap: float | Tensor) -> Tensor:
     """cap tanh(z / cap) in fp32; a tensor (2,) has one cap for positive, one for other logits.
     Wrong certainty then costs at most 2 cap + ln V nats."""
@@ -2611,28 +2545,6 @@ def softcapped_nats(z: Tensor, targets: Tensor, cap: float | Tensor, fused: bool
     if fused and isinstance(cap, float) and kernels_take(z):
         return torch.ops.golf.nats(z.contiguous(), targets, cap)[0]
     return F.cross_entropy(softcapped(z, cap), targets, reduction="none")
-
-
-class Head(nn.Module):
-    """The tied output head with softcapped logits and their cross-entropy."""
-
-    def __init__(self, h: Hyperparameters):
-        """Keeps the hyperparameters only."""
-        super().__init__()
-        self.h = h
-
-    def logits(self, x: Tensor, embed: Tensor) -> Tensor:
-        """States (..., D) -> cap tanh(z / cap), (..., V) fp32."""
-        return softcapped(linear(x, embed), self.h.logit_softcap)
-
-    def forward(self, x: Tensor, embed: Tensor, targets: Tensor, lora: LoRA | None = None,
-                caps: Tensor | None = None) -> Tensor:
-        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32, -log softmax of
-        the logits; `caps` (2,) has one cap for each sign."""
-        # (B * T, V), the largest tensor of a step: flat, since the kernel takes one row per program
-        z = linear(x, embed, lora).flatten(0, 1)
-        cap = self.h.logit_softcap if caps is None else caps
-        return softcapped_nats(z, targets.flatten(), cap, self.h.fused_kernels).view_as(targets)
 
 
 def merge_skip(a: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -2659,10 +2571,9 @@ class GPT(nn.Module):
         matrix products, `kernel` the attention's (see `attention_kernel`)."""
         super().__init__()
         h = replace(h, fused_kernels=h.fused_kernels and not kernels_trouble())
-        self.h, self.dtype = h, dtype
+        self.h, self.dtype, self.kernel = h, dtype, kernel
         self.bank = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(r.shape)) for name, r in roles(h).items()})
-        self.block, self.head = Block(h, kernel), Head(h)
         # what `compile` replaces
         self.run_nats: Callable = self.nats
         self.plain: dict[str, Callable] = dict(block=self.block, head=self.head, merge=merge_skip,
@@ -2685,9 +2596,8 @@ class GPT(nn.Module):
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def retune(self, **knobs: Any) -> Hyperparameters:
-        """All knobs after changes of some that no weight depends on. Model, block and head go on
-        sharing one object: compiled graphs ask for that, or are made anew."""
-        self.h = self.block.h = self.head.h = replace(self.h, **knobs)
+        """All knobs after changes of some that no weight depends on."""
+        self.h = replace(self.h, **knobs)
         return self.h
 
     @torch.no_grad()
@@ -2749,6 +2659,77 @@ class GPT(nn.Module):
             share = torch.sigmoid(self.bank["smear_gate"][0]).to(self.dtype)
             x = x + share * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
         return x if last is None else x[:, last.size(1):]
+
+    def attention(self, w: Layer, n: Tensor, rope: Rope, docs: Docs, xsa: bool, lora: Adapters,
+                  value: Tensor | None = None, past: Past | None = None) -> Tensor:
+        """Normalised input (B, T, D) -> attention output (B, T, D), before its scale."""
+        h, (B, T, _) = self.h, n.shape
+        heads = lambda t: t.view(B, T, -1, h.head_dim)    # (B, T, H | K, E)
+        q = rotate(norm(heads(linear(n, w.wq, lora.get("q")))), *rope)
+        # norms make |q| = |k| = sqrt(E): a logit lies within gain * sqrt(E) whatever the weights
+        q = (q * w.q_gain[:, None]).type_as(n)
+        k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
+        v = linear(n, w.wv, lora.get("v"))
+        v = heads(v if value is None else v + value)
+        y = (attend(q, k, v, docs, self.kernel) if past is None else
+             recall(q, k, v, past, self.kernel))
+        # What a token says of itself is in its stream already; heads bring what is elsewhere.
+        if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
+            own = F.normalize(v, dim=-1)[..., None, :]    # (B, T, K, 1, E)
+            grouped = y.view(B, T, h.num_kv_heads, -1, h.head_dim)
+            y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
+        # A softmax cannot attend to nothing: a factor per head and token lets a head keep silent.
+        if w.head_gate is not None:
+            gate = F.linear(n[..., :w.head_gate.size(-1)], w.head_gate)    # (B, T, H)
+            y = y * torch.sigmoid(h.head_gate_scale * gate)[..., None]
+        return linear(y.reshape(B, T, -1), w.wo, lora.get("o"), lora_in=n)
+
+    def mlp(self, w: Layer, n: Tensor, lora: Adapters) -> Tensor:
+        """Normalised input (B, T, D) -> squared leaky ReLU MLP (B, T, D), before its scale."""
+        y = mlp(n, w.w_up, w.w_down, self.h.leaky_slope, self.h.fused_kernels)
+        return y + correction(lora["mlp"], n) if "mlp" in lora else y
+
+    def block(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
+              parallel: bool, xsa: bool, lora: Adapters = {}, value: Tensor | None = None,
+              past: Past | None = None) -> tuple[Tensor, Tensor]:
+        """One executed step, lanes (a, m), each (B, T, D) -> the lanes after it, of which a serial
+        one hands `m` through. Its weights are arguments, so that one compiled graph serves every
+        layer. `value` (B, T, K E) is added to the values.
+
+        With r = mix_x a + mix_x0 x0, A and M for attention and MLP of the scaled norm, each times
+        its own scale: serial a <- r + A(r), then a <- a + M(a). Lanes (#1204): a <- keep a +
+        w A(r) + w' M(m), and m alike with weights of its own, so neither waits for the other.
+        gptj (#1493): a <- r + A(r) + M(r). apart (#1539): a <- r + A(r), m <- m + M(m)."""
+        # x0 is the embedding: however deep the step, what the token is stays within reach
+        read = (w.mix_x * a + w.mix_x0 * x0).type_as(a)
+        attn = w.attn_scale * self.attention(w, norm(read) * w.depth_scale, rope, docs, xsa, lora,
+                                             value, past)
+        if not parallel:
+            a = (read + attn).type_as(a)
+            a = (a + w.mlp_scale * self.mlp(w, norm(a) * w.depth_scale, lora)).type_as(a)
+            return a, m
+        source = read if self.h.parallel_form == "gptj" else m
+        mlp = w.mlp_scale * self.mlp(w, norm(source) * w.depth_scale, lora)
+        if self.h.parallel_form == "gptj":
+            return (read + attn + mlp).type_as(a), m
+        if self.h.parallel_form == "apart":
+            return (read + attn).type_as(a), (m + mlp).type_as(a)
+        keep, write = w.lane_keep, w.lane_write    # write[source, lane]: source 0 attention, 1 MLP
+        return ((keep[0] * a + write[0, 0] * attn + write[1, 0] * mlp).type_as(a),
+                (keep[1] * m + write[0, 1] * attn + write[1, 1] * mlp).type_as(a))
+
+    def logits(self, x: Tensor, embed: Tensor) -> Tensor:
+        """States (..., D) -> cap tanh(z / cap), (..., V) fp32."""
+        return softcapped(linear(x, embed), self.h.logit_softcap)
+
+    def head(self, x: Tensor, embed: Tensor, targets: Tensor, lora: LoRA | None = None,
+             caps: Tensor | None = None) -> Tensor:
+        """States (B, T, D), embedding (V, D), targets (B, T) -> nats (B, T) fp32, -log softmax of
+        the logits; `caps` (2,) has one cap for each sign."""
+        # (B * T, V), the largest tensor of a step: flat, since the kernel takes one row per program
+        z = linear(x, embed, lora).flatten(0, 1)
+        cap = self.h.logit_softcap if caps is None else caps
+        return softcapped_nats(z, targets.flatten(), cap, self.h.fused_kernels).view_as(targets)
 
     def hidden(self, ids: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
                lora: Sequence[Adapters] | None = None, cache: Cache | None = None) -> Tensor:
@@ -3391,7 +3372,7 @@ def curvature(model: GPT, world: World, loader: Loader,
         dice = torch.Generator(world.device).manual_seed(h.seed + number)
         for ids in batch.ids.view(-1, 1, h.train_seq_len)[:count]:
             embed = model.bank["embed"].to(model.dtype)
-            logits = model.head.logits(model.hidden(ids, plan)[0], embed)
+            logits = model.logits(model.hidden(ids, plan)[0], embed)
             drawn = logits.detach().softmax(-1).multinomial(1, generator=dice)[:, 0]
             loss = F.cross_entropy(logits, drawn, reduction="sum") * (number < batches)
             for n, G in zip(taps, torch.autograd.grad(loss, [model.bank[n] for n in taps])):
@@ -3419,7 +3400,7 @@ def sampled(model: GPT, number: int) -> Batch:
     rows, plan = h.micro_batch_tokens // h.train_seq_len, depth_plan(h, looped=True)
     ids = torch.randint(h.vocab_size, (rows, 1), device=embed.device, generator=dice)
     for _ in range(1, h.train_seq_len):
-        logits = model.head.logits(model.hidden(ids, plan)[:, -1], embed)
+        logits = model.logits(model.hidden(ids, plan)[:, -1], embed)
         ids = torch.cat((ids, (logits / 0.8).softmax(-1).multinomial(1, generator=dice)), 1)
     return Batch(ids, ids, whole_rows(ids))
 

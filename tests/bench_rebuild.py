@@ -19,7 +19,7 @@ BIAS_RATE = 1e-3    # of its Adam at first, over the mean size of a bank; falls 
 
 def divergence(model: t.GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
     """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those of `truth` with `embed`."""
-    p, q = (model.head.logits(states, table.to(model.dtype)).log_softmax(-1)
+    p, q = (model.logits(states, table.to(model.dtype)).log_softmax(-1)
             for states, table in ((truth, embed), (x, model.bank["embed"])))
     return F.kl_div(q, p, reduction="sum", log_target=True) / truth[..., 0].numel()
 

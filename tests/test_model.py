@@ -214,7 +214,7 @@ def test_xsa_formula(tiny):
     """y - (y . v) v / |v|^2 for each query head and the value of its own position: nothing along v is left."""
     model, b = alive(replace(tiny, head_gate_scale=0.0)), batch(tiny)
     w, x = model.layers()[0]._replace(wo=torch.eye(32)), torch.randn(2, 16, 32)    # so that the heads come out
-    y, plain = (model.block.attention(w, x, tg.rope_table(tiny, 16, x), b.docs, xsa, {}).detach().view(2, 16, 2, 2, 8)
+    y, plain = (model.attention(w, x, tg.rope_table(tiny, 16, x), b.docs, xsa, {}).detach().view(2, 16, 2, 2, 8)
                 for xsa in (True, False))
     v = (x @ w.wv.detach().T).view(2, 16, 2, 1, 8)
     torch.testing.assert_close(y, plain - (plain * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True) * v,
@@ -288,7 +288,7 @@ def twin_states(h, bank, x0: torch.Tensor, looped: bool) -> torch.Tensor:
 
 
 def test_one_serial_block_equals_its_formula(tiny):
-    """Block.forward against the twin above, at a layer with XSA, gates and depth scale."""
+    """GPT.block against the twin above, at a layer with XSA, gates and depth scale."""
     model = alive(tiny)
     bank = {name: p.detach() for name, p in model.bank.items()}
     a, x0 = torch.randn(2, 1, 16, 32)

@@ -243,7 +243,7 @@ def test_curvature_foretells_the_divergence():
     def predictions() -> torch.Tensor:
         """Log-probabilities of every token."""
         with torch.no_grad():
-            return model.head.logits(model.hidden(ids, t.depth_plan(h, True)), model.bank["embed"]).log_softmax(-1)
+            return model.logits(model.hidden(ids, t.depth_plan(h, True)), model.bank["embed"]).log_softmax(-1)
 
     exact, dice = predictions(), torch.Generator().manual_seed(0)
     for name, layer in (("wq", 1), ("wv", 0), ("wo", 3), ("w_up", 2), ("w_down", 1), ("embed", 0)):

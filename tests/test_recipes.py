@@ -461,7 +461,7 @@ def test_text_that_the_model_writes():
     model = t.GPT(h)
     first, again, other = (t.sampled(model, n).ids for n in (0, 0, 1))
     assert first.shape == (4, 16) and torch.equal(first, again) and not torch.equal(first, other)
-    model.head.logits = lambda x, embed, **_: F.one_hot(torch.tensor([7] * len(x)), h.vocab_size) * 99.0
+    model.logits = lambda x, embed, **_: F.one_hot(torch.tensor([7] * len(x)), h.vocab_size) * 99.0
     assert (t.sampled(model, 0).ids[:, 1:] == 7).all()
 
 
