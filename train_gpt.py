@@ -178,6 +178,8 @@ def lists(default: str, names: str, meaning: str) -> Any:
 
 positive, natural = lambda v: v > 0, lambda v: v >= 0    # checks of a value
 fraction, below_one = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1
+# knobs that say where things lie, or how a run is called
+PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
 # in the order of the pipeline
 SCORES = ("prequant", "quantized", "sliding", "stream", "ttt")
 # group: (its first knob, what it is about), in the order of the table below
@@ -445,12 +447,10 @@ class Hyperparameters:
             raise Refusal(f"{error}{by}") from None
 
     def changed(self) -> dict[str, Any]:
-        """Name -> value of every knob that differs from the submission, those that only say where
-        things lie, or what the machine can do, left out."""
-        places = {"run_id", "recipe", "logs_dir", "data_dir", "data_path", "tokenizer_path",
-                  "fused_kernels"}
+        """Name -> value of every knob that differs from the submission, PLACES and what the machine
+        can do left out."""
         return {f.name: getattr(self, f.name) for f in fields(self)
-                if getattr(self, f.name) != f.default and f.name not in places}
+                if getattr(self, f.name) != f.default and f.name not in (*PLACES, "fused_kernels")}
 
 
 KNOBS = {f.name.upper(): f for f in fields(Hyperparameters)}    # variable -> its declaration
@@ -5502,7 +5502,6 @@ CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
 RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
 ABOUT = ("track", "name", "author", "github_id", "date", "blurb")    # what people say of it
-PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
 PROBE_SECONDS = 60.0    # for the C2 check, all tokens of a vocabulary one after the other
 MOST_NAMED = 10    # runs that a legend can hold
 BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
