@@ -456,17 +456,8 @@ class Hyperparameters:
 KNOBS = {f.name.upper(): f for f in fields(Hyperparameters)}    # variable -> its declaration
 
 
-class Recipe(NamedTuple):
-    """A published system as a run block: variables as users write them."""
-
-    source: str
-    legality: str    # "legal", or the rule that it breaks
-    bpb: str    # as its authors reported it
-    differs: str    # from the original
-    block: str    # may begin with the RECIPE that it builds on, and differs in what that differs in
-
-
-# A row: name, source, legality, reported BPB; what differs from the original; the run block.
+# A row: name, source, legal or the rule that it breaks, BPB as its authors reported it; what
+# differs from the original; the run block, which may begin with the RECIPE that it builds on.
 # Mechanisms and rates are what the authors ran, not what is advisable. The systems come in two
 # families, named by their tokenizers; the latest are close to the defaults. ROPE_BASE=22081.79 is
 # 10,000 under the NTK rule, for a rotary train length of 1024 and a context of 2048.
@@ -588,21 +579,8 @@ pr2135 | #2135 | legal | 1.0565
     RECIPE=pr1855 MATRIX_LR=0.028 GPTQ_CALIBRATION_BATCHES=32 EVAL_SEQ_LEN=2560 TTT_PHASES=1
     TTT_LORA_LR=8e-5 TTT_TARGETS=q,v,o,mlp,head ASYM_LOGIT_RESCALE=1
 """
-
-
-def read_recipes(table: str) -> dict[str, Recipe]:
-    """Name -> the recipe of every row, in order."""
-    found = {}
-    for row in table.strip().split("\n\n"):
-        head, *lines = row.splitlines()
-        name, *facts = head.split(" | ")
-        block = [line.strip() for line in lines if re.match(r" +[A-Z0-9_]+=", line)]
-        differs = [line.strip() for line in lines if line.strip() not in block]
-        found[name] = Recipe(*facts, " ".join(differs), " ".join(block))
-    return found
-
-
-RECIPES = read_recipes(RECIPE_TABLE)
+RECIPES = {row.split(" ")[0]: " ".join(re.findall(r"^ +([A-Z0-9_]+=.*)", row, re.M))
+           for row in RECIPE_TABLE.strip().split("\n\n")}    # name -> run block
 
 
 def apply_recipes(names: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -611,7 +589,7 @@ def apply_recipes(names: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in names.split(","):
         require(name in RECIPES, f"RECIPE={names}: there is no recipe {name!r}"
                 f"{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
-        block = dict(part.split("=", 1) for part in RECIPES[name].block.split())
+        block = dict(part.split("=", 1) for part in RECIPES[name].split())
         if stem := block.pop("RECIPE", ""):
             values = apply_recipes(stem, values)
         own = parse_knobs(block)
@@ -4276,8 +4254,7 @@ def pack_source(source: str, block: str = "") -> bytes:
     RECIPE is not set. Raises Refusal for unpaired fences, SyntaxError for broken text."""
     text = shipped(source)
     if block:
-        row = Recipe("the run that packed this script", "-", "-", "nothing", block)
-        text = text.replace("\nif __name__", f"\nRECIPES['run']={row}\nif __name__")
+        text = text.replace("\nif __name__", f"\nRECIPES['run']={block!r}\nif __name__")
     if python_minifier:
         # What importers use keeps its name. Aliases of literals and builtins would reach types of
         # dataclasses and kernels of Triton, which also reads annotations and names of tiles.

@@ -237,10 +237,9 @@ def test_run_blocks_are_written_and_read():
 
 def test_recipes_apply_from_left_to_right(monkeypatch):
     """The later row wins; both leave their other knobs."""
-    row = lambda block: tg.Recipe("here", "legal", "-", "nothing", block)
-    monkeypatch.setitem(tg.RECIPES, "a", row("SEED=1 NUM_LAYERS=7"))
-    monkeypatch.setitem(tg.RECIPES, "b", row("SEED=2 TTT_EPOCHS=1"))
-    monkeypatch.setitem(tg.RECIPES, "c", row("RECIPE=a,b TTT_EPOCHS=5"))
+    monkeypatch.setitem(tg.RECIPES, "a", "SEED=1 NUM_LAYERS=7")
+    monkeypatch.setitem(tg.RECIPES, "b", "SEED=2 TTT_EPOCHS=1")
+    monkeypatch.setitem(tg.RECIPES, "c", "RECIPE=a,b TTT_EPOCHS=5")
     h = from_env(dict(RECIPE="a,b"))
     assert (h.seed, h.num_layers, h.ttt_epochs) == (2, 7, 1) and from_env(dict(RECIPE="b,a")).seed == 1
     h = from_env(dict(RECIPE="c"))

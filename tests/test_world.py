@@ -151,7 +151,7 @@ def test_torchrun_refuses_too(tmp_path):
 
 
 @pytest.mark.parametrize("env, words", [
-    (dict(WORLD_SIZE="two"), "WORLD_SIZE=two: this group.*'two'.*torchrun"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0: .*must hold"),
+    (dict(WORLD_SIZE="two"), "WORLD_SIZE=two: this group.*torchrun.*'two'"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0: .*must hold"),
     (dict(WORLD_SIZE="-2"), "WORLD_SIZE=-2: .*must hold"), (dict(RANK="1"), "RANK=1: .*must hold"),
     (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 WORLD_SIZE=2: .*0 <= RANK < WORLD_SIZE"), (dict(RANK="", WORLD_SIZE="2"), "RANK= WORLD_SIZE=2: "),
     (dict(RANK="0.5", WORLD_SIZE="2"), "RANK=0.5 "), (dict(LOCAL_RANK="-1"), "LOCAL_RANK=-1: .*0 <= LOCAL_RANK"),
