@@ -3433,9 +3433,7 @@ TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10)
 def trellis_next(states: int) -> np.ndarray:
     """The state that follows each state when bit 1 of the code is 0 or 1, (states, 2); a state's
     lowest bit is the parity of its code. A shift register with Ungerboeck's polynomials in octal
-    (IEEE Trans. IT-28, 1982). Raises ValueError for an unknown size."""
-    if states not in TRELLIS_TAPS:
-        raise ValueError(f"a trellis of {states} states is unknown: one of {sorted(TRELLIS_TAPS)}")
+    (IEEE Trans. IT-28, 1982)."""
     parity, upper = TRELLIS_TAPS[states]
     state, bit = np.arange(states)[:, None], np.arange(2)
     return state >> 1 ^ (state & 1) * (parity >> 1) ^ bit * (upper >> 1)
@@ -3927,11 +3925,10 @@ def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """Undo `fold` in place; returns the excesses left over, raises ValueError if too few came."""
+    """Undo `fold` in place; returns the excesses left over, raises `Refusal` if too few came."""
     large = np.abs(symbols) >= FIRST_ESCAPE
     used, excess = np.split(excess, [np.count_nonzero(large)])
-    if len(used) < np.count_nonzero(large):
-        raise ValueError("coded weights: an escaped code has no excess, the stream is damaged")
+    require(len(used) == np.count_nonzero(large), "coded weights: an escaped code has no excess")
     symbols[large] += (4 * used.astype(np.int32) * np.sign(symbols[large])).astype(np.int16)
     return excess
 
@@ -3996,7 +3993,7 @@ def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
 def decode_tensor(lanes: np.ndarray, words: np.ndarray, codes: np.ndarray, model: ColumnModel,
                   states: int) -> np.ndarray:
     """Fills `codes` (L, R, C) with the next symbols of the `lanes` and `words`; returns the words
-    left over, raises ValueError when they run out. All that chooses a table is an integer known to
+    left over, raises `Refusal` when they run out. All that chooses a table is an integer known to
     both sides: sums of the rows so far, and the state of a trellis."""
     # Every slot of every table is laid out once, so that reading a symbol is two look-ups. A cell
     # is frequency << 16 | (slot - start).
@@ -4024,8 +4021,7 @@ def decode_tensor(lanes: np.ndarray, words: np.ndarray, codes: np.ndarray, model
                     x += cell & 0xFFFF
                     low = (x < RANS_FLOOR).nonzero()[0]
                     read, words = words[:len(low)], words[len(low):]
-                    if len(read) < len(low):
-                        raise ValueError("coded weights: the stream ends too early, it is damaged")
+                    require(len(read) == len(low), "coded weights: the stream ends too early")
                     x[low] = x[low] << 16 | read
                     layer[row] = symbol = letters.take(slot)
                     state = follow.take(state << 2 | symbol & 3)
@@ -4035,55 +4031,54 @@ def decode_tensor(lanes: np.ndarray, words: np.ndarray, codes: np.ndarray, model
 
 
 def read_models(packed: bytes, count: int) -> list[ColumnModel]:
-    """The models of `count` tensors; raises ValueError unless `packed` holds just these."""
+    """The models of `count` tensors; raises `Refusal` unless `packed` holds just these."""
     stream, models = io.BytesIO(packed), []
     for _ in range(count):
         # where bytes are missing, zeros make a model without tables
         *head, kinds, width = struct.unpack("<IBBBBB", stream.read(9).ljust(9, b"\0"))
         tables = np.frombuffer(stream.read(kinds * width), np.uint8)
-        if not 0 < kinds * width == tables.size or width > LARGEST_SYMBOL + 1 or max(head[1:3]) > 8:
-            raise ValueError(f"coded weights: column model {head}, {kinds} x {width} is impossible "
-                             "or cut short")
+        require(0 < kinds * width == tables.size and width <= LARGEST_SYMBOL + 1
+                and max(head[1:3]) <= 8,
+                f"coded weights: column model {head}, {kinds} x {width} is impossible or cut short")
         # Sums of uint8 wrap around as the differences in `ColumnModel.pack` did; a damaged table
         # may name rungs that are none, so they are cut down before they look anything up.
         tables = np.add.accumulate(tables.reshape(kinds, width), 0, np.uint8)
         models.append(ColumnModel(*head, tables.clip(0, len(RUNGS) - 1)))
-    if stream.read():
-        raise ValueError("coded weights: bytes are left over after the last column model")
+    require(not stream.read(), "coded weights: bytes are left over after the last column model")
     return models
 
 
 def inflate(packed: bytes, limit: int) -> bytes:
-    """What zlib packed, if that is at most `limit` bytes, else ValueError without allocating it."""
+    """What zlib packed, if that is at most `limit` bytes, else `Refusal` without allocating it."""
     stream = zlib.decompressobj()
-    try:
+    with refusing("coded weights: a packed part is damaged", zlib.error):
         plain = stream.decompress(packed, limit + 1)
-    except zlib.error as error:
-        raise ValueError(f"coded weights: a packed part is damaged ({error})") from error
-    if not stream.eof or stream.unused_data or len(plain) > limit:
-        raise ValueError(f"coded weights: a packed part is cut short or exceeds {limit} bytes")
+    require(stream.eof and not stream.unused_data and len(plain) <= limit,
+            f"coded weights: a packed part is cut short or exceeds {limit} bytes")
     return plain
 
 
 def decode_codes(blob: bytes, shapes: Sequence[tuple], states: int = 0) -> list[np.ndarray]:
-    """The tensors (L, R, C) int16 given to `encode_codes`; raises ValueError for a damaged blob."""
+    """The tensors (L, R, C) int16 given to `encode_codes`; raises `Refusal` for a damaged blob."""
     tensors = [np.zeros(shape, np.int16) for shape in shapes]
     filled = [codes for codes in tensors if codes.size]
     width = min(RANS_LANES, max((codes.shape[2] for codes in filled), default=0))
     sizes = *struct.unpack("<II", blob[:8].ljust(8, b"\0")), 4 * width
     left = len(blob) - 8 - sum(sizes)
-    if left < 0 or left % 2:
-        raise ValueError(f"coded weights: {len(blob)} bytes do not match the parts they announce")
+    require(left >= 0 and left % 2 == 0,
+            f"coded weights: {len(blob)} bytes do not match the parts they announce")
     side, excess, lanes, words = map(io.BytesIO(blob[8:]).read, (*sizes, left))
     models = read_models(inflate(side, 1 << 16 << len(filled).bit_length()), len(filled))
-    excess = np.frombuffer(inflate(excess, 2 * sum(codes.size for codes in filled)), "<u2")
+    excess = inflate(excess, 2 * sum(codes.size for codes in filled))
+    require(len(excess) % 2 == 0, "coded weights: half an excess is left over")
+    excess = np.frombuffer(excess, "<u2")
     lanes, words = np.frombuffer(lanes, "<u4").astype(np.uint32), np.frombuffer(words, "<u2")
     for codes, model in zip(filled, models):
         words = decode_tensor(lanes, words, codes, model, states)
         excess = unfold(codes, excess)
     # the encoder began with every lane at RANS_FLOOR; few damaged streams would end there
-    if len(words) or len(excess) or (lanes != RANS_FLOOR).any():
-        raise ValueError("coded weights: the stream does not end with the weights, it is damaged")
+    require(not len(words) and not len(excess) and (lanes == RANS_FLOOR).all(),
+            "coded weights: the stream does not end with the weights, it is damaged")
     return tensors
 
 
@@ -4116,9 +4111,8 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
         turned = (unshuffled(expand(s, 2 * L * R * C, coder), np.int16).reshape(L, C, R)
                   for s, (L, R, C) in zip(streams, shapes))
         return [c.swapaxes(1, 2) - 128 for c in turned]
-    with refusing("artifact: its codes cannot be read", ValueError):
-        return (decode_codes(streams[0], shapes[:on], h.trellis_states) +
-                decode_codes(streams[1], shapes[on:]))
+    return (decode_codes(streams[0], shapes[:on], h.trellis_states) +
+            decode_codes(streams[1], shapes[on:]))
 
 
 def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from train_gpt import (
     RANS_BITS,
     RUNGS,
+    Refusal,
     code_bits,
     decode_codes,
     encode_codes,
@@ -127,7 +128,7 @@ def test_impossible_models_are_refused(place, value):
     packed = bytearray(fit_columns(draw_codes((1, 50, 20), 3.0, 5))[0].pack())
     assert read_models(bytes(packed), 1)
     packed[place] = value
-    with pytest.raises(ValueError, match="coded weights"):
+    with pytest.raises(Refusal, match="coded weights"):
         read_models(bytes(packed), 1)
 
 
@@ -149,7 +150,7 @@ def test_damaged_blobs_are_refused_or_decoded_but_never_crash(data):
     blob = blob[:data.draw(st.sampled_from([len(blob), len(blob) - 2, len(blob) // 2, 7, 0]))]
     try:
         decoded = decode_codes(bytes(blob), [codes.shape for codes in tensors], states)
-    except ValueError as error:
+    except Refusal as error:
         assert "coded weights" in str(error)
     else:
         assert all(codes.shape == sent.shape for codes, sent in zip(decoded, tensors))
@@ -159,5 +160,5 @@ def test_damaged_blobs_are_refused_or_decoded_but_never_crash(data):
                                    lambda b: b""])
 def test_a_wrong_length_is_refused(spoil):
     blob = encode_codes([draw_codes((1, 50, 20), 3.0, 5)], False)
-    with pytest.raises(ValueError, match="coded weights"):
+    with pytest.raises(Refusal, match="coded weights"):
         decode_codes(spoil(blob), [(1, 50, 20)], False)
