@@ -3662,12 +3662,11 @@ ROOM_USED = 0.9996    # of BUDGET_BYTES is aimed at; to 0.9992 and 1 a search is
 
 
 @torch.no_grad()
-def damage_of(model: GPT, found: Curvature) -> dict[str, Tensor]:
-    """What rounding each role-layer by `searched_grid` costs, (L,), up to one factor for all:
-    errors spread evenly over a step, and in column j GPTQ leaves 1 / U_jj of them."""
+def damage_of(model: GPT, found: Curvature, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    """What rounding each role-layer by these steps costs, (L,), up to one factor for all: errors
+    spread evenly over a step, and in column j GPTQ leaves 1 / U_jj of them."""
     damage = {}
-    for name in tapped(model.h):
-        grid = searched_grid(model, name, found)
+    for name, grid in grids.items():
         order, upper = found.factors[roles(model.h)[name].tap]
         left = grid.columns()[:, 0].gather(1, order) / upper.diagonal(dim1=1, dim2=2)
         rows = found.rows[name] * grid.rows()[..., 0].square()
@@ -3699,12 +3698,11 @@ def fit_budget(model: GPT, found: Curvature, code: int, log: Log) -> Packed:
     h = model.h
     if h.step_search == "uniform" or not tapped(h):
         return pack(h, quantise(model, found))
-    base = ideal_stretch(h, damage_of(model, found))
-    sizes = {}    # (L, cols) mean square of each column in steps
-    for n in base:
-        grid = searched_grid(model, n, found)
-        squares = (bank_of(model, n) / grid.rows() / grid.columns()).square()
-        sizes[n] = squares.mean(1).cpu()
+    grids = {n: searched_grid(model, n, found) for n in tapped(h)}
+    base = ideal_stretch(h, damage_of(model, found, grids))
+    # (L, cols) mean square of each column in steps
+    sizes = {n: (bank_of(model, n) / grid.rows() / grid.columns()).square().mean(1).cpu()
+             for n, grid in grids.items()}
     weights = {n: math.prod(roles(h)[n].shape[-2:]) / 8 for n in base}
     room, ratio, fixed, tried = h.budget_bytes - code, 1.0, 0, {}
     slack, low, high = (1 - ROOM_USED) * h.budget_bytes, FINEST, COARSEST

@@ -394,10 +394,9 @@ def test_damage_is_that_of_rounding():
     model = model_of(h)
     rows, inputs = curvature_of(model)
     found = t.Curvature(rows, t.inverse_factors(h, inputs))
-    ratios = []
-    for name, damage in t.damage_of(model, found).items():
-        grid = t.searched_grid(model, name, found)
-        grid = grid._replace(scale=0.1 * grid.scale)    # fine steps, whose errors are spread evenly
+    grids, ratios = {n: t.searched_grid(model, n, found) for n in t.tapped(h)}, []
+    for name, damage in t.damage_of(model, found, grids).items():
+        grid = grids[name]._replace(scale=0.1 * grids[name].scale)    # fine steps, whose errors are spread evenly
         tap = t.roles(h)[name].tap
         E = t.bank_of(model, name) - t.gptq(t.bank_of(model, name), found.factors[tap], grid).decode()
         left = (rows[name] * ((E @ inputs[tap].float()) * E).sum(-1)).sum(-1)

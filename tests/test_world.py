@@ -33,7 +33,7 @@ def rehearsed_run(world: tg.World, folder: Path) -> None:
     loader = tg.Loader(h, world, data.train)
     rows, inputs = tg.curvature(model, world, loader, h.gptq_calibration_batches)
     found = tg.Curvature(rows, tg.inverse_factors(h, inputs))
-    damage = tg.damage_of(model, found)
+    damage = tg.damage_of(model, found, {n: tg.searched_grid(model, n, found) for n in tg.tapped(h)})
     blob, _ = tg.fit_budget(model, found, 0, silent)
     scores, nats = {}, {}
     for name in ("quantized", "sliding", "stream", "ttt"):
