@@ -4622,15 +4622,15 @@ def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: 
           functools.partial(model.run_nats, plan=depth_plan(model.h, looped=True)))
 
 
-def adapt(model: GPT, ledger: Ledger, name: str, log: Log) -> None:
-    """The score `ttt`, in the form that TTT names. chunk and phased learn from a part by SGD with
-    momentum at a rate that falls as a cosine; the last part trains nobody.
+def adapt(model: GPT, ledger: Ledger, watch: Clock, log: Log) -> None:
+    """The score `ttt`, whose clock is `watch`, in the form that TTT names. chunk and phased learn
+    from a part by SGD with momentum at a rate that falls as a cosine; the last trains nobody.
 
     In every form text is booked before anything learns from it: for adapters by the order within
     `score`, for weights by `lend`, which refuses a part of which any rank's target is unscored.
     phased cuts at starts of documents, because its rows are documents."""
     h, world, N, starts = model.h, ledger.world, len(ledger), ledger.documents
-    watch, limit_s = Clock(world), PACE * h.eval_budget_s or math.inf
+    name, limit_s = "ttt", PACE * h.eval_budget_s or math.inf
     if h.ttt == "stream":
         return score_documents(model, ledger, starts, h.ttt_steps, name, log, limit_s)
     edges = [*range(0, N, h.ttt_chunk_tokens), N] if h.ttt == "chunk" else np.unique(
@@ -4776,7 +4776,7 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
     Each score has a Ledger of its own, so none can learn from what another has booked."""
     h, T, watch, ledger = model.h, model.h.eval_seq_len, Clock(world), Ledger(val, world)
     if name == "ttt":
-        adapt(model, ledger, name, log)
+        adapt(model, ledger, watch, log)
     elif name == "stream":
         score_documents(model, ledger, val.documents, 0, name, log)
     else:
