@@ -4792,9 +4792,8 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
 # fp32 copy of the logits (N, V). Where they cannot work, or disagree with the plain forms
 # (`kernels_trouble`), a run goes on without them.
 # ==================================================================================================
-def jit(kernel: Callable) -> Callable:
-    """The Triton kernel; where Triton is missing, the function itself, which nobody then calls."""
-    return triton.jit(kernel) if triton else kernel
+# where Triton is missing, the functions themselves, which nobody then calls
+jit = triton.jit if triton else lambda kernel: kernel
 
 
 @jit
