@@ -208,8 +208,7 @@ class Hyperparameters:
                        ("", "embedded", "shards").__contains__)
     data_dir: str = knob("./data", "where data sets, tokenizers and caches lie")
     data_path: str = knob("", "shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>")
-    tokenizer_path: str = knob(
-        "", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
+    tokenizer_path: str = knob("", "empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = knob(8192, "rows of the token embedding, V", lambda v: 4 <= v <= 65536)
 
     # -- model
@@ -223,19 +222,15 @@ class Hyperparameters:
     rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
     qk_gain_init: float = knob(5.25, "initial gain of each query head after the QK norm", positive)
     ln_scale: bool = knob(True, "divide each layer's normalised input by sqrt(layer + 1)")
-    xsa_last_n: int = knob(
-        11, "last layers whose heads drop the part along their own value (arXiv 2603.09078)",
-        natural)
+    xsa_last_n: int = knob(11, "last layers of exclusive attention (arXiv 2603.09078)", natural)
     head_gate_scale: float = knob(0.5, "slope of the sparse head gate (#1787); 0: none", natural)
-    smear_gate: str = one_of("token channel none", "what mixes in the token before, within a "
-                             "document: a gate per token, or per channel (#162)")
+    smear_gate: str = one_of("token channel none", "mixes in the token before, by gates per (#162)")
     num_loops: int = knob(2, "extra passes over LOOP_START to LOOP_END", lambda v: 0 <= v <= 100)
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
     enable_looping_at: float = knob(0.35, "share of training before the recurrence", fraction)
     untie_loops: bool = knob(False, "extra passes get weights of their own, at first copies")
-    parallel_start_layer: int = knob(
-        8, "first layer with separate attention and MLP lanes (#1204); NUM_LAYERS: none", natural)
+    parallel_start_layer: int = knob(8, "first layer of PARALLEL_FORM; NUM_LAYERS: none", natural)
     logit_softcap: float = knob(30.0, "logits are squashed into (-softcap, softcap)", positive)
     attention: str = one_of("auto fa3 fa2 varlen sdpa blocks", "attention kernel")
 
@@ -265,27 +260,22 @@ class Hyperparameters:
     train_log_every: int = knob(500, "steps between two training lines of the log", positive)
     val_loss_every: int = knob(0, "steps between two validation scores; 0: none", natural)
     fused_kernels: bool = knob(True, "Triton kernels where they work (Hopper GPUs or later)")
-    compile: str = one_of("auto full block off", "torch.compile of the whole step, or one block at "
-                          "a time; auto: full on GPUs, block on CPUs")
+    compile: str = one_of("auto full block off", "torch.compile; auto: full on GPUs, block on CPUs")
     precision: str = one_of("auto bf16 fp32", "number format of products; auto: bf16 if native")
     checkpoint_every_s: float = knob(
         600.0, "seconds between checkpoints; none where the clock is no longer; 0: never", natural)
 
     # -- bytes
     gptq_calibration_batches: int = knob(16, "micro-batches for the curvature", positive)
-    gptq_reserve_seconds: float = knob(
-        0.0, "part of the clock kept for calibration, s; 0: measured in the rehearsal", natural)
+    gptq_reserve_seconds: float = knob(0.0, "kept for calibration, s; 0: as rehearsed", natural)
     gptq_damping: float = knob(0.01, "added to its diagonals, as a share of their mean", positive)
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
-    matrix_clip_sigmas: float = knob(
-        12.85, "largest code of a matrix row, in standard deviations; 0: its largest", natural)
-    embed_clip_sigmas: float = knob(
-        14.0, "largest code of an embedding row, in standard deviations; 0: its largest", natural)
+    matrix_clip_sigmas: float = knob(12.85, "sigmas at a row's largest code; 0: maximum", natural)
+    embed_clip_sigmas: float = knob(14.0, "likewise of the embedding", natural)
     trellis_states: int = knob(8, "states of the trellis down each column of codes; 0: none",
                                (0, 4, 8, 16, 32, 64).__contains__)
-    step_search: str = one_of("layer uniform", "steps that fill BUDGET_BYTES, by damage; uniform: "
-                              "by the CLIP_SIGMAS alone")
+    step_search: str = one_of("layer uniform", "steps by damage, or by CLIP_SIGMAS alone")
     compressor: str = one_of("rans brotli zstd lzma zlib", "coder of the codes")
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
@@ -294,8 +284,7 @@ class Hyperparameters:
     eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
     eval_batch_tokens: int = knob(262144, "tokens of a scoring pass on one rank", positive)
-    eval_budget_s: float = knob(
-        480.0, "time for the score ttt, s: the best form that fits it (`LADDER`); 0: any", natural)
+    eval_budget_s: float = knob(480.0, "for ttt, s: its best form that fits; 0: any", natural)
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
     ttt: str = one_of("stream phased chunk", "form of test-time training")
     ttt_stream_chunk: int = knob(16, "tokens scored before a document's adapters learn", positive)
@@ -303,8 +292,7 @@ class Hyperparameters:
     ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
     ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over chunks n", natural)
     ttt_learners: int = knob(
-        3, "predictors per document, mixed by past losses; the last of several never learns",
-        positive)
+        3, "predictors mixed by past losses; the last of several never learns", positive)
     ttt_targets: str = lists("q,v,o,mlp,head", "q k v o mlp head", "adapted maps")
     ttt_lora_rank: int = knob(32, "rank R of the per-row adapters", positive)
     ttt_lora_alpha: float = knob(16.0, "adapters are scaled by this / TTT_LORA_RANK", natural)
@@ -327,8 +315,7 @@ class Hyperparameters:
     bigram_vocab_size: int = knob(0, "rows of the bigram embedding (#162)", natural)
     ve_dim: int = knob(0, "width of the value embedding of the last two layers (#374)", natural)
     skip_gates: bool = knob(True, "gated U-Net skips; 0: weighted sums")
-    parallel_form: str = one_of("lanes apart gptj none", "parallel layers (apart: #1539, gptj: "
-                                "#1493)")
+    parallel_form: str = one_of("lanes apart gptj none", "parallel layers (#1204, #1539, #1493)")
     asym_logit_rescale: bool = knob(False, "softcaps by sign, which TTT moves (#1945)")
     recur_start_step: int = knob(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
     polar_express: bool = knob(True, "Polar Express; 0: Newton-Schulz")
