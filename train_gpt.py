@@ -94,8 +94,7 @@ from torch import Tensor, nn
 
 
 def optional(name: str) -> Any:
-    """The named module, or None where it is not installed; what needs it says so before the clock
-    starts."""
+    """The named module, or None where it is not installed, as what needs it then says."""
     try:
         # with a fromlist, a dotted name gives its last part instead of its first
         return __import__(name, fromlist=["*"])
@@ -125,8 +124,7 @@ sys.modules.setdefault(__name__, types.ModuleType(__name__))
 
 
 class Refusal(Exception):
-    """Bad input, told in one sentence: which knob or file, which value, what was expected. `main`
-    prints it, exits 2.
+    """Bad input, told in one sentence: which knob or file, which value, what was expected.
 
     Any other error is no fault of the input and keeps its traceback; OSError alone is told like a
     refusal, for a full disk is a fault of the machine."""
@@ -193,8 +191,7 @@ GROUPS = dict(
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every setting of a run. `Hyperparameters()` is the submission; raises `Refusal` where values
-    contradict.
+    """Every setting of a run; `Hyperparameters()` is the submission.
 
     Frozen: a change is a new object, made by `replace`, which runs every check again."""
 
@@ -336,8 +333,7 @@ class Hyperparameters:
         "after: val by SGD behind GPTQ (#398); the last two break rule C3")
 
     def __post_init__(self):
-        """Checks every range and every relation between knobs; raises `Refusal` with the names and
-        values."""
+        """Checks every range and every relation between knobs; raises `Refusal`."""
         for f in fields(self):
             # an infinite rate is `natural`, and would show only as a loss that is not finite; whole
             # numbers beyond 2^53 are none to the floats that they meet
@@ -594,8 +590,7 @@ def apply_recipes(names: str, values: Mapping[str, Any]) -> dict[str, Any]:
 # Strict on purpose: "yes", "1e4" for a count or an empty switch may mean two things, and a guess
 # would train a model that nobody asked for. 1_000_000 is a number as it is in Python.
 def parse_knobs(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Knob -> the text of its variable as the knob's type; raises `Refusal` naming variable, value
-    and meaning."""
+    """Knob -> the text of its variable as the knob's type; raises `Refusal`."""
     switch = dict(zip(("0", "1", "false", "true"), (False, True) * 2))
     parsers = dict(int=(lambda s: int(s.replace("_", "")), "a whole number"),
                    float=(float, "a number"), str=(str, "text"),
@@ -701,8 +696,7 @@ def near_misses(env: Mapping[str, str]) -> list[str]:
 
 
 def help_text(topic: str = "") -> str:
-    """The title and all groups of knobs, one group, or the recipes; raises `Refusal` for another
-    topic."""
+    """The title and all knobs, one group of them, or the recipes; else raises `Refusal`."""
     groups: dict[str, list[str]] = {}
     for f in fields(Hyperparameters):
         for group, (first, about) in GROUPS.items():
@@ -1154,8 +1148,7 @@ class Log:
         self.doing = what, time.monotonic()
 
     def due(self) -> bool:
-        """True where `progress` is called for: five times a second on a terminal, in a file after a
-        long silence."""
+        """True where `progress` is called for: often on a terminal, in a file after a silence."""
         wait_s = 0.2 if on_terminal() else SILENCE_S
         return not self.quiet and time.monotonic() - self.said_s >= wait_s
 
@@ -1441,8 +1434,7 @@ def must_build(h: Hyperparameters) -> bool:
 
 
 def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -> Dataset:
-    """Finds or builds the data and checks all of it before any training; raises `Refusal` for
-    whatever is wrong."""
+    """Finds or builds the data and checks all of it before any training; raises `Refusal`."""
     folder, V = shards_folder(h), h.vocab_size
     if must_build(h):
         if not h.corpus:
@@ -1692,8 +1684,7 @@ def read_documents(paths: Sequence[Path], tally: Tally | None = None) -> Iterato
 
 
 def text_of(raw: bytes, place: str, whole: bool) -> str:
-    """What stands in UTF-8, all of it or the field `text` of JSON, less a byte order mark; raises
-    Refusal that names `place`."""
+    """What stands in UTF-8, all of it or the field `text` of JSON, less a byte order mark."""
     mark = "\ufeff"    # of an encoding, at the start of a file
     for code in ("UTF-32-LE", "UTF-32-BE", "UTF-16-LE", "UTF-16-BE"):
         require(not raw.startswith(mark.encode(code)), f"{place}: its byte order mark says "
@@ -2457,8 +2448,7 @@ class Past(NamedTuple):
 
 
 def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") -> Tensor:
-    """Attention of a chunk to itself and to what is cached, (B, C, H | K, E) -> (B, C, H, E),
-    without a gradient to the cache."""
+    """Attention of a chunk to itself and to what is cached, (B, C, H | K, E) -> (B, C, H, E)."""
     (B, C, H, E), K, M = q.shape, k.size(2), past.keys.size(2)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     past.fresh.extend((k.detach(), v.detach()))
@@ -3157,8 +3147,7 @@ def read_checkpoint(folder: Path) -> list[Any] | None:
         blob = path.read_bytes()
         if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
             continue
-        # The parser meets the tensors in the order in which their bytes follow, so that no place of
-        # any has to be stored.
+        # The parser meets the tensors in the order of their bytes, so that no place is stored.
         file = io.BytesIO(blob)
 
         def thaw(found: dict[str, Any]) -> Any:
@@ -3295,8 +3284,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
 
 
 def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> float:
-    """Says one training line in the official form and returns its loss; `Refusal` where that is not
-    finite."""
+    """Says one training line in the official form; returns its loss, which must be finite."""
     value = float(t.world.mean(loss.clone()))
     require(math.isfinite(value), f"the loss is {value} at step {step}: lower MATRIX_LR="
             f"{t.h.matrix_lr}, TIED_EMBED_LR={t.h.tied_embed_lr} or SCALAR_LR={t.h.scalar_lr}, or "
@@ -3760,8 +3748,7 @@ def coders() -> dict[str, tuple[Callable, Callable]]:
 
 
 def expand(coded: bytes, size: int, name: str) -> bytes:
-    """The `size` bytes that the coder of this name made `coded` of; raises `Refusal` for anything
-    else."""
+    """The `size` bytes that the coder of this name made `coded` of; else raises `Refusal`."""
     known = coders()
     require(name in known, f"artifact: it needs the coder {name}, and the package for it is not "
             f"installed (here: {', '.join(known)})")
@@ -6135,8 +6122,7 @@ def verify(arguments: list[str], env: Mapping[str, str]) -> int:
 
 def in_new_process(arguments: list[str], env: Mapping[str, str], log: Log) -> Iterator[Finding]:
     """What `examine` finds in a process of its own, which writes no byte code beside the code; what
-    else it says is progress. If it dies, or finds nothing at all, that is a finding too: silence is
-    no pass."""
+    else it says is progress. That it dies, or finds nothing at all, is a finding too."""
     count, variables = 0, {n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")}
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
             [sys.executable, "-B", __file__, "verify", *arguments, "--alone"], env=variables,
@@ -6243,8 +6229,7 @@ LISTED = {"RECIPE", "SCORES", "TTT_TARGETS", "TRAIN_SEQ_SCHEDULE"}    # their va
 
 
 def sweep_runs(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y|z" (bars part values that hold
-    commas); raises `Refusal`."""
+    """RUN_ID -> environment of every run of SWEEP="A=1,2;B=x,y|z" (a bar: values hold commas)."""
     text, axes, runs = env["SWEEP"], {}, {}
     for part in filter(None, map(str.strip, text.split(";"))):
         name, _, values = part.partition("=")
