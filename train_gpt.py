@@ -1469,7 +1469,7 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
         places = [Path(h.data_dir) / "tokenizers" / name
                   for name in (f"fineweb_{V}_bpe.model", f"fineweb_pure_byte_{V}.json")]
         path = Path(h.tokenizer_path or next(filter(Path.is_file, places), places[V == 260]))
-        sizes = (byte_sizes(path, V)[tokens[1:]] if path.suffix == ".json" else
+        sizes = (symbol_bytes(path, V)[tokens[1:]] if path.suffix == ".json" else
                  target_bytes(tokens, load_tokenizer(path, V, False)))
         rule = f"tokenizer {path.name}"
     require(sizes.any(), f"{held[0]}: every byte count is zero by {rule}")
@@ -1501,17 +1501,23 @@ def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentenceP
     return tokenizer
 
 
-def byte_sizes(path: Path, V: int) -> np.ndarray:
-    """Bytes int64 (260,) of each id of the published byte tokenizer: none for the four special
-    ones; raises Refusal for any other file."""
-    config, place = None, f"tokenizer {path}"
+def symbol_bytes(path: Path, V: int) -> np.ndarray:
+    """Bytes int64 (V,) of each id of a published JSON tokenizer, whose ids behind the four special
+    ones are single bytes or characters; raises Refusal for any other file."""
+    place, ids = f"tokenizer {path}", dict(pad_id=0, bos_id=BOS, eos_id=2, unk_id=3)
     require(path.is_file(), f"{place}: there is no such file")
-    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+    try:
         config = json.loads(path.read_bytes())["config"]
-    known = dict(pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, byte_offset=4, byte_count=256)
-    require(config == known and V == 260, f"{place}: neither the published byte tokenizer, of "
-            "VOCAB_SIZE=260, nor a SentencePiece model")
-    return np.repeat([0, 1], [4, 256])
+        raw = config == ids | dict(byte_offset=4, byte_count=256)
+        symbols = "\0" * 256 if raw else config["chars"]
+        sizes = [0] * len(ids) + [len(symbol.encode()) for symbol in symbols]
+        known = raw or config == ids | dict(chars=symbols)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        known = False
+    require(known, f"{place}: neither a published JSON tokenizer (pure_byte or char) nor a "
+            "SentencePiece model")
+    require(len(sizes) == V, f"{place}: {len(sizes)} ids, expected VOCAB_SIZE {V}")
+    return np.array(sizes)
 
 
 def target_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:

@@ -413,16 +413,28 @@ def test_the_published_byte_vocabulary(tiny, tmp_path):
     assert data.val.bytes.tolist() == [1] * 7 + [0, 0, 0, 1] and data.byte_rule == "tokenizer fineweb_pure_byte_260.json"
 
 
+def test_the_published_character_vocabulary(tmp_path):
+    """The id of a character is its place + 4."""
+    path = tmp_path / "fineweb_char.json"
+    path.write_text(json.dumps(dict(tokenizer_type="char", config=IDS | dict(chars=["e", "é", "日", "😀"]), vocab_size=8)))
+    assert c.symbol_bytes(path, 8).tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
+    with pytest.raises(c.Refusal, match="fineweb_char.json: 8 ids, expected VOCAB_SIZE 9"):
+        c.symbol_bytes(path, 9)
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "7", "x", "\xff", '{"model": {"type": "BPE"}}', "[" * 100_000,
                                   json.dumps(PURE_BYTE | dict(config=IDS)),
-                                  json.dumps(PURE_BYTE | dict(config=PURE_BYTE["config"] | dict(byte_offset=3)))])
+                                  json.dumps(PURE_BYTE | dict(config=PURE_BYTE["config"] | dict(byte_offset=3))),
+                                  json.dumps(dict(config=IDS | dict(chars="\ud800"))),
+                                  json.dumps(dict(config=IDS | dict(chars=[7]))),
+                                  json.dumps(dict(config=IDS | dict(bos_id=0, chars=["a"])))])
 def test_any_other_json_is_no_tokenizer(tmp_path, text):
     """One sentence, whatever it is."""
     (tmp_path / "t.json").write_text(text, encoding="latin-1")
-    with pytest.raises(c.Refusal, match="t.json: neither the published byte tokenizer"):
-        c.byte_sizes(tmp_path / "t.json", 260)
+    with pytest.raises(c.Refusal, match="t.json: neither a published JSON tokenizer"):
+        c.symbol_bytes(tmp_path / "t.json", 260)
     with pytest.raises(c.Refusal, match="none.json: there is no such file"):
-        c.byte_sizes(tmp_path / "none.json", 260)
+        c.symbol_bytes(tmp_path / "none.json", 260)
 
 
 def test_wrong_tokenizers_are_refused(tiny, tmp_path, lossy):

@@ -370,7 +370,7 @@ def test_manifests(text):
         ends([], KNOBS | dict(DATA_PATH="mine"))
 
 
-BYTES = dict(config=dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_offset=4, byte_count=256))
+CHARACTERS = dict(config=dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, chars=[chr(40 + n) for n in range(60)]))
 TOKENIZER = []    # the bytes of a model of 280 pieces
 
 
@@ -384,7 +384,7 @@ def tokenizer() -> bytes:
 
 
 @share(4)
-@given(st.one_of(changed(BYTES).map(str.encode), st.none()), st.data())
+@given(st.one_of(changed(CHARACTERS).map(str.encode), st.none()), st.data())
 def test_tokenizers(text, data):
     """JSON vocabularies with other values, SentencePiece models that are flipped or cut."""
     with case():
@@ -392,7 +392,7 @@ def test_tokenizers(text, data):
         raw = text if text is not None else data.draw(damaged(tokenizer()))
         path = Path("v.json" if text is not None else "v.model")
         path.write_bytes(raw)
-        V = 260 if text is not None else 280
+        V = 64 if text is not None else 280
         ends([], KNOBS | dict(DATA_PATH="mine", TOKENIZER_PATH=str(path), VOCAB_SIZE=str(V)))
         ends(["data", "docs.jsonl", "--vocab", V, "--tokenizer", path, "--out", "out"], {})
 
