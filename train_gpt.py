@@ -7,7 +7,7 @@ arrow is one function call and one line of the log:
 
     rehearse    every later stage on a few steps of training data, then rewound bit for bit
     train       Muon + AdamW and an average of the weights, inside MAX_WALLCLOCK_SECONDS
-    calibrate   curvature of the loss, inside the same clock; the last look at such data
+    calibrate   curvature of the loss, on text that the model writes itself, after the clock
     score       plain, sliding, streaming, and with score-first test-time training (TTT)
 
 Launch (the defaults are the 8xH100 submission; without a CUDA device RECIPE=demo is chosen, aloud):
@@ -263,8 +263,9 @@ class Hyperparameters:
         600.0, "seconds between checkpoints; none where the clock is no longer; 0: never", natural)
 
     # -- bytes
-    gptq_calibration_batches: int = knob(16, "micro-batches for the curvature", positive)
-    gptq_reserve_seconds: float = knob(0.0, "kept for calibration, s; 0: as rehearsed", natural)
+    gptq_calibration_batches: int = knob(
+        16, "micro-batches of text that the model writes for its own rounding", positive)
+    rounding_steps: int = knob(32, "in which the rest makes up for each bank's rounding", natural)
     gptq_damping: float = knob(0.01, "added to its diagonals, as a share of their mean", positive)
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
@@ -322,7 +323,6 @@ class Hyperparameters:
     late_qat_threshold: float = knob(0.0, "rate factor of rounded training (#578)", fraction)
     clip_search: bool = knob(False, "best of 5 percentiles clips each matrix row (#414)")
     gptq_roles: str = one_of("all matrices none", "what GPTQ rounds")
-    calibration: str = one_of("train self", "calibration text; self: sampled (#1019)")
     ttt_phases: int = knob(3, "parts of the stream between which phased learns", positive)
     ttt_max_chunks: int = knob(0, "parts SGD learns from, its cosine's length; 0: all", natural)
     ttt_ema_decay: float = knob(0.0, "decay of the average of SGD's weights that scores", below_one)
@@ -530,7 +530,7 @@ pr1539 | #1539 | breaks C3 | 1.0587
     RECIPE=sp8192,prequant SMEAR_GATE=channel SKIP_GATES=0 ROPE_BASE=22081.790273476247
     VE_DIM=44 PARALLEL_FORM=apart NUM_LOOPS=1 RECUR_START_STEP=3000 LOADER=stream EMBED_WD=0.095
     MUON_BACKEND_STEPS=4 LATE_QAT_THRESHOLD=0.15 GPTQ_ROLES=matrices GPTQ_DAMPING=0.02
-    CALIBRATION=self GPTQ_CALIBRATION_BATCHES=1 TTT_ENABLED=0 TTT_BATCH_SEQS=32
+    GPTQ_CALIBRATION_BATCHES=1 TTT_ENABLED=0 TTT_BATCH_SEQS=32
 
 pr1539_legal | #1539 | legal | -
     adapts to a held-out end of the training shards inside the clock
@@ -543,8 +543,7 @@ pr1493 | #1493 | legal | 1.0810
 pr1855 | #1855 | legal | 1.0611
     one clip of 12 sigmas (published: 13 attention, 11.5 MLP), no LQER; adapters by document read
     a cache (published: each window anew) and know no weight decay; all weights learn between
-    three parts of the stream (published: within its first 2,500 documents); the reserve covers
-    calibration (published: it does not)
+    three parts of the stream (published: within its first 2,500 documents)
     CASEOPS_ENABLED=1 QK_GAIN_INIT=5 MATRIX_CLIP_SIGMAS=12 TRELLIS_STATES=0 STEP_SEARCH=uniform
     COMPRESSOR=brotli TTT=phased TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=1e-4
     TTT_LR_DECAY=0 TTT_LEARNERS=1 TTT_STREAM_CHUNK=48 TTT_TARGETS=q,k,v,o,mlp,head
@@ -639,7 +638,7 @@ IDLE = """
     TTT_HEARTBEAT_SECONDS TTT_DEBUG_BYPASS TTT_OUTPUT_DIR ARTIFACT_DIR EVAL_BATCH_SEQS
     SW_EVAL_BATCH SLIDING_WINDOW_ENABLED ZSTD_LEVEL USE_ZSTD COMPILE_MODEL USE_COMPILE
     *_GATE_INIT_STD GATED_ATTN_INIT_STD NGRAM_HINT_PRECOMPUTE_OUTSIDE PHASED_TTT_ENABLED
-    MODEL_SAVE_PATH""".split()
+    MODEL_SAVE_PATH GPTQ_RESERVE_SECONDS""".split()
 ABSENT = """
     MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS LQER_* AWQ_* NGRAM_* TOKEN_ORDER TOKEN_THRESHOLD TOKEN_BOOST
     WITHIN_* WORD_TAU WORD_BOOST AGREE_ADD_BOOST PHASED_TTT_* GLOBAL_TTT_* TTT_WEIGHT_DECAY
@@ -2545,6 +2544,13 @@ class GPT(nn.Module):
             self.parts = {name: torch.compile(part, dynamic=False)
                           for name, part in self.parts.items()}
 
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Without the compiler: for shapes that come once, whose graphs would cost more."""
+        compiled, self.parts = self.parts, self.plain
+        yield
+        self.parts = compiled
+
     @staticmethod
     def graphs() -> int:
         """Graphs that this process has compiled so far."""
@@ -3241,15 +3247,18 @@ def train(t: Trainer, reserve_s: float, log: Log,
     step = resumed = saves.resume(log)
     budget_s = h.max_wallclock_seconds - reserve_s if h.max_wallclock_seconds else math.inf
     require(budget_s > 0, f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to "
-            f"train: {reserve_s:.1f} s are kept for calibration")
+            f"train: {reserve_s:.1f} s are kept for adaptation")
     last = h.iterations or sys.maxsize
-    ahead = 1 + clock.lag    # steps under way at the stop
+    ahead, before_s, pace_s = 1 + clock.lag, 0.0, 0.0    # steps under way at the stop
     log.begin("train")
     while True:
         elapsed_s = clock.tick()
         saves.visit(step, elapsed_s)
-        # what is under way is added, at the mean pace so far: the last step ends inside the budget
-        if step >= last or elapsed_s * (1 + ahead / max(step, 1)) >= budget_s:
+        # What is under way is added, at the pace of the last steps, and a third more: a late stop
+        # breaks the rule, an early one costs a step.
+        pace_s += (elapsed_s - before_s - pace_s) / max(1, min(8, step - resumed))
+        before_s = elapsed_s
+        if step >= last or elapsed_s + 1.3 * ahead * pace_s >= budget_s:
             break
         if step and elapsed_s and log.due():
             left_s = min(budget_s - elapsed_s, (last - step) * elapsed_s / step)
@@ -3303,11 +3312,37 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 # text; never validation text. Gives an artifact that fills BUDGET_BYTES.
 # ==================================================================================================
 SEQUENCES = 1024    # after which more text no longer helps
+ROWS_AT_ONCE = 128    # that are written side by side: their cache takes gigabytes
 
 
-def curvature(model: GPT, world: World, loader: Loader,
-              batches: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What errors of the weights cost, from gradients G of sequences out of `batches`, with labels
+@torch.no_grad()
+def written(model: GPT, world: World, length: int) -> Tensor:
+    """This rank's rows (N, length) of text that the model writes itself (#1019), one half
+    from a document's start on, the other from any token. So rounding reads no text of others and
+    takes no time from the clock. What a row draws does not depend on the number of ranks."""
+    h, plan = model.h, depth_plan(model.h, looped=True)
+    count = min(SEQUENCES, h.gptq_calibration_batches * h.micro_batch_tokens // h.train_seq_len)
+    dice = torch.rand(-(-count // world.size) * world.size, length,
+                      generator=torch.Generator().manual_seed(h.seed))[world.rank::world.size]
+    embed, rows = model.bank["embed"].to(model.dtype), []
+    for draws in dice.to(embed.device).split(ROWS_AT_ONCE):
+        cache = Cache(model, len(draws), 1, plan)
+        first = (draws[:, :1] * 2 - 1) * h.vocab_size
+        text = [torch.where(first < 0, BOS, first.long())]
+        for age, draw in enumerate(draws[:, 1:].split(1, 1)):
+            cache.open(torch.full_like(text[-1][:, 0], age))
+            x = model.hidden(text[-1], plan, cache=cache)
+            cache.write(text[-1], cache.fresh)
+            reached = model.logits(x[:, 0], embed).softmax(-1).cumsum(-1)
+            drawn = torch.searchsorted(reached, draw * reached[:, -1:])
+            text.append(drawn.clamp_max(h.vocab_size - 1))
+        rows.append(torch.cat(text, 1))
+    return torch.cat(rows)
+
+
+def curvature(model: GPT, world: World,
+              text: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What errors of the weights cost, from gradients G of rows of the `text` (N, T), with labels
     that the model draws itself: their squares are then the second derivative (arXiv 2505.22988).
     An error E of a coded bank costs about sum_r d_r E_r H E_r^T. Returns d (L | 1, rows), squares
     of the rows of G, by bank, and H (L | 1, n, n), of trace 1, by tap, fp64: G^T G of all banks of
@@ -3315,26 +3350,18 @@ def curvature(model: GPT, world: World, loader: Loader,
     h, plan = model.h, depth_plan(model.h, looped=True)
     taps = {n: role.tap for n, role in roles(h).items() if role.tap}
     rows, inputs = dict.fromkeys(taps, 0.0), dict.fromkeys(taps.values(), 0.0)
-    compiled, model.parts = model.parts, model.plain    # no graph is made for one sequence
-    # Every rank takes every turn, spare or not: loaders stay at one position on all ranks, and the
-    # collectives below meet the same keys in the same order.
-    end = -(-batches // world.size) * world.size * bool(taps)
-    count = max(1, SEQUENCES // h.gptq_calibration_batches)    # of each batch
-    for number in range(world.rank, end, world.size):
-        batch = sampled(model, number) if h.calibration == "self" else loader.next()
-        dice = torch.Generator(world.device).manual_seed(h.seed + number)
-        for ids in batch.ids.view(-1, 1, h.train_seq_len)[:count]:
-            embed = model.bank["embed"].to(model.dtype)
-            logits = model.logits(model.hidden(ids, plan)[0], embed)
-            drawn = logits.detach().softmax(-1).multinomial(1, generator=dice)[:, 0]
-            loss = F.cross_entropy(logits, drawn, reduction="sum") * (number < batches)
-            for n, G in zip(taps, torch.autograd.grad(loss, [model.bank[n] for n in taps])):
-                G = G.view(-1, *G.shape[-2:])
-                size = G.square().sum(-1)
-                rows[n] += size.double()
-                scaled = G / (size + 0.1 * size.mean(-1, keepdim=True) + 1e-30)[..., None]
-                inputs[taps[n]] += (G.mT @ scaled / G.size(1)).double()
-    model.parts = compiled
+    dice = torch.Generator(text.device)
+    for number, ids in enumerate(text.split(1) if taps else ()):
+        dice.manual_seed(h.seed + world.rank + world.size * number)
+        logits = model.logits(model.hidden(ids, plan)[0], model.bank["embed"].to(model.dtype))
+        drawn = logits.detach().softmax(-1).multinomial(1, generator=dice)[:, 0]
+        loss = F.cross_entropy(logits, drawn, reduction="sum")
+        for n, G in zip(taps, torch.autograd.grad(loss, [model.bank[n] for n in taps])):
+            G = G.view(-1, *G.shape[-2:])
+            size = G.square().sum(-1)
+            rows[n] += size.double()
+            scaled = G / (size + 0.1 * size.mean(-1, keepdim=True) + 1e-30)[..., None]
+            inputs[taps[n]] += (G.mT @ scaled / G.size(1)).double()
     for n in rows:    # rows that no text touched have little to lose, not nothing
         d = world.sum(rows[n])
         rows[n] = (d + 1e-3 * d.mean(-1, keepdim=True)).clamp_min(1e-30).float()
@@ -3342,20 +3369,6 @@ def curvature(model: GPT, world: World, loader: Loader,
         H = world.sum(inputs[tap])
         inputs[tap] = H / H.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-30)
     return rows, inputs
-
-
-@torch.no_grad()
-def sampled(model: GPT, number: int) -> Batch:
-    """A micro-batch of rows that the model writes itself at temperature 0.8, from a uniform first
-    token on (#1019); every token costs a pass over its row so far."""
-    h, embed = model.h, model.bank["embed"].to(model.dtype)
-    dice = torch.Generator(embed.device).manual_seed(h.seed + number)
-    rows, plan = h.micro_batch_tokens // h.train_seq_len, depth_plan(h, looped=True)
-    ids = torch.randint(h.vocab_size, (rows, 1), device=embed.device, generator=dice)
-    for _ in range(1, h.train_seq_len):
-        logits = model.logits(model.hidden(ids, plan)[:, -1], embed)
-        ids = torch.cat((ids, (logits / 0.8).softmax(-1).multinomial(1, generator=dice)), 1)
-    return Batch(ids, ids, whole_rows(ids))
 
 
 # Powers to which steps follow the curvature of their row and column (`searched_grid`).
@@ -3580,6 +3593,15 @@ class Curvature(NamedTuple):
 
     rows: dict[str, Tensor]    # d (L | 1, rows) by bank
     factors: Factors    # of H
+    text: Tensor | None = None    # where it found it, this rank's rows
+
+
+def calibrate(model: GPT, world: World, length: int = 0) -> Curvature:
+    """The curvature of the model as it is, on text of its own in rows of this `length`."""
+    with model.eager():    # no graph is made for shapes that come once
+        text = written(model, world, length or model.h.train_seq_len)
+        rows, moments = curvature(model, world, text)
+    return Curvature(rows, inverse_factors(model.h, moments), text)
 
 
 def searched_grid(model: GPT, name: str, found: Curvature) -> Grid:
@@ -3601,24 +3623,31 @@ def searched_grid(model: GPT, name: str, found: Curvature) -> Grid:
 
 
 @torch.no_grad()
-def quantise(model: GPT, found: Curvature, stretch: Mapping[str, Tensor] = {}) -> Stored:
-    """Every bank as it will be stored; steps are 2^stretch (L,) times those of `searched_grid`."""
-    h, stored = model.h, {}
+def round_bank(model: GPT, name: str, found: Curvature, stretch: Tensor | float = 0.0) -> Coded:
+    """A bank that a tap feeds; steps are 2^stretch (L,) times those of `searched_grid`."""
+    h, role, grid = model.h, roles(model.h)[name], searched_grid(model, name, found)
+    # On a trellis half the step costs the same bits, because parity is free. Searched steps clip
+    # nothing: what is large is escaped by the coder (`fold`).
+    scale = grid.scale * 2.0**stretch / (2 if h.trellis_states else 1)
+    top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
+    return gptq(bank_of(model, name), found.factors[role.tap], grid._replace(scale=scale), top,
+                h.trellis_states, weight=found.rows[name])
+
+
+@torch.no_grad()
+def quantise(model: GPT, found: Curvature, stretch: Mapping[str, Tensor] = {},
+             done: Mapping[str, Coded] = {}) -> Stored:
+    """Every bank as it will be stored, those that are `done` as they are."""
+    h, stored = model.h, dict(done)
     for name, role in roles(h).items():
         if role.bits == 16:
             stored[name] = model.bank[name].detach().half()
-        elif role.tap:
-            grid = searched_grid(model, name, found)
-            # On a trellis half the step costs the same bits, because parity is free. Searched
-            # steps clip nothing: what is large is escaped by the coder (`fold`).
-            scale = grid.scale * 2.0**stretch.get(name, 0.0) / (2 if h.trellis_states else 1)
-            top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
-            stored[name] = gptq(bank_of(model, name), found.factors[role.tap], grid._replace(
-                scale=scale), top, h.trellis_states, weight=found.rows[name])
-        else:
+        elif not role.tap:
             stored[name] = round_rows(bank_of(model, name), role.bits, role.sigmas,
                                       h.clip_search and role.optim == "muon")
-    return stored
+        elif name not in done:
+            stored[name] = round_bank(model, name, found, stretch.get(name, 0.0))
+    return {name: stored[name] for name in roles(h)}
 
 
 @torch.no_grad()
@@ -3665,15 +3694,25 @@ def gaussian_bits(size: Tensor) -> Tensor:
     return 0.5 * (2 * math.pi * math.e * (size + 1 / 12)).log2().mean(-1)
 
 
-def fit_budget(model: GPT, found: Curvature, code: int, log: Log) -> Packed:
+class Fitted(NamedTuple):
+    """What `fit_budget` found."""
+
+    blob: bytes
+    ledger: dict[str, int]    # bytes by part
+    stretch: Mapping[str, Tensor]    # octaves (L,) by bank
+
+
+def fit_budget(model: GPT, found: Curvature, code: int, log: Log,
+               done: Mapping[str, Coded] = {}) -> Fitted:
     """The artifact that fills BUDGET_BYTES together with `code` bytes; the smallest possible one
-    where none fits, that of uniform steps without a search. The shift in octaves that all steps
-    share is searched: each pass bisects an estimate that costs nothing, then rounds and codes all
-    banks there, which narrows the bracket around the budget and corrects the estimate."""
+    where none fits, that of uniform steps without a search. The shift in octaves is searched that
+    all steps share, of banks that are not yet `done`: each pass bisects an estimate that costs
+    nothing, then rounds and codes all banks there, which narrows the bracket around the budget and
+    corrects the estimate."""
     h = model.h
     if h.step_search == "uniform" or not tapped(h):
-        return pack(h, quantise(model, found))
-    grids = {n: searched_grid(model, n, found) for n in tapped(h)}
+        return Fitted(*pack(h, quantise(model, found)), {})
+    grids = {n: searched_grid(model, n, found) for n in tapped(h) if n not in done}
     base = ideal_stretch(h, damage_of(model, found, grids))
     # (L, cols) mean square of each column in steps
     sizes = {n: (bank_of(model, n) / grid.rows() / grid.columns()).square().mean(1).cpu()
@@ -3695,19 +3734,90 @@ def fit_budget(model: GPT, found: Curvature, code: int, log: Log) -> Packed:
             shift = low + width * bisect.bisect_left(range(2**24), True, 1,
                                                     key=lambda i: fits(low + width * i))
         stretch = {n: (o + shift).to(model.bank[n].device) for n, o in base.items()}
-        tried[shift] = blob, ledger = pack(h, quantise(model, found, stretch))
+        blob, ledger = pack(h, quantise(model, found, stretch, done))
+        tried[shift] = Fitted(blob, ledger, stretch)
         if 0 <= room - len(blob) <= 2 * slack:
             break
         low, high = (low, shift) if len(blob) <= room else (shift, high)
         # for the next estimate: bytes that no step changes, and the coder's ratio to a Gaussian
-        fixed = sum(ledger[part] for part in ("steps", "fp16", "header"))
+        fixed = sum(ledger[part] for part in ("steps", "fp16", "header", *done))
         ratio = (len(blob) - fixed) / expected(shift)
-    free = {shift: room - len(blob) for shift, (blob, _) in tried.items()}
+    free = {shift: room - len(fitted.blob) for shift, fitted in tried.items()}
     # least room left among those that fit; where none does, least over
     best = min(free, key=lambda shift: (free[shift] < 0, abs(free[shift])))
     log(f"steps:x{2**best:.3f} of uniform on average, {free[best]} bytes free after {len(tried)} "
         "passes" + " (the finest steps)" * (best - FINEST < 1e-5))
     return tried[best]
+
+
+MAKE_UP_ROWS = 16    # of text for each step
+MAKE_UP_RATE, PLAIN_RATE = 0.02, 0.001    # of Adam at first, in mean sizes of banks, coded or not
+
+
+def divergence(model: GPT, x: Tensor, truth: Tensor, table: Tensor) -> Tensor:
+    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
+    of states `truth` with the embedding `table` (V, D)."""
+    q, p = (model.logits(states, embed.to(model.dtype)).log_softmax(-1)
+            for states, embed in ((x, model.bank["embed"]), (truth, table)))
+    return F.kl_div(q, p, reduction="sum", log_target=True) / truth[..., 0].numel()
+
+
+class Learning:
+    """Brings predictions back to those of the model as it was, on the text that it wrote."""
+
+    def __init__(self, model: GPT, found: Curvature, world: World):
+        """Keeps what the model says now."""
+        self.model, self.world, self.plan = model, world, depth_plan(model.h, looped=True)
+        self.table = model.bank["embed"].detach().clone()
+        share = max(1, MAKE_UP_ROWS // world.size)
+        with torch.no_grad(), model.eager():
+            pairs = [(ids, model.hidden(ids, self.plan)) for ids in found.text.split(share)]
+        self.turns = itertools.cycle(pairs)
+
+    def make_up(self, fixed: Sequence[str], steps: int) -> float:
+        """Moves all banks but those that are `fixed` by so many steps of Adam, at rates that fall
+        to zero; returns the mean divergence on the way, in nats per token."""
+        names, mean = [n for n in self.model.bank if n not in fixed], 0.0
+        free, table = [self.model.bank[n] for n in names], roles(self.model.h)
+        rates = [PLAIN_RATE * max(0.05, size) if table[n].bits == 16 else MAKE_UP_RATE * size
+                 for n, size in zip(names, (float(w.detach().abs().mean()) for w in free))]
+        adam = torch.optim.Adam([dict(params=[w]) for w in free], betas=(0.9, 0.98), eps=1e-12)
+        for number, (ids, truth) in enumerate(itertools.islice(self.turns, steps)):
+            with self.model.eager():
+                x = self.model.hidden(ids, self.plan)
+            loss = divergence(self.model, x, truth, self.table)
+            for w, g, group, rate in zip(free, torch.autograd.grad(loss, free), adam.param_groups,
+                                         rates):
+                w.grad, group["lr"] = self.world.mean(g), rate * (1 - number / steps)
+            adam.step()
+            mean += loss.detach() / steps
+        adam.zero_grad()
+        return float(self.world.mean(mean))
+
+
+def round_in_turn(model: GPT, found: Curvature, code: int, world: World, log: Log) -> Fitted:
+    """The artifact that fills BUDGET_BYTES beside `code` bytes, on rank 0. With ROUNDING_STEPS
+    banks are rounded one after the other, by the steps that a first search finds, and after each
+    those that are left make up for its errors (arXiv 2402.04396); the last one takes the bytes that
+    are left. Rank 0 rounds, all ranks learn."""
+    h, names, done = model.h, tapped(model.h), {}
+    fitted = fit_budget(model, found, code, log) if world.main else Fitted(b"", {}, {})
+    fits = world.share(len(fitted.blob) + code <= h.budget_bytes)
+    if not (fits and names and h.rounding_steps) or h.step_search == "uniform":
+        return fitted
+    learning = Learning(model, found, world)
+    for number, name in enumerate(names[:-1], 1):
+        bank = model.bank[name].data
+        if world.main:
+            done[name] = round_bank(model, name, found, fitted.stretch[name])
+            bank.copy_(done[name].decode().view_as(bank))
+        world.share_tensors([bank])
+        lost = learning.make_up(names[:number], h.rounding_steps)
+        log(f"round:{name} {number}/{len(names)}, divergence {lost:.5f} nats per token")
+    if world.main:
+        last = fit_budget(model, found, code, log, done)
+        fitted = last if len(last.blob) + code <= h.budget_bytes else fitted
+    return fitted
 
 
 # ==================================================================================================
@@ -5068,9 +5178,6 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     check(require, free_bytes >= need_bytes,
           f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}")
     check(require, os.access(folder, os.W_OK), f"LOGS_DIR={h.logs_dir}: {folder} cannot be written")
-    check(require, not 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
-          f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to train: "
-          f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g}")
     kernel = check(attention_kernel, h, world.device)
     if world.device.type == "cuda":
         need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
@@ -5102,7 +5209,7 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
              targets: int = 0) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
-    for calibration and for adapting to `held` tokens. Says how long `targets` will take to score.
+    for adapting to `held` tokens. Says how long the rest, with `targets` to score, will take.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
     touched. The snapshot puts back all that the stages changed, so training goes as without."""
@@ -5116,7 +5223,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
         pace = Clock(t.world)
         t.step(number, progress, looped)
         step_s = pace.read_s()    # of several the last is the dearest, and compiles nothing
-    adaptation_s = 0.0
+    reserve_s = 0.0
     say("calibrate")
     for _ in range(2 if h.prequant_ttt_epochs else 0):    # the first time compiles
         adaptation = Clock(t.world)
@@ -5124,24 +5231,21 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
             data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
         adapt_early(t.model, few, t.world, 1)
         if h.prequant_ttt_data == "train":    # else it is off the clock
-            adaptation_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
-    calibration = Clock(t.world)
-    rows, moments = curvature(t.model, t.world, t.loader, t.world.size)
-    # one turn was timed, a batch on each rank; all further ones are reckoned from it
-    rounds = -(-h.gptq_calibration_batches // t.world.size) - 1
-    moments_s = rounds * calibration.read_s() if h.calibration == "train" else 0.0
-    found = Curvature(rows, inverse_factors(h, moments))
-    calibration_s = moments_s + calibration.read_s()
-    # 1.3, because a late stop breaks the rule and an early one costs a few steps
-    reserve_s = adaptation_s + (h.gptq_reserve_seconds or 1.3 * calibration_s)
+            # 1.3, because a late stop breaks the rule and an early one costs a few steps
+            reserve_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
+    pace, length = Clock(t.world), min(9, h.train_seq_len)    # a part of each row shows the way
+    found = calibrate(t.model, t.world, length)
+    cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s,
+                calibrate=pace.read_s() * h.train_seq_len / length)
     say("quantise and pack")
     pace = Clock(t.world)
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, found), quick=True)[0])
+    Learning(t.model, found, t.world).make_up(tapped(h)[:1], 1)
     load_stored(t.model, again)
-    # the search rounds and packs about four times
-    cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s,
-                quantise=4 * pace.read_s())
+    # the search rounds and packs about five times; a step that makes up has its share of tokens
+    cost["quantise"] = 5 * pace.read_s() + step_s * (len(tapped(h)) - 1) * h.rounding_steps * (
+        MAKE_UP_ROWS * h.train_seq_len / h.train_batch_tokens)
     fake = rehearsal_text(h, data)
     for name in wanted_scores(h):
         say(f"score {name}")
@@ -5152,7 +5256,7 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
         log(f"cost:{name:16} about {seconds:6.0f} s")
     log(f"cost:bytes {h.budget_bytes:,} at most, memory {peak_bytes(t.world.device):,} so far")
     log(f"rehearsal:{watch.read_s():.1f}s (every stage ran and was rewound; not counted) "
-        f"reserve:{reserve_s:.2f}s for {h.gptq_calibration_batches} calibration batches")
+        f"reserve:{reserve_s:.2f}s for adaptation")
     return reserve_s
 
 
@@ -5186,19 +5290,6 @@ def measured_scores(model: GPT, data: Dataset, world: World, log: Log,
     return results
 
 
-def calibrate(t: Trainer, held: Tensor | None, clock: Clock) -> Curvature:
-    """Adapts the averaged weights to `held` where PREQUANT_TTT_EPOCHS asks for it, then returns the
-    curvature there; what reads no training data is off the clock."""
-    h, watch = t.h, Clock(t.world)
-    if h.prequant_ttt_epochs and h.prequant_ttt_data != "after":
-        adapt_early(t.model, held, t.world, h.prequant_ttt_epochs)
-    clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))
-    watch = Clock(t.world)
-    rows, moments = curvature(t.model, t.world, t.loader, h.gptq_calibration_batches)
-    clock.pause(watch.read_s() * (h.calibration == "self"))
-    return Curvature(rows, inverse_factors(h, moments))
-
-
 def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float) -> dict[str, Any]:
     """The pipeline, from the rehearsal to the scores; returns what result.json holds."""
     begin_s, seconds = time.perf_counter() - data_s, dict(data=data_s)
@@ -5208,7 +5299,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     code = running_source(__file__, h)[1] if world.main else b""
     model.compile(compile_mode(h, world.device, log))
     graphs = [model.graphs()]
-    trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), h.gptq_reserve_seconds
+    trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), 0.0
     if h.rehearsal_steps:
         reserve_s = rehearse(trainer, data, log, held, len(data.val.bytes))
         h = affordable(model, rehearsal_text(h, data), data.val.documents, world, log)
@@ -5218,18 +5309,25 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
     trained, clock = train(trainer, reserve_s, log, plain)
-    log.begin("calibrate")
-    found = calibrate(trainer, held, clock)
+    if h.prequant_ttt_epochs and h.prequant_ttt_data != "after":
+        log.begin("adapt")
+        watch = Clock(world)
+        adapt_early(model, held, world, h.prequant_ttt_epochs)
+        clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))    # no training data
     clock_s = clock.read_s()
     graphs.append(model.graphs())
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
-        "(calibration included)")
-    seconds |= dict(train=trained.seconds, calibration=clock_s - trained.seconds)
+        "(the last look at training data)")
+    seconds |= dict(train=trained.seconds, adaptation=clock_s - trained.seconds)
     scores = measured_scores(model, data, world, log, packed=False)
 
+    log.begin("calibrate")
+    watch = Clock(world)
+    found = calibrate(model, world)
+    seconds["calibration"] = watch.read_s()
     log.begin("quantise")
     watch = Clock(world)
-    blob, ledger = (fit_budget(model, found, len(code), log) if world.main else (b"", {}))
+    blob, ledger, _ = round_in_turn(model, found, len(code), world, log)
     seconds["quantise"] = watch.read_s()
     log.begin("pack and read back")
     watch = Clock(world)
@@ -5454,7 +5552,7 @@ FORBIDDEN = {"eval", "exec", "compile", "globals", "pickle", "torch.load", "np.l
 RESULT_FORM = dict(
     seed=int, recipe=str, knobs=dict, changed_knobs=dict, device=str, world_size=int, torch=str,
     steps=int, train_seconds=float, tokens_per_second=float, scores=dict, compliant=bool,
-    violations=list, seconds=dict.fromkeys(("train", "calibration", "total"), float),
+    violations=list, seconds=dict.fromkeys(("train", "adaptation", "total"), float),
     bytes=dict.fromkeys(("model", "code", "total", "limit"), int))
 SCORE_FORM = dict(val_loss=float, val_bpb=float, tokens=int, bytes=int, seconds=float)
 
@@ -5498,8 +5596,8 @@ class Evidence:
 
     @property
     def clock_s(self) -> float:
-        """Seconds on the training clock, calibration included."""
-        return self.result["seconds"]["train"] + self.result["seconds"]["calibration"]
+        """Seconds on the training clock, adaptation included."""
+        return self.result["seconds"]["train"] + self.result["seconds"]["adaptation"]
 
     def said(self, pattern: str) -> list[Any]:
         """All places of the log that match, or their groups."""

@@ -20,7 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from bench_rebuild import before, bias_corrected, by_size
+from bench_rebuild import before, by_size
 from bench_replica import SCALES, Replica, compared, document_nats, first_documents, replica
 from bench_replica import tg as t
 
@@ -29,10 +29,13 @@ ROWS, COLUMNS = t.ROW_STEP_POWER, t.COLUMN_STEP_POWER
 # name -> (changed knobs, powers of row and column steps)
 METHODS = {
     "default": ({}, (ROWS, COLUMNS)),
-    "rows alike": ({}, (0.0, COLUMNS)),
-    "columns alike": ({}, (ROWS, 0.0)),
-    "no trellis": (dict(trellis_states=0), (ROWS, COLUMNS)),
-    "64 states": (dict(trellis_states=64), (ROWS, COLUMNS)),
+    "all at once": (dict(rounding_steps=0), (ROWS, COLUMNS)),
+    "rows alike": (dict(rounding_steps=0), (0.0, COLUMNS)),
+    "columns alike": (dict(rounding_steps=0), (ROWS, 0.0)),
+    "no trellis": (dict(rounding_steps=0, trellis_states=0), (ROWS, COLUMNS)),
+    "64 states": (dict(rounding_steps=0, trellis_states=64), (ROWS, COLUMNS)),
+    "in turn 64 states": (dict(trellis_states=64), (ROWS, COLUMNS)),
+    "in turn columns alike": ({}, (ROWS, 0.0)),
 }
 
 
@@ -42,9 +45,7 @@ def checkpoint(path: str) -> Replica:
     h = t.Hyperparameters(**kept["knobs"])
     data, model = t.find_dataset(h, WORLD, print), t.build_model(h, WORLD)
     t.load_stored(model, kept["weights"])
-    loader = t.Loader(h, WORLD, data.train)
-    rows, inputs = t.curvature(model, WORLD, loader, h.gptq_calibration_batches)
-    return Replica(h, model, data, t.Curvature(rows, t.inverse_factors(h, inputs)), loader.position)
+    return Replica(h, model, data, t.calibrate(model, WORLD), 0)
 
 
 def coder_table(h: t.Hyperparameters, stored: dict) -> dict[str, dict[str, float]]:
@@ -67,9 +68,11 @@ def coder_table(h: t.Hyperparameters, stored: dict) -> dict[str, dict[str, float
     return rows
 
 
-def method_rows(bench: Replica, limit: int, uniform: bytes, val: t.Validation, base: np.ndarray) -> dict[str, dict]:
-    """(b) for one model: bytes, BPB lost against the nats `base` and its standard error of every method at `limit` bytes."""
+def method_rows(bench: Replica, limit: int, uniform: bytes, val: t.Validation, base: np.ndarray,
+                names: list[str]) -> dict[str, dict]:
+    """(b) for one model and the methods of these names: bytes, BPB lost against the nats `base` and its standard error of every method at `limit` bytes."""
     model, rows, read_back = bench.model, {}, copy.deepcopy(bench.model)
+    exact = {n: w.detach().clone() for n, w in model.bank.items()}
     sizes, weights = np.add.reduceat(val.bytes, val.documents[:-1]), sum(p.numel() for p in bench.model.parameters())
     print(f"\n(b) {len(base)} documents, {sizes.sum():,} bytes, {base.sum() / sizes.sum() / math.log(2):.5f} BPB before rounding; "
           f"{limit:,} bytes, {8 * limit / weights:.2f} bits per weight")
@@ -90,16 +93,18 @@ def method_rows(bench: Replica, limit: int, uniform: bytes, val: t.Validation, b
         """The artifact of the search with these knobs and powers."""
         model.retune(budget_bytes=limit, **changes)
         with mock.patch.multiple(t, ROW_STEP_POWER=powers[0], COLUMN_STEP_POWER=powers[1]):
-            return t.fit_budget(model, bench.found, 0, QUIET)[0]
+            blob = t.round_in_turn(model, bench.found, 0, WORLD, QUIET).blob
+        t.load_stored(model, exact)    # what made up for errors goes back to where it was
+        return blob
 
     if len(uniform) == limit:
         judged("uniform", lambda: uniform)
-    judged("before", lambda: before(bench, limit))
-    for name, (changes, powers) in METHODS.items():
-        blob = judged(name, lambda c=changes, p=powers: fitted(c, p))
-        model.retune(trellis_states=bench.h.trellis_states)
-        if name == "default":
-            judged("+ bias correction", lambda made=blob: bias_corrected(bench, made))
+    if "before" in names:
+        judged("before", lambda: before(bench, limit))
+    for name in filter(METHODS.__contains__, names):
+        changes, powers = METHODS[name]
+        judged(name, lambda c=changes, p=powers: fitted(c, p))
+        model.retune(trellis_states=bench.h.trellis_states, rounding_steps=bench.h.rounding_steps)
     return rows
 
 
@@ -110,7 +115,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--bits", default="0,3.5,3,2.5,2", help="per weight, of the whole artifact; 0: the bytes of uniform steps")
     parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--methods", default=",".join(["before", "default", "all at once"]),
+                        help=f"of: before, {', '.join(METHODS)}; - for all")
     o = parser.parse_args(arguments)
+    names = ["before", *METHODS] if o.methods == "-" else o.methods.split(",")
     torch.set_num_threads(1)
     print(f"machine: {t.device_name(torch.device('cpu'))}, torch {torch.__version__}")
     coders, tables = {}, {}
@@ -126,7 +134,7 @@ def main(arguments: list[str]) -> None:
         base = document_nats(model, val, "stream")
         for bits in o.bits.split(","):
             limit = round(float(bits) * weights / 8) or len(uniform)
-            tables.setdefault(bits, {})[seed] = method_rows(bench, limit, uniform, val, base)
+            tables.setdefault(bits, {})[seed] = method_rows(bench, limit, uniform, val, base, names)
         if o.model not in SCALES:
             break
     mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)

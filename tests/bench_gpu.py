@@ -284,14 +284,16 @@ def export(b: Bench) -> dict[str, Any]:
         seconds[name + "_s"], watch = watch.read_s(), tg.Clock(world)
         return value
 
-    rows, inputs = booked("calibration", tg.curvature(model, world, b.trainer.loader, h.gptq_calibration_batches))
-    found = tg.Curvature(rows, booked("factors", tg.inverse_factors(h, inputs)))
+    with model.eager():
+        text = booked("written", tg.written(model, world, h.train_seq_len))
+        rows, inputs = booked("curvature", tg.curvature(model, world, text))
+    found = tg.Curvature(rows, booked("factors", tg.inverse_factors(h, inputs)), text)
     stored = booked("gptq", tg.quantise(model, found))
     booked("pack", tg.pack(h, stored))
-    blob, _ = booked("fit_budget", tg.fit_budget(model, found, 32_768, log))    # GPTQ and packing, 1 to 4 times
+    blob = booked("round_in_turn", tg.round_in_turn(model, found, 32_768, world, log)).blob    # GPTQ and packing 2 to 8 times
     booked("unpack", tg.unpack(blob))
     return seconds | dict(artifact_bytes=len(blob),
-                          whole_s=sum(seconds[f"{n}_s"] for n in ("calibration", "factors", "fit_budget")))
+                          whole_s=sum(seconds[f"{n}_s"] for n in ("written", "curvature", "factors", "round_in_turn")))
 
 
 def scoring(b: Bench) -> dict[str, Any]:

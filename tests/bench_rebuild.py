@@ -1,6 +1,6 @@
-"""Ways to round weights that are not in train_gpt.py: as it did before, and with biases corrected afterwards.
+"""How train_gpt.py rounded weights up to commit f770ae1, for comparison.
 
-Rejected ones (LQER, AWQ-lite, refitted centroids) were taken out; their figures are in tests/README.md.
+Rejected ways (LQER, AWQ-lite, refitted centroids, corrected biases) were taken out; their figures are in tests/README.md.
 """
 from __future__ import annotations
 
@@ -12,16 +12,7 @@ from bench_replica import Replica
 from bench_replica import tg as t
 from torch import Tensor
 
-DAMAGE_TOKENS = 4096    # of text with which both measure
-STEPS = 48    # of bias correction
-BIAS_RATE = 1e-3    # of its Adam at first, over the mean size of a bank; falls to zero
-
-
-def divergence(model: t.GPT, truth: Tensor, embed: Tensor, x: Tensor) -> Tensor:
-    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those of `truth` with `embed`."""
-    p, q = (model.logits(states, table.to(model.dtype)).log_softmax(-1)
-            for states, table in ((truth, embed), (x, model.bank["embed"])))
-    return F.kl_div(q, p, reduction="sum", log_target=True) / truth[..., 0].numel()
+DAMAGE_TOKENS = 4096    # of text on which damages are measured
 
 
 def second_moments(model: t.GPT, loader: t.Loader, batches: int) -> dict[str, Tensor]:
@@ -63,7 +54,7 @@ def measured_damage(model: t.GPT, loader: t.Loader, found: t.Curvature) -> dict[
         rough = t.gptq(bank, found.factors[t.roles(model.h)[name].tap], grid._replace(scale=1.5 * grid.scale)).decode()
         for i in range(len(bank)):
             bank[i] = rough[i]
-            damage[name][i] = divergence(model, truth, embed, model.hidden(ids, plan))
+            damage[name][i] = t.divergence(model, model.hidden(ids, plan), truth, embed)
             bank[i] = exact[i]
     return damage
 
@@ -92,38 +83,3 @@ def before(bench: Replica, limit: int) -> bytes:
         with mock.patch.object(t, "damage_of", lambda *_: damage):
             model.retune(budget_bytes=limit)
             return t.fit_budget(model, found, 0, t.Log(t.World(), quiet=True))[0]
-
-
-def correct_biases(model: t.GPT, loader: t.Loader, stored: t.Stored, steps: int) -> t.Stored:
-    """`stored` with fp16 banks that `steps` of Adam, DAMAGE_TOKENS of new text each, brought closer
-    to the model's predictions; the model stays as it was. After arXiv 1906.04721."""
-    plan = t.depth_plan(model.h, looped=True)
-    rows = max(1, DAMAGE_TOKENS // model.h.train_seq_len)
-    texts = [loader.next().ids.view(-1, model.h.train_seq_len)[:rows] for _ in range(steps)]
-    exact = {n: w.detach().clone() for n, w in model.bank.items()}
-    plain = {n: model.bank[n] for n, value in stored.items() if isinstance(value, Tensor)}
-    # the exact model speaks first; then the rounded weights take its place in the banks
-    with torch.no_grad():
-        truths = [model.hidden(ids, plan) for ids in texts]
-    embed = exact["embed"].to(model.dtype)
-    t.load_stored(model, stored)
-    rate = lambda w: BIAS_RATE * max(0.05, float(w.detach().abs().mean()))    # gains, gates differ
-    adam = torch.optim.Adam([dict(params=[w], lr=rate(w)) for w in plain.values()],
-                            betas=(0.9, 0.98), eps=1e-12)
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    for ids, truth in zip(texts, truths):
-        adam.zero_grad()
-        divergence(model, truth, embed, model.hidden(ids, plan)).backward(inputs=[*plain.values()])
-        adam.step()
-        decay.step()
-    found = {**stored, **{n: w.detach().half() for n, w in plain.items()}}
-    model.zero_grad()
-    t.load_stored(model, exact)
-    return found
-
-
-def bias_corrected(bench: Replica, blob: bytes) -> bytes:
-    """The artifact with its fp16 numbers corrected, on text that follows calibration's; a few bytes more or less."""
-    loader = t.Loader(bench.h, t.World(), bench.data.train)
-    loader.position = bench.position + 1
-    return t.pack(bench.h, correct_biases(bench.model, loader, t.unpack(blob)[1], STEPS))[0]

@@ -55,8 +55,8 @@ class Replica(NamedTuple):
     h: tg.Hyperparameters
     model: tg.GPT
     data: tg.Dataset
-    found: tg.Curvature    # of GPTQ_CALIBRATION_BATCHES micro-batches after training
-    position: int    # micro-batches that training and calibration have read
+    found: tg.Curvature
+    position: int    # micro-batches that training has read
 
 
 def shards(V: int) -> Path:
@@ -98,10 +98,7 @@ def replica(scale: str = "S", seed: int = 1, steps: int = 0, **knobs: str) -> Re
     with torch.no_grad():
         for name, w in kept["weights"].items():
             model.bank[name].copy_(w)
-    loader = tg.Loader(h, world, data.train)
-    loader.position = kept["position"]
-    rows, inputs = tg.curvature(model, world, loader, h.gptq_calibration_batches)
-    return Replica(h, model, data, tg.Curvature(rows, tg.inverse_factors(h, inputs)), loader.position)
+    return Replica(h, model, data, tg.calibrate(model, world), kept["position"])
 
 
 class Judged(NamedTuple):
@@ -177,7 +174,7 @@ def judge(scale: str, seed: int, knobs: dict[str, str], steps: int, budget: int,
     val, nats = first_documents(bench.data.val, documents), {}
     nats["prequant"] = document_nats(model, val, "stream").tolist()
     model.retune(budget_bytes=budget, eval_budget_s=0.0)
-    blob, _ = tg.fit_budget(model, bench.found, 0, quiet)
+    blob = tg.round_in_turn(model, bench.found, 0, tg.World(), quiet).blob
     tg.load_stored(model, tg.unpack(blob)[1])
     nats["quantized"] = document_nats(model, val, "stream").tolist()
     nats["ttt"] = document_nats(model, first_documents(val, round(TTT_SHARE * documents)), "ttt").tolist()

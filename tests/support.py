@@ -3,6 +3,7 @@ that keeps lines."""
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from conftest import TINY
 from conftest import alive as model_of
@@ -49,16 +50,21 @@ def dataset(tokens: np.ndarray) -> t.Dataset:
     return t.Dataset([tokens.astype(np.uint16)], validation(tokens[:97]), "test")
 
 
+def rows_of(h: t.Hyperparameters, batches: int = 4) -> torch.Tensor:
+    """The rows (N, T) of `batches` micro-batches of a made-up shard."""
+    loader = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
+    return torch.cat([loader.next().ids.view(-1, h.train_seq_len) for _ in range(batches)])
+
+
 def curvature_of(model: t.GPT, world: t.World = WORLD, batches: int = 4) -> tuple[dict, dict]:
-    """What `curvature` finds on `batches` micro-batches of a made-up shard."""
-    loader = t.Loader(model.h, world, [stream(3000).astype(np.uint16)])
-    return t.curvature(model, world, loader, batches)
+    """What `curvature` finds on this rank's share of those rows."""
+    return t.curvature(model, world, rows_of(model.h, batches)[world.rank::world.size])
 
 
 def found_of(model: t.GPT, batches: int = 4) -> t.Curvature:
     """The same, ready for use."""
     rows, inputs = curvature_of(model, batches=batches)
-    return t.Curvature(rows, t.inverse_factors(model.h, inputs))
+    return t.Curvature(rows, t.inverse_factors(model.h, inputs), rows_of(model.h, batches))
 
 
 class Half(t.World):

@@ -310,7 +310,7 @@ def test_the_budget_is_filled(seed):
     budget = code + int(weights * rng.uniform(1.9, 4) / 8) + 8_000
     model.h = replace(model.h, budget_bytes=budget)
     log = Lines()
-    blob, ledger = t.fit_budget(model, found, code, log)
+    blob, ledger, _ = t.fit_budget(model, found, code, log)
     assert 0.999 * budget <= len(blob) + code <= budget
     assert sum(ledger.values()) == len(blob) and list(t.unpack(blob)[1]) == list(t.roles(model.h))
     said = re.search(r"(\d+) bytes free after (\d) passes", log.lines[-1])
@@ -323,7 +323,7 @@ def test_a_budget_out_of_reach_ends_at_the_last_steps(budget):
     says so."""
     model, found = budget_model(0)
     model.h, log = replace(model.h, budget_bytes=budget), Lines()
-    blob, _ = t.fit_budget(model, found, 30_000, log)
+    blob = t.fit_budget(model, found, 30_000, log).blob
     mean = float(re.search(r"steps:x([\d.]+)", log.lines[-1])[1])
     assert mean == pytest.approx(16 if budget < 40_000 else 0.5, rel=1e-3)
     assert (len(blob) + 30_000 > budget) == (budget < 40_000)
@@ -340,7 +340,7 @@ def test_the_search_needs_no_good_estimate(monkeypatch, power, bits):
     monkeypatch.setattr(t, "gaussian_bits", lambda size: true(size).clamp_min(0.01)**power)
     budget = 30_000 + 8_000 + int(bits * sum(t.bank_of(model, n).numel() for n in found.rows) / 8)
     model.h, log = replace(model.h, budget_bytes=budget), Lines()
-    blob, _ = t.fit_budget(model, found, 30_000, log)
+    blob = t.fit_budget(model, found, 30_000, log).blob
     if bits == 0.2:
         assert "steps:x16.000" in log.lines[-1] and len(blob) + 30_000 > budget
     else:

@@ -33,8 +33,8 @@ EXPECTED = dict(
     kernels=dict.fromkeys(DIRECTIONS, FORMS) | dict(trouble=None),
     attention=dict(chosen=None, **{f"{kernel}_{T}": ATTENTION for T in (64, 96) for kernel in ("sdpa", "blocks")}),
     muon=dict.fromkeys(("step_ms", "floor_ms")),
-    export=dict.fromkeys(("parameters", "artifact_bytes", "whole_s", "calibration_s", "factors_s", "gptq_s",
-                          "pack_s", "fit_budget_s", "unpack_s")),
+    export=dict.fromkeys(("parameters", "artifact_bytes", "whole_s", "written_s", "curvature_s", "factors_s", "gptq_s",
+                          "pack_s", "round_in_turn_s", "unpack_s")),
     scoring=dict.fromkeys(("quantized", "sliding", "stream", "ttt"), SCORE),
     losses=dict.fromkeys(("steps", "fused_ran", "fused", "plain", "difference")))
 HEAD = {"machine", "ranks", "torch", "small", "peak_flops", "fused_kernels", "data", "train_batch_tokens",

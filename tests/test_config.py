@@ -333,5 +333,5 @@ CONTRACT = """ITERATIONS MAX_WALLCLOCK_SECONDS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_the_names_that_sweep_scripts_use(name):
-    """The leaderboard's names are knobs, so that existing sweep scripts keep working."""
-    assert name.lower() in FIELDS
+    """The leaderboard's names are knobs, or do nothing here, so that existing sweep scripts keep working."""
+    assert name.lower() in FIELDS or name in tg.IDLE

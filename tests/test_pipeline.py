@@ -284,7 +284,6 @@ def lacking(patch, tmp_path) -> dict[str, tuple[dict, str]]:
         "brotli": (dict(compressor="brotli"), lambda: patch.setattr(t, "coders", few), "pip install brotli"),
         "disk": ({}, lambda: patch.setattr(t.shutil, "disk_usage", small), "5 bytes are free"),
         "shards": (dict(data_path="/nowhere"), lambda: None, "DATA_PATH=/nowhere: no file fineweb_train"),
-        "clock": (dict(max_wallclock_seconds=5.0, gptq_reserve_seconds=6.0), lambda: None, "leaves no time"),
         "ranks": (dict(train_batch_tokens=64 * 3), lambda: None, "TRAIN_BATCH_TOKENS=192"),
         "logs": ({}, lambda: patch.setattr(t.os, "access", lambda *_: False), "cannot be written"),
         "tokenizer": (dict(tokenizer_path="/no.model"), lambda: [

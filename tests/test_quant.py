@@ -11,9 +11,11 @@ import torch
 from support import (
     WORLD,
     Half,
+    Lines,
     curvature_of,
     found_of,
     model_of,
+    rows_of,
     settings,
     stream,
     t,
@@ -170,28 +172,25 @@ def test_rows_of_zeros_and_of_huge_values_keep_finite_steps():
 def gradients_by_hand(model: t.GPT, batches: int) -> list[dict[str, torch.Tensor]]:
     """Of every sequence, the gradient of each tapped bank (L, rows, cols) for labels drawn from the model."""
     h, found = model.h, []
-    loader = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
-    for number in range(batches):
+    for number, ids in enumerate(rows_of(h, batches).split(1)):
         dice = torch.Generator().manual_seed(h.seed + number)
-        for ids in loader.next().ids.view(-1, 1, h.train_seq_len):
-            x = model.hidden(ids, t.depth_plan(h, True))[0]
-            p = (h.logit_softcap * torch.tanh(x @ model.bank["embed"].T / h.logit_softcap)).softmax(-1)
-            labels = p.detach().multinomial(1, generator=dice)
-            model.zero_grad()
-            (-p.gather(1, labels).log().sum()).backward()
-            found.append({n: (g := model.bank[n].grad.double()).view(-1, *g.shape[-2:]) for n in t.tapped(h)})
+        x = model.hidden(ids, t.depth_plan(h, True))[0]
+        p = (h.logit_softcap * torch.tanh(x @ model.bank["embed"].T / h.logit_softcap)).softmax(-1)
+        labels = p.detach().multinomial(1, generator=dice)
+        model.zero_grad()
+        (-p.gather(1, labels).log().sum()).backward()
+        found.append({n: (g := model.bank[n].grad.double()).view(-1, *g.shape[-2:]) for n in t.tapped(h)})
     model.zero_grad()
     return found
 
 
 def test_curvature_by_hand():
     """d and H from the gradients of single sequences: squares of rows, products of columns whose rows are scaled alike,
-    banks of a tap together; the loader goes on by one batch a turn, compiled parts come back."""
+    banks of a tap together."""
     h = settings()
     model = model_of(h)
-    model.parts = compiled = dict(model.parts)
     rows, inputs = curvature_of(model, batches=2)
-    assert model.parts is compiled and all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
     G, moments = gradients_by_hand(model, 2), {}
     assert set(rows) == set(t.tapped(h)) and set(inputs) == {t.roles(h)[n].tap for n in rows}
     for name in rows:
@@ -259,6 +258,86 @@ def test_curvature_foretells_the_divergence():
             H = inputs[t.roles(h)[name].tap][layer].float()
             wanted += 0.5 * float((rows[name][layer] * ((E @ H) * E).sum(-1)).sum()) / (count * 2 * h.train_seq_len)
         assert 1 / 3 < wanted / kl < 3, (name, wanted, kl)
+
+
+def test_text_that_the_model_writes(monkeypatch):
+    """A model that always says 7 writes 7; half of the rows begin a document; two ranks write the rows of one, by turns; rows
+    written side by side are those written apart; none is longer than asked."""
+    h = settings(gptq_calibration_batches=8, micro_batch_tokens=64)
+    model = model_of(h)
+    text = t.written(model, WORLD, h.train_seq_len)
+    assert text.shape == (8 * 64 // h.train_seq_len, h.train_seq_len) and 0 <= text.min() and text.max() < h.vocab_size
+    assert 0.2 < (text[:, 0] == t.BOS).float().mean() < 0.8 and len(text.unique()) > 20
+    monkeypatch.setattr(t, "ROWS_AT_ONCE", 3)
+    for rank in (0, 1):
+        assert torch.equal(t.written(model, Half(rank, 2), h.train_seq_len), text[rank::2])
+    assert torch.equal(t.written(model, WORLD, 5), t.written(model, WORLD, 5)) and t.written(model, WORLD, 5).size(1) == 5
+    model.logits = lambda x, embed, **_: torch.nn.functional.one_hot(torch.tensor([7] * len(x)), h.vocab_size) * 99.0
+    assert (t.written(model, WORLD, h.train_seq_len)[:, 1:] == 7).all()
+
+
+def test_what_the_model_writes_follows_its_probabilities():
+    """First words after BOS occur as often as a forward pass over BOS says they should."""
+    model = model_of(h := settings(gptq_calibration_batches=4, micro_batch_tokens=4096, train_batch_tokens=4096))
+    rows = []
+    for seed in range(8):
+        model.retune(seed=seed)
+        rows.append(t.written(model, WORLD, 2))
+    text = torch.cat(rows)
+    second = text[text[:, 0] == t.BOS, 1]
+    with torch.no_grad():
+        x = model.hidden(torch.tensor([[t.BOS]]), t.depth_plan(h, True))
+        p = model.logits(x[0, 0], model.bank["embed"]).softmax(-1)
+    found = torch.bincount(second, minlength=h.vocab_size) / len(second)
+    # five standard errors of the commonest
+    assert (found - p).abs().max() < 5 * (p.max() / len(second)).sqrt()
+
+
+def test_the_rest_makes_up_for_what_was_rounded():
+    """Moves what is not fixed, and only that, towards the predictions of the model as it was; a rate that falls to zero; two
+    ranks that share the text move alike."""
+    h = settings(train_seq_len=16, micro_batch_tokens=64)
+    model = model_of(h)
+    found, exact = found_of(model, 8), {n: w.detach().clone() for n, w in model.bank.items()}
+    learning = t.Learning(model, found, WORLD)
+    model.bank["embed"].data += 0.1 * torch.randn(exact["embed"].shape, generator=torch.Generator().manual_seed(0))
+    rough = model.bank["embed"].detach().clone()
+    first = learning.make_up(["embed"], 1)
+    for _ in range(3):
+        last = learning.make_up(["embed"], 16)
+    assert last < 0.7 * first
+    assert torch.equal(model.bank["embed"], rough) and not any(torch.equal(model.bank[n], exact[n]) for n in ("wq", "w_down"))
+    assert all(w.grad is None for w in model.bank.values())
+
+
+def test_banks_are_rounded_in_turn(monkeypatch):
+    """Closer to the model's predictions, on text that it did not see, than all at once, at the same bytes; without steps the
+    same as the search alone; nothing moves where the search is over the budget."""
+    h = settings(train_seq_len=16, micro_batch_tokens=256, train_batch_tokens=256, num_layers=2, num_loops=0, xsa_last_n=1,
+                 parallel_start_layer=1, trellis_states=0)
+    lost, blobs, found = {}, {}, None
+    for steps in (0, 16):
+        model = model_of(h)
+        found = found_of(model, 16)
+        plan, ids, table = t.depth_plan(h, True), rows_of(h, 20)[256:], model.bank["embed"].detach().clone()
+        with torch.no_grad():
+            truth = model.hidden(ids, plan)
+        model.retune(budget_bytes=6_500, rounding_steps=steps)
+        log = Lines()
+        blobs[steps] = t.round_in_turn(model, found, 1000, WORLD, log).blob
+        assert 0.99 * 5_500 <= len(blobs[steps]) <= 5_500
+        assert sum(line.startswith("round:") for line in log.lines) == (len(t.tapped(h)) - 1) * (steps > 0)
+        t.load_stored(model, t.unpack(blobs[steps])[1])
+        with torch.no_grad():
+            lost[steps] = float(t.divergence(model, model.hidden(ids, plan), truth, table))
+    assert lost[16] < 0.9 * lost[0], lost
+    fresh = model_of(h)
+    fresh.retune(budget_bytes=6_500, rounding_steps=0)
+    assert blobs[0] == t.fit_budget(fresh, found, 1000, Lines()).blob
+    before = fresh.bank["wo"].detach().clone()
+    fresh.retune(rounding_steps=16)
+    monkeypatch.setattr(t, "fit_budget", lambda *_: t.Fitted(b"x" * 5_501, {}, {}))
+    assert len(t.round_in_turn(fresh, found, 1000, WORLD, Lines()).blob) == 5_501 and torch.equal(before, fresh.bank["wo"])
 
 
 def test_every_role_is_stored_as_its_row_says():

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from conftest import clean_env, write_dataset
 from support import WORLD, Lines, dataset, stream, t
@@ -135,9 +134,7 @@ def print_of_batch(h: t.Hyperparameters) -> list:
 def print_of_stored(h: t.Hyperparameters) -> list:
     """What is stored of a model with named weights, calibrated as the recipe says."""
     model = named_model(h)
-    loader = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)])
-    rows, inputs = t.curvature(model, WORLD, loader, h.gptq_calibration_batches)
-    stored = t.quantise(model, t.Curvature(rows, t.inverse_factors(h, inputs)))
+    stored = t.quantise(model, t.calibrate(model, WORLD))
     return [x for v in stored.values() for x in ([v.codes, *v.grid] if isinstance(v, t.Coded) else [v])]
 
 
@@ -175,7 +172,7 @@ STAGES = dict(
         train_batch_tokens"""),
     batch=(print_of_batch, "loader doc_mask train_seq_schedule micro_batch_tokens train_seq_len"),
     stored=(print_of_stored, """matrix_bits embed_bits matrix_clip_sigmas embed_clip_sigmas trellis_states clip_search
-        step_search gptq_roles gptq_calibration_batches gptq_damping calibration"""),
+        step_search gptq_roles gptq_calibration_batches gptq_damping"""),
     adapt=(print_of_adapted, """prequant_ttt_epochs prequant_ttt_data prequant_ttt_lr
         ttt_freeze_blocks ttt_lr_ramp ttt_batch_seqs"""),
     score=(print_of_score, "scores ttt_enabled ttt_lr ttt_chunk_tokens eval_seq_len eval_stride iterations"),
@@ -453,16 +450,6 @@ def test_the_recurrence_begins_at_its_step():
     trainer = t.Trainer(h, WORLD, t.build_model(h, WORLD), dataset(stream(3000)))
     t.train(trainer, 0.0, log, lambda: "")
     assert any(line.startswith("recurrence:on step:6 ") for line in log.lines)
-
-
-def test_text_that_the_model_writes():
-    """Rows of the calibration follow the model: a model that always says 7 writes 7; the same number, the same rows."""
-    h = tiny_of("pr1539")
-    model = t.GPT(h)
-    first, again, other = (t.sampled(model, n).ids for n in (0, 0, 1))
-    assert first.shape == (4, 16) and torch.equal(first, again) and not torch.equal(first, other)
-    model.logits = lambda x, embed, **_: F.one_hot(torch.tensor([7] * len(x)), h.vocab_size) * 99.0
-    assert (t.sampled(model, 0).ids[:, 1:] == 7).all()
 
 
 @pytest.mark.parametrize("name, start, freeze", [("dttt", 0.3, 0), ("pr1364", 1.0, 2), ("pr398", 1.0, 0)])

@@ -48,7 +48,7 @@ def test_a_rehearsal_is_rewound_bit_for_bit(steps):
     assert same(before,
                 trained.snapshot()) and trained.loader.position == steps * t.accumulation(h, WORLD)
     assert all(p.grad is None for p in trained.model.parameters())
-    assert reserve_s > 0 and re.match(r"rehearsal:[\d.]+s .*reserve:[\d.]+s", log.lines[-1])
+    assert reserve_s == 0 and re.match(r"rehearsal:[\d.]+s .*reserve:[\d.]+s", log.lines[-1])
 
 
 def test_steps_after_a_rehearsal_are_those_without_one():
@@ -84,12 +84,6 @@ def test_the_random_generator_is_rewound():
     drawn = torch.rand(4)
     trained.restore(state)
     assert torch.equal(torch.rand(4), drawn)
-
-
-def test_a_fixed_reserve_is_taken_as_it_is():
-    """GPTQ_RESERVE_SECONDS above zero replaces the measurement."""
-    trained, data = trainer(settings(gptq_reserve_seconds=7.5))
-    assert t.rehearse(trained, data, Lines()) == 7.5
 
 
 def test_training_lowers_the_loss():
@@ -262,7 +256,7 @@ def test_validation_inside_training_is_not_counted(monkeypatch):
                           lambda: spend(100.0) or "val_loss:1.0000 val_bpb:2.0000")
     pattern = r"step:[02]/4 val_loss:1\.0000 val_bpb:2\.0000 train_time:(0|2000)ms step_avg:\S+ms"
     assert sum(bool(re.fullmatch(pattern, line)) for line in log.lines) == 2
-    # The same clock goes on through calibration: with the pauses in it, the run would seem to
+    # The same clock goes on through adaptation: with the pauses in it, the run would seem to
     # break its limit.
     assert done.steps == 4 and done.seconds == 4 and clock.read_s() == 4
 
@@ -280,7 +274,7 @@ def test_training_lines_keep_the_official_form():
 def test_training_says_the_time_left(monkeypatch):
     """Between the official lines: step, loss of the last read, tokens/s, time left by the clock or by steps."""
     monkeypatch.setattr(t.Log, "due", lambda *_: True)
-    for limit_s, left in ((0.0, [50, 40, 30, 20, 10]), (41.0, [31, 21, 11])):
+    for limit_s, left in ((0.0, [50, 40, 30, 20, 10]), (41.0, [31, 21])):
         trained, _ = trainer(settings(max_wallclock_seconds=limit_s))
         fake_time(monkeypatch, trained, 10.0)
         log = Lines()
@@ -301,7 +295,7 @@ def test_the_rehearsal_says_what_it_does():
     costs = [line for line in log.lines if line.startswith("cost:")]
     assert [re.match(r"cost:(.*?) +about +\d+ s$|cost:(bytes) [\d,]+ at most, memory [\d,]+ so far", c)[0] and
             c[5:20].split("  ")[0].strip() for c in costs] == [
-                "rehearsal", "training", "quantise", "score prequant", "score sliding", "bytes 16,000,00"]
+                "rehearsal", "training", "calibrate", "quantise", "score prequant", "score sliding", "bytes 16,000,00"]
 
 
 def test_training_lines_count_the_steps_they_name(monkeypatch):
