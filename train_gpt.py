@@ -5756,15 +5756,10 @@ def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: s
     r = runs[0].result
     seed, ranks = r["seed"], r["world_size"]
     changed = run_block({n: v for n, v in r["changed_knobs"].items() if n != "seed"})
-    scores = [n for n in SCORES if n in r["scores"]]
     start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
-    seeds = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
-              f"{e.score['val_loss']:.8f}", e.result["bytes"]["total"], e.result["steps"],
-              f"{e.score['seconds']:.1f}") for e in runs]
-    stages = r["seconds"] | {f"score {n}": r["scores"][n]["seconds"] for n in scores}
+    stages = r["seconds"] | {f"score {n}": s["seconds"] for n, s in r["scores"].items()}
     sections = {
-        "Scores (BPB by stage)": markdown(
-            [("seed", *scores, "val_loss", "bytes", "steps", "eval s"), *seeds]),
+        "Scores": markdown(report_table(runs)),
         f"Bytes (seed {seed})": markdown(
             [("part", "bytes"), *runs[0].said(r"^bytes:(\w+) (\d+)\b"),
              ("packed code", r["bytes"]["code"]), ("total", r["bytes"]["total"])]),
@@ -6146,9 +6141,10 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
         rows.append({"run": e.artifact.parent.name} |
                     {n.upper(): r["knobs"].get(n, "-") for n in differing} |
                     {f"{n} bpb": bpb.get(n, "-") for n in stages} |
-                    {"bytes": r["bytes"]["total"], "steps": r["steps"],
-                     "tok/s": f"{r['tokens_per_second']:.0f}",
+                    {"val_loss": f"{e.score['val_loss']:.5f}", "bytes": r["bytes"]["total"],
+                     "steps": r["steps"], "tok/s": f"{r['tokens_per_second']:.0f}",
                      "train s": f"{r['train_seconds']:.1f}",
+                     "eval s": f"{e.score['seconds']:.1f}",
                      "total s": f"{r['seconds']['total']:.1f}"})
     return [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
 
