@@ -3844,9 +3844,9 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
     return min(range(8), key=lambda t: nats(t, mix)), mix
 
 
-def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarray]:
-    """The model of symbols (L, R, C), their tables (L, R, C) uint8, and counts (K, top + 1): each
-    table is the distribution of the sizes that the decoder will draw from it, rounded to RUNGS."""
+def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray]:
+    """The model of symbols (L, R, C) and their tables (L, R, C) uint8: each is the distribution of
+    the sizes that the decoder will draw from it, rounded to RUNGS."""
     sizes, rows = np.abs(symbols).astype(np.uint8), symbols.shape[1]
     mean = int(sizes.sum(dtype=np.int64)) * SCALE_ONE // sizes.size
     trust, mix = learning_rate(sizes, mean)
@@ -3863,7 +3863,7 @@ def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarra
     weights[:, 1:] //= 2                        # a size counts for both signs
     # a size that occurs keeps a weight, however rare it is: at zero it could not be coded
     tables = rung(np.maximum(weights, counts > 0)).astype(np.uint8)
-    return ColumnModel(mean, trust, mix, lowest, tables), used, counts
+    return ColumnModel(mean, trust, mix, lowest, tables), used
 
 
 def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
@@ -3910,18 +3910,20 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
         state = follow[state, codes[:, row] >> 1 & 1]
 
 
-def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
+def encode_codes(tensors: list[np.ndarray], states: int = 0) -> tuple[bytes, list[int]]:
     """Codes int16 tensors (L, R, C), on a trellis of so many states (0: none), as two uint32
     lengths, zlib of the models and of the excesses, the lanes' final states in uint32, the words
-    in uint16; raises ValueError for codes that leave the trellis."""
+    in uint16, and how many bytes of words each tensor took; raises ValueError for codes that leave
+    the trellis."""
     folded = [fold(codes) for codes in tensors if codes.size]
     width = min(RANS_LANES, max((symbols.shape[2] for symbols, _ in folded), default=0))
     lanes, words, models = np.full(width, RANS_FLOOR, np.uint32), [np.zeros(0, np.uint16)], []
+    spent = []
     # A decoder reads in the reverse order of coding, so all goes backwards here.
     for symbols, _ in reversed(folded):
         if states:
             check_trellis(symbols, states)
-        model, used, _ = fit_columns(symbols)
+        (model, used), begin = fit_columns(symbols), len(words)
         models.append(model.pack())
         share = frequencies(model.tables, states).astype(np.uint32)
         start = share.cumsum(2, np.uint32) - share
@@ -3931,29 +3933,19 @@ def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
                 # a symbol's table, its parity there, and its place in that
                 cell = table, layer & (share.shape[1] - 1), layer + share.shape[2] // 2
                 x = lanes[:layer.shape[1]]
-                for f, begin in zip(share[cell][::-1], start[cell][::-1]):
+                for f, first in zip(share[cell][::-1], start[cell][::-1]):
                     # A state of f * 2^(32 - RANS_BITS) would not fit into 32 bits after the symbol:
                     # its low half leaves, and comes back where a state is below RANS_FLOOR.
                     full = (x >> (32 - RANS_BITS) >= f).nonzero()[0]
                     words.append(x[full].astype(np.uint16))
                     x[full] >>= 16
-                    x += x // f * ((1 << RANS_BITS) - f) + begin
+                    x += x // f * ((1 << RANS_BITS) - f) + first
+        spent.append(2 * sum(map(len, words[begin:])))
     side = zlib.compress(b"".join(reversed(models)), 9)
     excess = zlib.compress(b"".join(excess for _, excess in folded), 9)
-    return b"".join([struct.pack("<II", len(side), len(excess)), side, excess,
-                     lanes.astype("<u4"), np.concatenate(words[::-1]).astype("<u2")])
-
-
-def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
-    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding."""
-    bits = []
-    for symbols, excess in map(fold, tensors):
-        model, _, counts = fit_columns(symbols)
-        # of a symbol's two tables only the one of its own parity has slots for it: the larger
-        share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
-        side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
-        bits.append((counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side)
-    return np.array(bits)
+    parts = [struct.pack("<II", len(side), len(excess)), side, excess, lanes.astype("<u4"),
+             np.concatenate(words[::-1]).astype("<u2")]
+    return b"".join(parts), spent[::-1]
 
 
 def decode_tensor(lanes: np.ndarray, words: np.ndarray, codes: np.ndarray, model: ColumnModel,
@@ -4059,15 +4051,19 @@ def tapped(h: Hyperparameters) -> list[str]:
     return [n for n in coded_roles(h) if roles(h)[n].tap]
 
 
-def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
-               quick: bool) -> list[bytes]:
-    """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed
-    for general compressors, so that codes of a column, which are of one scale, lie together."""
-    if coder != "rans":
+def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray],
+               quick: bool) -> tuple[list[bytes], dict[str, int]]:
+    """Streams of the codes, and their bytes by part: two of rANS (on the trellis and off it), or
+    one per bank, transposed for general compressors, so that codes of a column, which are of one
+    scale, lie together."""
+    if h.compressor != "rans":
         turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
-        return [coders()[coder][0](shuffled(c), quick) for c in turned]
+        streams = [coders()[h.compressor][0](shuffled(c), quick) for c in turned]
+        return streams, dict(zip(codes, map(len, streams)))
     banks, on = [*codes.values()], len(tapped(h))
-    return [encode_codes(banks[:on], h.trellis_states), encode_codes(banks[on:])]
+    chain, spent = encode_codes(banks[:on], h.trellis_states)
+    gates, _ = encode_codes(banks[on:])
+    return [chain, gates], dict(zip(codes, spent), chain=len(chain) - sum(spent), gates=len(gates))
 
 
 def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> list[np.ndarray]:
@@ -4094,7 +4090,7 @@ def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]
 def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
     """The artifact, from which `unpack` gives back exactly `stored`; its bytes by part add up."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
-    coder, streams = h.compressor, pack_codes(h, codes, h.compressor, quick)
+    streams, ledger = pack_codes(h, codes, quick)
     steps = b"".join(getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
                      for n, part, kind, _ in grid_parts(h))
     plain = [v.cpu().numpy().ravel() for v in stored.values() if not isinstance(v, Coded)]
@@ -4102,16 +4098,9 @@ def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
                 for raw in (steps, shuffled(np.concatenate(plain)))]
     # every knob that was turned, not only the model's: `eval` then scores as the run did
     knobs, sizes = h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS}, [*map(len, streams)]
-    told = json.dumps(dict(knobs=knobs, coder=coder, streams=sizes), separators=(",", ":"))
+    told = json.dumps(dict(knobs=knobs, coder=h.compressor, streams=sizes), separators=(",", ":"))
     header = lzma.compress(told.encode(), lzma.FORMAT_ALONE)
     body = MAGIC + struct.pack("<I", len(header)) + header + b"".join(streams)
-    if coder == "rans":    # one chain of lanes runs through all banks: shares are its own estimate
-        on = tapped(h)
-        bits = code_bits([codes[n] for n in on], h.trellis_states)
-        ledger = dict(zip(on, (bits / 8).round().astype(int).tolist()))
-        ledger |= dict(chain=sizes[0] - sum(ledger.values()), gates=sizes[1])
-    else:
-        ledger = dict(zip(codes, sizes))
     ledger |= dict(steps=sizes[-2], fp16=sizes[-1], header=len(body) - sum(sizes) + CHECKSUM_BYTES)
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
 
