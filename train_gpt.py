@@ -414,9 +414,8 @@ class Hyperparameters:
                  note: Callable[[str], Any] = str) -> Hyperparameters:
         """`base`, recipes from left to right, single variables. Raises `Refusal` for values and
         near-miss names; names that change nothing go to `note`."""
-        doubtful, recipe = near_misses(env), env.get("RECIPE") or recipe
-        env, idle = published_names(env)
-        for line in (*doubtful, *idle):
+        recipe, (env, lines) = env.get("RECIPE") or recipe, known_names(env)
+        for line in lines:
             note(f"note: {line}")
         single = parse_knobs({n: env[n] for n in KNOBS if n in env and n != "RECIPE"})
         values = apply_recipes(recipe, base) | dict(recipe=recipe) | single
@@ -650,49 +649,39 @@ ABSENT = """
     PRUNE_RATIO""".split()
 
 
-def published_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """(the environment with published names as our knobs, lines on what has no counterpart);
-    raises one `Refusal` that lists all of those that would change a result."""
-    found, idle, absent = dict(env), [], []
+def known_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """(the environment with published names as our knobs, lines on what changes nothing or may be
+    meant for others); raises a `Refusal` that lists all names that would change a result and have
+    no counterpart, or for what is nearly a knob: a typo must not train the wrong model."""
+    # The same words in another order (LR_MATRIX) are as much a typo as a wrong letter. Names of up
+    # to four letters are let pass: among so many knobs they resemble one by chance. Containers and
+    # shells set places of their own (MODEL_DIR, LOG_DIR).
+    words = {tuple(sorted(name.split("_"))): name for name in KNOBS}
+    like = lambda patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    found, lines, idle, absent = dict(env), [], [], []
     for name, value in env.items():
         same = value == BUILT_IN.get(name)
         with contextlib.suppress(ValueError):
             same = same or float(value) == float(BUILT_IN.get(name, "nan"))
         if same:
             del found[name]
-        elif name in KNOBS:
-            continue
         elif name in OTHER_NAMES:
             found.setdefault(OTHER_NAMES[name], value)
-        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in IDLE):
+        elif name in KNOBS or name in ("COMPILER", "SEEDS"):
+            continue
+        elif like(IDLE):
             idle.append(f"{name}={value}")
-        elif name in BUILT_IN or value not in ("", "0", "false") and any(
-                fnmatch.fnmatchcase(name, pattern) for pattern in ABSENT):
-            absent.append(f"{name}={value}")
+        elif name in BUILT_IN or like(ABSENT):
+            absent += [f"{name}={value}"] * (name in BUILT_IN or value not in ("", "0", "false"))
+        elif len(name) > 4 and (close := words.get(tuple(sorted(name.upper().split("_")))) or
+                                "".join(difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87))):
+            told = f"{name} is no knob; did you mean {close}? (it is set to {value!r})"
+            require(close == "RUN_ID" or re.search("(DIR|PATH|ROOT|FILE)S?$", name), told)
+            lines.append(told)
     require(not absent, f"{', '.join(absent)}: published scripts know these names, this one has no "
             "counterpart, and the result would be another; leave them unset")
-    return found, [f"no counterpart, and no result depends on it: {', '.join(idle)}"] * bool(idle)
-
-
-def near_misses(env: Mapping[str, str]) -> list[str]:
-    """Lines on variables that look like a knob and may be meant for others; raises `Refusal` for
-    those that can hardly be: a typo must not train the wrong model."""
-    # The same words in another order (LR_MATRIX) are as much a typo as a wrong letter. Names of up
-    # to four letters are let pass: among so many knobs they resemble one by chance. Containers and
-    # shells set places of their own (MODEL_DIR, LOG_DIR).
-    words = {tuple(sorted(name.split("_"))): name for name in KNOBS}
-    known, doubtful = {*KNOBS, *OTHER_NAMES, *BUILT_IN, "COMPILER", "SEEDS"}, []
-    for name in sorted(set(env) - known):
-        if len(name) <= 4 or any(fnmatch.fnmatchcase(name, p) for p in (*IDLE, *ABSENT)):
-            continue
-        close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
-            difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87)
-        if not close:
-            continue
-        told = f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})"
-        require(close[0] == "RUN_ID" or re.search("(DIR|PATH|ROOT|FILE)S?$", name), told)
-        doubtful.append(told)
-    return doubtful
+    return found, lines + [
+        f"no counterpart, and no result depends on it: {', '.join(idle)}"] * bool(idle)
 
 
 def help_text(topic: str = "") -> str:
