@@ -5495,19 +5495,6 @@ def fits(value: Any, form: Any) -> bool:
     return isinstance(value, form) and (form not in (int, float) or abs(value) < 1 << 53)
 
 
-def logged_result(text: str, place: Path) -> dict[str, Any]:
-    """The object of the last RESULT line of a log; raises `Refusal` where a field is missing."""
-    lines = re.findall(r"^RESULT (.*)$", text, re.M)
-    require(lines, f"{place}: no RESULT line, the run is not finished")
-    result = read_json(place, lines[-1])
-    broken = [n for n, form in RESULT_FORM.items() if not fits(result, {n: form})]
-    if not broken:
-        broken = [f"score {n}" for n, s in result["scores"].items() if not fits(s, SCORE_FORM)]
-        broken += [] if set() < set(result["scores"]) <= set(SCORES) else ["score"]
-    require(not broken, f"{place}: the RESULT line has no complete {', '.join(broken)}")
-    return result
-
-
 def read_documents_nats(path: Path) -> np.ndarray:
     """(documents, 3) targets, bytes and nats of each document; raises `Refusal` if damaged."""
     head, *lines = path.read_text(errors="replace").splitlines() or [""]
@@ -5520,9 +5507,17 @@ def read_documents_nats(path: Path) -> np.ndarray:
 
 
 def read_evidence(log: Path, name: str, mark: str, readable: Path) -> Evidence:
-    """The run of a log and the files beside it, whose names bear `mark`; raises `Refusal`."""
+    """The run of a log's last RESULT line and the files beside it, whose names bear `mark`; raises
+    `Refusal` where a field is missing."""
     text, folder = log.read_text(encoding="utf-8", errors="replace"), log.parent
-    result = logged_result(text, log)
+    lines = re.findall(r"^RESULT (.*)$", text, re.M)
+    require(lines, f"{log}: no RESULT line, the run is not finished")
+    result = read_json(log, lines[-1])
+    broken = [n for n, form in RESULT_FORM.items() if not fits(result, {n: form})]
+    if not broken:
+        broken = [f"score {n}" for n, s in result["scores"].items() if not fits(s, SCORE_FORM)]
+        broken += [] if set() < set(result["scores"]) <= set(SCORES) else ["score"]
+    require(not broken, f"{log}: the RESULT line has no complete {', '.join(broken)}")
     documents = {n: folder / f"documents{mark}_{n}.txt" for n in result["scores"]}
     tables = {n: read_documents_nats(path) for n, path in documents.items() if path.exists()}
     return Evidence(name, text, result, folder / f"model{mark}.bin", folder / "train_gpt.py",
