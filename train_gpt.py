@@ -423,7 +423,7 @@ class Hyperparameters:
             return cls(**values)
         except Refusal as error:
             # A value that a recipe brought was never typed by the user: say where it came from.
-            theirs = [n.upper() for n in values if f"{n.upper()}=" in str(error)
+            theirs = [n.upper() for n in values if re.search(rf"\b{n.upper()}=", str(error))
                       and n not in [*single, "recipe"]]
             by = f" ({', '.join(theirs)} by RECIPE={recipe})" if theirs else ""
             raise Refusal(f"{error}{by}") from None
