@@ -414,9 +414,8 @@ class Hyperparameters:
                  note: Callable[[str], Any] = str) -> Hyperparameters:
         """`base`, recipes from left to right, single variables. Raises `Refusal` for values and
         near-miss names; names that change nothing go to `note`."""
-        doubtful, recipe = near_misses(env), env.get("RECIPE") or recipe
-        env, idle = published_names(env)
-        for line in (*doubtful, *idle):
+        recipe, (env, lines) = env.get("RECIPE") or recipe, known_names(env)
+        for line in lines:
             note(f"note: {line}")
         single = parse_knobs({n: env[n] for n in KNOBS if n in env and n != "RECIPE"})
         values = apply_recipes(recipe, base) | dict(recipe=recipe) | single
@@ -424,7 +423,7 @@ class Hyperparameters:
             return cls(**values)
         except Refusal as error:
             # A value that a recipe brought was never typed by the user: say where it came from.
-            theirs = [n.upper() for n in values if f"{n.upper()}=" in str(error)
+            theirs = [n.upper() for n in values if re.search(rf"\b{n.upper()}=", str(error))
                       and n not in [*single, "recipe"]]
             by = f" ({', '.join(theirs)} by RECIPE={recipe})" if theirs else ""
             raise Refusal(f"{error}{by}") from None
@@ -649,49 +648,39 @@ ABSENT = """
     PRUNE_RATIO""".split()
 
 
-def published_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """(the environment with published names as our knobs, lines on what has no counterpart);
-    raises one `Refusal` that lists all of those that would change a result."""
-    found, idle, absent = dict(env), [], []
+def known_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """(the environment with published names as our knobs, lines on what changes nothing or may be
+    meant for others); raises a `Refusal` that lists all names that would change a result and have
+    no counterpart, or for what is nearly a knob: a typo must not train the wrong model."""
+    # The same words in another order (LR_MATRIX) are as much a typo as a wrong letter. Names of up
+    # to four letters are let pass: among so many knobs they resemble one by chance. Containers and
+    # shells set places of their own (MODEL_DIR, LOG_DIR).
+    words = {tuple(sorted(name.split("_"))): name for name in KNOBS}
+    like = lambda patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    found, lines, idle, absent = dict(env), [], [], []
     for name, value in env.items():
         same = value == BUILT_IN.get(name)
         with contextlib.suppress(ValueError):
             same = same or float(value) == float(BUILT_IN.get(name, "nan"))
         if same:
             del found[name]
-        elif name in KNOBS:
-            continue
         elif name in OTHER_NAMES:
             found.setdefault(OTHER_NAMES[name], value)
-        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in IDLE):
+        elif name in KNOBS or name in ("COMPILER", "SEEDS"):
+            continue
+        elif like(IDLE):
             idle.append(f"{name}={value}")
-        elif name in BUILT_IN or value not in ("", "0", "false") and any(
-                fnmatch.fnmatchcase(name, pattern) for pattern in ABSENT):
-            absent.append(f"{name}={value}")
+        elif name in BUILT_IN or like(ABSENT):
+            absent += [f"{name}={value}"] * (name in BUILT_IN or value not in ("", "0", "false"))
+        elif len(name) > 4 and (close := words.get(tuple(sorted(name.upper().split("_")))) or
+                                "".join(difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87))):
+            told = f"{name} is no knob; did you mean {close}? (it is set to {value!r})"
+            require(close == "RUN_ID" or re.search("(DIR|PATH|ROOT|FILE)S?$", name), told)
+            lines.append(told)
     require(not absent, f"{', '.join(absent)}: published scripts know these names, this one has no "
             "counterpart, and the result would be another; leave them unset")
-    return found, [f"no counterpart, and no result depends on it: {', '.join(idle)}"] * bool(idle)
-
-
-def near_misses(env: Mapping[str, str]) -> list[str]:
-    """Lines on variables that look like a knob and may be meant for others; raises `Refusal` for
-    those that can hardly be: a typo must not train the wrong model."""
-    # The same words in another order (LR_MATRIX) are as much a typo as a wrong letter. Names of up
-    # to four letters are let pass: among so many knobs they resemble one by chance. Containers and
-    # shells set places of their own (MODEL_DIR, LOG_DIR).
-    words = {tuple(sorted(name.split("_"))): name for name in KNOBS}
-    known, doubtful = {*KNOBS, *OTHER_NAMES, *BUILT_IN, "COMPILER", "SEEDS"}, []
-    for name in sorted(set(env) - known):
-        if len(name) <= 4 or any(fnmatch.fnmatchcase(name, p) for p in (*IDLE, *ABSENT)):
-            continue
-        close = [words[key]] if (key := tuple(sorted(name.upper().split("_")))) in words else \
-            difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87)
-        if not close:
-            continue
-        told = f"{name} is no knob; did you mean {close[0]}? (it is set to {env[name]!r})"
-        require(close[0] == "RUN_ID" or re.search("(DIR|PATH|ROOT|FILE)S?$", name), told)
-        doubtful.append(told)
-    return doubtful
+    return found, lines + [
+        f"no counterpart, and no result depends on it: {', '.join(idle)}"] * bool(idle)
 
 
 def help_text(topic: str = "") -> str:
@@ -3960,9 +3949,9 @@ def learning_rate(sizes: np.ndarray, mean: int) -> tuple[int, int]:
     return min(range(8), key=lambda t: nats(t, mix)), mix
 
 
-def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarray]:
-    """The model of symbols (L, R, C), their tables (L, R, C) uint8, and counts (K, top + 1): each
-    table is the distribution of the sizes that the decoder will draw from it, rounded to RUNGS."""
+def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray]:
+    """The model of symbols (L, R, C) and their tables (L, R, C) uint8: each is the distribution of
+    the sizes that the decoder will draw from it, rounded to RUNGS."""
     sizes, rows = np.abs(symbols).astype(np.uint8), symbols.shape[1]
     mean = int(sizes.sum(dtype=np.int64)) * SCALE_ONE // sizes.size
     trust, mix = learning_rate(sizes, mean)
@@ -3979,7 +3968,7 @@ def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray, np.ndarra
     weights[:, 1:] //= 2                        # a size counts for both signs
     # a size that occurs keeps a weight, however rare it is: at zero it could not be coded
     tables = rung(np.maximum(weights, counts > 0)).astype(np.uint8)
-    return ColumnModel(mean, trust, mix, lowest, tables), used, counts
+    return ColumnModel(mean, trust, mix, lowest, tables), used
 
 
 def frequencies(tables: np.ndarray, states: int) -> np.ndarray:
@@ -4026,18 +4015,20 @@ def check_trellis(codes: np.ndarray, states: int) -> None:
         state = follow[state, codes[:, row] >> 1 & 1]
 
 
-def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
+def encode_codes(tensors: list[np.ndarray], states: int = 0) -> tuple[bytes, list[int]]:
     """Codes int16 tensors (L, R, C), on a trellis of so many states (0: none), as two uint32
     lengths, zlib of the models and of the excesses, the lanes' final states in uint32, the words
-    in uint16; raises ValueError for codes that leave the trellis."""
+    in uint16, and how many bytes of words each tensor took; raises ValueError for codes that leave
+    the trellis."""
     folded = [fold(codes) for codes in tensors if codes.size]
     width = min(RANS_LANES, max((symbols.shape[2] for symbols, _ in folded), default=0))
     lanes, words, models = np.full(width, RANS_FLOOR, np.uint32), [np.zeros(0, np.uint16)], []
+    spent = []
     # A decoder reads in the reverse order of coding, so all goes backwards here.
     for symbols, _ in reversed(folded):
         if states:
             check_trellis(symbols, states)
-        model, used, _ = fit_columns(symbols)
+        (model, used), begin = fit_columns(symbols), len(words)
         models.append(model.pack())
         share = frequencies(model.tables, states).astype(np.uint32)
         start = share.cumsum(2, np.uint32) - share
@@ -4047,29 +4038,19 @@ def encode_codes(tensors: list[np.ndarray], states: int = 0) -> bytes:
                 # a symbol's table, its parity there, and its place in that
                 cell = table, layer & (share.shape[1] - 1), layer + share.shape[2] // 2
                 x = lanes[:layer.shape[1]]
-                for f, begin in zip(share[cell][::-1], start[cell][::-1]):
+                for f, first in zip(share[cell][::-1], start[cell][::-1]):
                     # A state of f * 2^(32 - RANS_BITS) would not fit into 32 bits after the symbol:
                     # its low half leaves, and comes back where a state is below RANS_FLOOR.
                     full = (x >> (32 - RANS_BITS) >= f).nonzero()[0]
                     words.append(x[full].astype(np.uint16))
                     x[full] >>= 16
-                    x += x // f * ((1 << RANS_BITS) - f) + begin
+                    x += x // f * ((1 << RANS_BITS) - f) + first
+        spent.append(2 * sum(map(len, words[begin:])))
     side = zlib.compress(b"".join(reversed(models)), 9)
     excess = zlib.compress(b"".join(excess for _, excess in folded), 9)
-    return b"".join([struct.pack("<II", len(side), len(excess)), side, excess,
-                     lanes.astype("<u4"), np.concatenate(words[::-1]).astype("<u2")])
-
-
-def code_bits(tensors: list[np.ndarray], states: int = 0) -> np.ndarray:
-    """Bits (tensors,) that `encode_codes` will spend on each tensor, to 0.1%, without coding."""
-    bits = []
-    for symbols, excess in map(fold, tensors):
-        model, _, counts = fit_columns(symbols)
-        # of a symbol's two tables only the one of its own parity has slots for it: the larger
-        share = frequencies(model.tables, states).max(1)[:, model.tables.shape[1] - 1:]
-        side = len(zlib.compress(model.pack(), 9)) + len(zlib.compress(excess.tobytes(), 1))
-        bits.append((counts * (RANS_BITS - np.log2(share.clip(1)))).sum() + 8 * side)
-    return np.array(bits)
+    parts = [struct.pack("<II", len(side), len(excess)), side, excess, lanes.astype("<u4"),
+             np.concatenate(words[::-1]).astype("<u2")]
+    return b"".join(parts), spent[::-1]
 
 
 def decode_tensor(lanes: np.ndarray, words: np.ndarray, codes: np.ndarray, model: ColumnModel,
@@ -4175,15 +4156,19 @@ def tapped(h: Hyperparameters) -> list[str]:
     return [n for n in coded_roles(h) if roles(h)[n].tap]
 
 
-def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray], coder: str,
-               quick: bool) -> list[bytes]:
-    """Streams of the codes: two of rANS (on the trellis and off it), or one per bank, transposed
-    for general compressors, so that codes of a column, which are of one scale, lie together."""
-    if coder != "rans":
+def pack_codes(h: Hyperparameters, codes: Mapping[str, np.ndarray],
+               quick: bool) -> tuple[list[bytes], dict[str, int]]:
+    """Streams of the codes, and their bytes by part: two of rANS (on the trellis and off it), or
+    one per bank, transposed for general compressors, so that codes of a column, which are of one
+    scale, lie together."""
+    if h.compressor != "rans":
         turned = (c.swapaxes(1, 2) + 128 for c in codes.values())    # high bytes are mostly 0 then
-        return [coders()[coder][0](shuffled(c), quick) for c in turned]
+        streams = [coders()[h.compressor][0](shuffled(c), quick) for c in turned]
+        return streams, dict(zip(codes, map(len, streams)))
     banks, on = [*codes.values()], len(tapped(h))
-    return [encode_codes(banks[:on], h.trellis_states), encode_codes(banks[on:])]
+    chain, spent = encode_codes(banks[:on], h.trellis_states)
+    gates, _ = encode_codes(banks[on:])
+    return [chain, gates], dict(zip(codes, spent), chain=len(chain) - sum(spent), gates=len(gates))
 
 
 def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> list[np.ndarray]:
@@ -4210,7 +4195,7 @@ def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]
 def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
     """The artifact, from which `unpack` gives back exactly `stored`; its bytes by part add up."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
-    coder, streams = h.compressor, pack_codes(h, codes, h.compressor, quick)
+    streams, ledger = pack_codes(h, codes, quick)
     steps = b"".join(getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
                      for n, part, kind, _ in grid_parts(h))
     plain = [v.cpu().numpy().ravel() for v in stored.values() if not isinstance(v, Coded)]
@@ -4218,16 +4203,9 @@ def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
                 for raw in (steps, shuffled(np.concatenate(plain)))]
     # every knob that was turned, not only the model's: `eval` then scores as the run did
     knobs, sizes = h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS}, [*map(len, streams)]
-    told = json.dumps(dict(knobs=knobs, coder=coder, streams=sizes), separators=(",", ":"))
+    told = json.dumps(dict(knobs=knobs, coder=h.compressor, streams=sizes), separators=(",", ":"))
     header = lzma.compress(told.encode(), lzma.FORMAT_ALONE)
     body = MAGIC + struct.pack("<I", len(header)) + header + b"".join(streams)
-    if coder == "rans":    # one chain of lanes runs through all banks: shares are its own estimate
-        on = tapped(h)
-        bits = code_bits([codes[n] for n in on], h.trellis_states)
-        ledger = dict(zip(on, (bits / 8).round().astype(int).tolist()))
-        ledger |= dict(chain=sizes[0] - sum(ledger.values()), gates=sizes[1])
-    else:
-        ledger = dict(zip(codes, sizes))
     ledger |= dict(steps=sizes[-2], fp16=sizes[-1], header=len(body) - sum(sizes) + CHECKSUM_BYTES)
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES], ledger
 
@@ -5621,19 +5599,6 @@ def fits(value: Any, form: Any) -> bool:
     return isinstance(value, form) and (form not in (int, float) or abs(value) < 1 << 53)
 
 
-def logged_result(text: str, place: Path) -> dict[str, Any]:
-    """The object of the last RESULT line of a log; raises `Refusal` where a field is missing."""
-    lines = re.findall(r"^RESULT (.*)$", text, re.M)
-    require(lines, f"{place}: no RESULT line, the run is not finished")
-    result = read_json(place, lines[-1])
-    broken = [n for n, form in RESULT_FORM.items() if not fits(result, {n: form})]
-    if not broken:
-        broken = [f"score {n}" for n, s in result["scores"].items() if not fits(s, SCORE_FORM)]
-        broken += [] if set() < set(result["scores"]) <= set(SCORES) else ["score"]
-    require(not broken, f"{place}: the RESULT line has no complete {', '.join(broken)}")
-    return result
-
-
 def read_documents_nats(path: Path) -> np.ndarray:
     """(documents, 3) targets, bytes and nats of each document; raises `Refusal` if damaged."""
     head, *lines = path.read_text(errors="replace").splitlines() or [""]
@@ -5646,9 +5611,17 @@ def read_documents_nats(path: Path) -> np.ndarray:
 
 
 def read_evidence(log: Path, name: str, mark: str, readable: Path) -> Evidence:
-    """The run of a log and the files beside it, whose names bear `mark`; raises `Refusal`."""
+    """The run of a log's last RESULT line and the files beside it, whose names bear `mark`; raises
+    `Refusal` where a field is missing."""
     text, folder = log.read_text(encoding="utf-8", errors="replace"), log.parent
-    result = logged_result(text, log)
+    lines = re.findall(r"^RESULT (.*)$", text, re.M)
+    require(lines, f"{log}: no RESULT line, the run is not finished")
+    result = read_json(log, lines[-1])
+    broken = [n for n, form in RESULT_FORM.items() if not fits(result, {n: form})]
+    if not broken:
+        broken = [f"score {n}" for n, s in result["scores"].items() if not fits(s, SCORE_FORM)]
+        broken += [] if set() < set(result["scores"]) <= set(SCORES) else ["score"]
+    require(not broken, f"{log}: the RESULT line has no complete {', '.join(broken)}")
     documents = {n: folder / f"documents{mark}_{n}.txt" for n in result["scores"]}
     tables = {n: read_documents_nats(path) for n, path in documents.items() if path.exists()}
     return Evidence(name, text, result, folder / f"model{mark}.bin", folder / "train_gpt.py",
@@ -5860,15 +5833,10 @@ def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: s
     r = runs[0].result
     seed, ranks = r["seed"], r["world_size"]
     changed = run_block({n: v for n, v in r["changed_knobs"].items() if n != "seed"})
-    scores = [n for n in SCORES if n in r["scores"]]
     start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
-    seeds = [(e.result["seed"], *(f"{e.result['scores'][n]['val_bpb']:.8f}" for n in scores),
-              f"{e.score['val_loss']:.8f}", e.result["bytes"]["total"], e.result["steps"],
-              f"{e.score['seconds']:.1f}") for e in runs]
-    stages = r["seconds"] | {f"score {n}": r["scores"][n]["seconds"] for n in scores}
+    stages = r["seconds"] | {f"score {n}": s["seconds"] for n, s in r["scores"].items()}
     sections = {
-        "Scores (BPB by stage)": markdown(
-            [("seed", *scores, "val_loss", "bytes", "steps", "eval s"), *seeds]),
+        "Scores": markdown(report_table(runs)),
         f"Bytes (seed {seed})": markdown(
             [("part", "bytes"), *runs[0].said(r"^bytes:(\w+) (\d+)\b"),
              ("packed code", r["bytes"]["code"]), ("total", r["bytes"]["total"])]),
@@ -6250,9 +6218,10 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
         rows.append({"run": e.artifact.parent.name} |
                     {n.upper(): r["knobs"].get(n, "-") for n in differing} |
                     {f"{n} bpb": bpb.get(n, "-") for n in stages} |
-                    {"bytes": r["bytes"]["total"], "steps": r["steps"],
-                     "tok/s": f"{r['tokens_per_second']:.0f}",
+                    {"val_loss": f"{e.score['val_loss']:.5f}", "bytes": r["bytes"]["total"],
+                     "steps": r["steps"], "tok/s": f"{r['tokens_per_second']:.0f}",
                      "train s": f"{r['train_seconds']:.1f}",
+                     "eval s": f"{e.score['seconds']:.1f}",
                      "total s": f"{r['seconds']['total']:.1f}"})
     return [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
 

@@ -54,7 +54,7 @@ def coder_table(h: t.Hyperparameters, stored: dict) -> dict[str, dict[str, float
     count, rows = sum(c.size for c in codes.values()), {}
     for name in ("rans", *t.coders()):
         begin = time.perf_counter()
-        streams = t.pack_codes(h, codes, name, False)
+        streams, _ = t.pack_codes(t.replace(h, compressor=name), codes, False)
         middle = time.perf_counter()
         again = t.unpack_codes(h, streams, name)
         end = time.perf_counter()

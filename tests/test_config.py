@@ -156,7 +156,7 @@ def test_names_of_published_scripts_are_known(env, value):
     """Taken where we have the thing under another name; silent where the value is what is built in; a line, and no
     refusal, where no result depends on it."""
     assert from_env(env).changed() == value
-    said = tg.published_names(env)[1]
+    said = tg.known_names(env)[1]
     idle = {"WARMUP_STEPS", "CHECKPOINT_EVERY", "FUSED_CE_ENABLED"} & set(env)
     assert len(said) == bool(idle) and all(name in said[0] for name in idle)
 
@@ -184,7 +184,7 @@ def test_published_names_without_a_counterpart_are_told_at_once():
 def test_places_of_others_are_no_typos(env, lines):
     """What a container or a shell sets runs, with a line at most for each."""
     assert from_env(env) == from_env({})
-    assert lines is None or len(tg.near_misses(env)) == lines
+    assert lines is None or len(tg.known_names(env)[1]) == lines
 
 
 @pytest.mark.parametrize("env", [

@@ -138,7 +138,7 @@ def test_the_folder_trains_and_scores_from_inside(bench, tmp_path):
 def relog(folder: Path, seed: int, change) -> None:
     """Changes the RESULT of one log, with the lines above it and submission.json made to fit."""
     path = folder / f"train_seed{seed}.log"
-    result = t.logged_result(path.read_text(), path)
+    result = t.read_evidence(path, path.name, f"_seed{seed}", folder).result
     change(result)
     edit(path, "(?m)^RESULT .*$", lambda m: "RESULT " + json.dumps(result))
     for name, s in result["scores"].items():

@@ -89,4 +89,4 @@ def test_weights_decide_and_extremes_stay_in_range():
 def test_codes_travel_through_the_coder():
     x = torch.randn(2 * 16, 130, generator=torch.Generator().manual_seed(2)) * 5
     codes = trellis_codes(x, 8).view(2, 16, 130).transpose(1, 2).numpy()
-    assert np.array_equal(decode_codes(encode_codes([codes], 8), [(2, 130, 16)], 8)[0], codes)
+    assert np.array_equal(decode_codes(encode_codes([codes], 8)[0], [(2, 130, 16)], 8)[0], codes)
