@@ -454,9 +454,9 @@ demo | this script | legal | -
     TRAIN_SEQ_LEN=256 TRAIN_SEQ_SCHEDULE=64@0.1,128@0.7,256@1 TRAIN_BATCH_TOKENS=4096
     MICRO_BATCH_TOKENS=4096 MAX_WALLCLOCK_SECONDS=80 REHEARSAL_STEPS=1 TRAIN_LOG_EVERY=50
     LR_WARMUP_STEPS=20 WARMDOWN_ITERS=300 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
-    MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.98 GPTQ_CALIBRATION_BATCHES=8
-    BUDGET_BYTES=1_000_000 SCORES=prequant,quantized,sliding,ttt EVAL_SEQ_LEN=256 EVAL_STRIDE=64
-    EVAL_BATCH_TOKENS=4096 TTT_CHUNK_TOKENS=8192 TTT_LORA_LR=0.016 TTT_LORA_RANK=32
+    MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.98 GPTQ_CALIBRATION_BATCHES=4
+    ROUNDING_STEPS=2 BUDGET_BYTES=1_000_000 SCORES=prequant,quantized,sliding,ttt EVAL_SEQ_LEN=256
+    EVAL_STRIDE=64 EVAL_BATCH_TOKENS=4096 TTT_CHUNK_TOKENS=8192 TTT_LORA_LR=0.016 TTT_LORA_RANK=32
     TTT_LORA_ALPHA=16 TTT_LR=0.01 TTT_EPOCHS=2 TTT_BATCH_SEQS=16
 
 sp1024 | what #398, #578 and #1364 share | legal | -
@@ -3775,13 +3775,18 @@ class Learning:
             with self.model.eager():
                 x = self.model.hidden(ids, self.plan)
             loss = divergence(self.model, x, truth, self.table)
-            for w, g, group, rate in zip(free, torch.autograd.grad(loss, free), adam.param_groups,
-                                         rates):
-                w.grad, group["lr"] = self.world.mean(g), rate * (1 - number / steps)
+            grads = torch.autograd.grad(loss, free, allow_unused=True, materialize_grads=True)
+            for w, grad, group, rate in zip(free, grads, adam.param_groups, rates):
+                w.grad, group["lr"] = self.world.mean(grad), rate * (1 - number / steps)
             adam.step()
             mean += loss.detach() / steps
         adam.zero_grad()
         return float(self.world.mean(mean))
+
+
+def in_turn(h: Hyperparameters) -> list[str]:
+    """Names of the banks that are rounded one after the other, if they are."""
+    return tapped(h) if h.rounding_steps and h.step_search != "uniform" else []
 
 
 def round_in_turn(model: GPT, found: Curvature, code: int, world: World, log: Log) -> Fitted:
@@ -3789,10 +3794,9 @@ def round_in_turn(model: GPT, found: Curvature, code: int, world: World, log: Lo
     banks are rounded one after the other, by the steps that a first search finds, and after each
     those that are left make up for its errors (arXiv 2402.04396); the last one takes the bytes that
     are left. Rank 0 rounds, all ranks learn."""
-    h, names, done = model.h, tapped(model.h), {}
+    h, names, done = model.h, in_turn(model.h), {}
     fitted = fit_budget(model, found, code, log) if world.main else Fitted(b"", {}, {})
-    fits = world.share(len(fitted.blob) + code <= h.budget_bytes)
-    if not (fits and names and h.rounding_steps) or h.step_search == "uniform":
+    if not (world.share(len(fitted.blob) + code <= h.budget_bytes) and names):
         return fitted
     learning = Learning(model, found, world)
     for number, name in enumerate(names[:-1], 1):
@@ -5219,10 +5223,11 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
     pace = Clock(t.world)
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, found), quick=True)[0])
-    Learning(t.model, found, t.world).make_up(tapped(h)[:1], 1)
     load_stored(t.model, again)
+    if in_turn(h):
+        Learning(t.model, found, t.world).make_up(in_turn(h)[:1], 1)
     # the search rounds and packs about five times; a step that makes up has its share of tokens
-    cost["quantise"] = 5 * pace.read_s() + step_s * (len(tapped(h)) - 1) * h.rounding_steps * (
+    cost["quantise"] = 5 * pace.read_s() + step_s * len(in_turn(h)) * h.rounding_steps * (
         MAKE_UP_ROWS * h.train_seq_len / h.train_batch_tokens)
     fake = rehearsal_text(h, data)
     for name in wanted_scores(h):

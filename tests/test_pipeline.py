@@ -291,8 +291,8 @@ def lacking(patch, tmp_path) -> dict[str, tuple[dict, str]]:
     }
 
 
-@pytest.mark.parametrize("names", [["brotli"], ["disk"], ["shards"], ["clock"], ["ranks"], ["logs"], ["tokenizer"],
-                                   ["brotli", "disk", "shards", "clock", "ranks", "logs"]])
+@pytest.mark.parametrize("names", [["brotli"], ["disk"], ["shards"], ["ranks"], ["logs"], ["tokenizer"],
+                                   ["brotli", "disk", "shards", "ranks", "logs"]])
 def test_preflight_lists_exactly_what_is_missing(names, tmp_path, monkeypatch):
     """Each alone, and all at once in one refusal."""
     checked(tmp_path)
