@@ -101,4 +101,6 @@ def on_ranks(size: int, work, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (size, port, work, arguments), nprocs=size)
+    # Forked ranks need no second import of torch, which takes longer than most of what they do. CUDA does not outlive a fork.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(rank_main, (size, port, work, arguments), nprocs=size, start_method=method)
