@@ -1,9 +1,13 @@
-"""What all tests share: the module on the path, a tiny model, small shards, the script as users run it, several ranks."""
+"""What all tests share: the module on the path, a tiny model, small shards, the script as users run it or forked, several
+ranks."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # read at import: workers of the suite share the cores
@@ -18,6 +22,17 @@ sys.path.insert(0, str(REPO))
 import train_gpt as tg
 
 torch.set_num_threads(1)
+
+# Files that take longest, so that no worker of the suite ends long after the others with one of them.
+LONGEST_FIRST = ["ttt", "recipes", "tools", "pipeline", "fast_paths", "kernels", "artifact", "counts", "nodes", "bench", "real_life",
+                 "data", "fuzz", "model", "world", "config"]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The longest files first; the others and the tests of each file keep their order."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 # Every seam is in use: grouped heads, a loop, skips, lanes, XSA on some layers only, both gates; fp32, no compiler.
 TINY = dict(
@@ -84,6 +99,64 @@ def run_script(env: dict[str, object], *args: str, cwd: Path, processes: int = 1
     return subprocess.run(command, cwd=cwd, env=clean_env(**env), capture_output=True, text=True, timeout=300)
 
 
+def forked(work) -> int:
+    """The id of a new process that ends with the status that `work()` returns."""
+    if child := os.fork():
+        return child
+    status = 70
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = work()
+    finally:
+        os._exit(status)
+
+
+def ended(child: int, limit_s: float = 60) -> int:
+    """The exit status of the process; kills it after the limit."""
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def start_forked(env: dict[str, object], *args: str, cwd: Path, out: int, errors: int) -> int:
+    """The id of a process that does what train_gpt.py would do there with the knobs `env`, and writes to two descriptors: forked
+    from this one, since a new interpreter imports torch for longer than most runs of tests take."""
+    def work() -> int:
+        """The life of that process."""
+        os.dup2(out, 1), os.dup2(errors, 2)
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+        ours = clean_env(**env)
+        os.environ.clear()
+        os.environ.update(ours)
+        os.chdir(cwd)
+        status = tg.main([*map(str, args)], os.environ)
+        sys.stdout.flush()
+        return status
+
+    return forked(work)
+
+
+def run_forked(env: dict[str, object], *args: str, cwd: Path, limit_s: float = 600) -> subprocess.CompletedProcess:
+    """Like `run_script` for one process, forked from this one."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        status = ended(start_forked(env, *args, cwd=cwd, out=out.fileno(), errors=errors.fileno()), limit_s)
+        return subprocess.CompletedProcess(args, status, said_in(out), said_in(errors))
+
+
+def said_in(file) -> str:
+    """All text of an open file."""
+    file.seek(0)
+    return file.read().decode()
+
+
 def rank_main(rank: int, size: int, port: int, work, arguments: tuple) -> None:
     """One rank of `on_ranks`."""
     torch.set_num_threads(1)
@@ -101,4 +174,6 @@ def on_ranks(size: int, work, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (size, port, work, arguments), nprocs=size)
+    # Forked ranks need no second import of torch, which takes longer than most of what they do. CUDA does not outlive a fork.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(rank_main, (size, port, work, arguments), nprocs=size, start_method=method)

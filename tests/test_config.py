@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 import train_gpt as tg
-from conftest import REPO, clean_env, run_script
+from conftest import REPO, clean_env
 
 FIELDS = {f.name: f for f in dataclasses.fields(tg.Hyperparameters)}
 from_env = tg.Hyperparameters.from_env
@@ -197,20 +198,22 @@ def test_numbers_beyond_all_use_are_refused(env):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("way", ["spec", "exec"])
-def test_loaders_need_not_register_the_module(way, packed, tmp_path):
+def test_loaders_need_not_register_the_module(packed, tmp_path, capfd):
     """The community's review robot executes a submission without putting it into sys.modules (parameter-golf #906)."""
     path = REPO / "train_gpt.py"
     if packed:
         path = tmp_path / "packed.py"
         path.write_bytes(tg.pack_source((REPO / "train_gpt.py").read_text(), "RECIPE=demo"))
-    spec = ("import importlib.util as u; s = u.spec_from_file_location('sub', P); m = u.module_from_spec(s); "
-            "s.loader.exec_module(m); print(m.Hyperparameters().num_layers)")
-    run = ("d = {'__name__': 'sub', '__file__': P}; exec(compile(open(P, 'rb').read(), P, 'exec'), d); "
-           "print(d['Hyperparameters']().num_layers)")
-    code = f"P = {str(path)!r}; " + dict(spec=spec, exec=run)[way]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_env(), cwd=tmp_path)
-    assert done.stdout == "11\n", done.stderr
+    spec = importlib.util.spec_from_file_location("by_spec", path)
+    module, names = importlib.util.module_from_spec(spec), {"__name__": "by_exec", "__file__": str(path)}
+    try:
+        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), names)
+        assert module.Hyperparameters().num_layers == names["Hyperparameters"]().num_layers == 11
+    finally:    # where the script has put an empty module
+        for name in ("by_spec", "by_exec"):
+            sys.modules.pop(name, None)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_recipes():
@@ -253,15 +256,16 @@ def test_unknown_recipe_is_refused():
     assert str(refusal.value).startswith("RECIPE=record,dmo: there is no recipe 'dmo'; did you mean 'demo'?; known: record,")
 
 
-def test_help_lists_every_knob():
-    """Name, type, default and meaning of each, in the order of the table, by the real command; exit status 0."""
-    done = run_script({}, "--help", cwd=REPO)
-    assert done.returncode == 0 and not done.stderr
-    rows = re.findall(r"^  ([A-Z][A-Z0-9_]+) +(\w+) (.*)$", done.stdout, re.M)
+def test_help_lists_every_knob(capsys):
+    """Name, type, default and meaning of each, in the order of the table; status 0. The real command: test_real_life.py."""
+    assert tg.main(["--help"], {}) == 0
+    said = capsys.readouterr()
+    assert not said.err
+    rows = re.findall(r"^  ([A-Z][A-Z0-9_]+) +(\w+) (.*)$", said.out, re.M)
     assert [name for name, _, _ in rows] == [name.upper() for name in FIELDS]
     for (name, kind, rest), f in zip(rows, FIELDS.values()):
         assert kind == f.type and rest.strip().startswith(str(f.default)) and rest.endswith(f.metadata["meaning"]), name
-    assert all(recipe in done.stdout for recipe in tg.RECIPES)
+    assert all(recipe in said.out for recipe in tg.RECIPES)
 
 
 def test_help_by_group(capsys):
@@ -282,15 +286,15 @@ def test_there_are_at_most_115_knobs():
     assert len(FIELDS) <= 115
 
 
-def test_refusals_reach_the_user(tmp_path):
-    """One sentence on standard error, status 2, no traceback, nothing left behind."""
+def test_refusals_reach_the_user(tmp_path, monkeypatch, capsys):
+    """One sentence on standard error, status 2, nothing left behind. The real command: test_pipeline.py."""
+    monkeypatch.chdir(tmp_path)
     for env, args, sentence in [
             (dict(RECIPE="demo", NUM_LAYER=3), (), "NUM_LAYER is no knob; did you mean NUM_LAYERS? (it is set to '3')"),
             ({}, ("evl", "x"), "unknown verb 'evl'; did you mean 'eval'?; expected data, eval, submit, verify, report, sweep, "
              "--help, or nothing for a run")]:
-        done = run_script(env, *args, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"train_gpt.py: error: {sentence}"
-        assert "Traceback" not in done.stderr and not done.stdout
+        assert tg.main([*args], clean_env(**env)) == 2
+        assert capsys.readouterr() == ("", f"train_gpt.py: error: {sentence}\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,4 @@
-"""The real command from end to end on the embedded corpus, what it leaves behind, and how it says
-no."""
+"""The command from end to end on a quarter of the embedded corpus, what it leaves behind, and how it says no."""
 from __future__ import annotations
 
 import ast
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPO, TINY, clean_env, run_script, write_dataset
-from support import remembering, settings, t
+from conftest import TINY, clean_env, ended, run_forked, run_script, start_forked, write_dataset
+from support import settings, t
 
 SMALL = dict(VOCAB_SIZE=512,
              NUM_LAYERS=2,
@@ -55,9 +54,11 @@ RESULT_KEYS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str, dict]:
-    """(folder of the run, its standard output, result.json) of one run of the real command."""
-    cwd = tmp_path_factory.mktemp("pipeline")
-    done = run_script(SMALL | dict(RUN_ID="one", DATA_DIR=cwd / "data"), cwd=cwd)
+    """(folder of the run, its standard output, result.json) of one run of the command."""
+    cwd, documents = tmp_path_factory.mktemp("pipeline"), t.embedded_documents()
+    with pytest.MonkeyPatch.context() as patch:    # every document is scored ten times in this file
+        patch.setattr(t, "embedded_documents", lambda: documents[::4])
+        done = run_forked(SMALL | dict(RUN_ID="one", DATA_DIR=cwd / "data"), cwd=cwd)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     folder = cwd / "logs" / "one"
     return folder, done.stdout, json.loads((folder / "result.json").read_text())
@@ -163,13 +164,9 @@ def test_eval_reproduces_the_scores(finished, script, names):
     """A new process scores the artifact to the same eight digits, run by the readable or the packed
     script."""
     folder, printed, _ = finished
-    file = folder / "train_gpt.py" if script == "packed" else REPO / "train_gpt.py"
-    env = clean_env(DATA_DIR=folder.parents[1] / "data", SCORES=names)
-    done = subprocess.run([sys.executable, str(file), "eval", "model.bin"],
-                          cwd=folder,
-                          env=env,
-                          text=True,
-                          capture_output=True)
+    knobs = dict(DATA_DIR=folder.parents[1] / "data", SCORES=names)
+    done = (run_forked(knobs, "eval", "model.bin", cwd=folder) if script == "readable" else subprocess.run(
+        [sys.executable, "train_gpt.py", "eval", "model.bin"], cwd=folder, env=clean_env(**knobs), text=True, capture_output=True))
     assert done.returncode == 0, done.stderr[-2000:]
     wanted = {name: exact(printed)[name] for name in names.split(",")}
     assert exact(done.stdout) == wanted
@@ -237,7 +234,13 @@ def upper(knobs: dict) -> dict:
     return {name.upper(): value for name, value in knobs.items()}
 
 
-def test_over_the_budget_everything_is_saved_and_the_status_says_so(tmp_path, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs without the seconds of packing the script."""
+    monkeypatch.setattr(t, "pack_source", lambda *_: b"# packed\n")
+
+
+def test_over_the_budget_everything_is_saved_and_the_status_says_so(quick, tmp_path, capsys):
     """BUDGET_BYTES too small: the run is complete, marked, and refused at its end."""
     data = write_dataset(tmp_path / "shards", settings())
     env = clean_env(**upper(TINY),
@@ -449,20 +452,21 @@ def test_two_processes_with_one_run_id(tmp_path, capsys):
     log.lock.close()
 
 
-def test_after_kill_9_the_same_command_goes_on(tmp_path, monkeypatch):
+def test_after_kill_9_the_same_command_goes_on(quick, tmp_path):
     """A process killed in mid-training leaves a good checkpoint; the next one makes the artifact
     that was to be made, and clears the checkpoints away."""
-    monkeypatch.setattr(t, "pack_source", remembering(t.pack_source))
     data = write_dataset(tmp_path / "shards", settings())
     env = clean_env(**upper(TINY) | dict(ITERATIONS=12, CHECKPOINT_EVERY_S="1e-9", LOGS_DIR=tmp_path / "logs",
                                          RECIPE="record", DATA_PATH=data, SCORES="quantized"))
     assert t.main([], env | dict(RUN_ID="whole")) == 0
-    process = subprocess.Popen([sys.executable, str(REPO / "train_gpt.py")], env=env | dict(RUN_ID="cut"),
-                               stdout=subprocess.PIPE, text=True)
+    reader, writer = t.os.pipe()
+    child = start_forked(env | dict(RUN_ID="cut"), cwd=tmp_path, out=writer, errors=2)
+    t.os.close(writer)
     folder = tmp_path / "logs" / "cut"
-    assert any(line.startswith("step:3/") for line in process.stdout)
-    process.kill()
-    process.communicate()
+    with open(reader) as printed:
+        assert any(line.startswith("step:3/") for line in printed)
+        t.os.kill(child, t.signal.SIGKILL)
+        assert ended(child) == -t.signal.SIGKILL
     assert t.checkpoints(folder) and not (folder / "result.json").exists()
     (folder / ".model.bin.1.partial").touch()    # what a process killed while it writes leaves
     assert t.main([], env | dict(RUN_ID="cut")) == 0
