@@ -55,6 +55,7 @@ import inspect
 import io
 import itertools
 import json
+import linecache
 import lzma
 import math
 import os
@@ -92,24 +93,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SOURCE = inspect.currentframe().f_code.co_filename    # `exec`, or a pipe, leaves no __file__
+SCRIPT = SOURCE.removesuffix("*")    # a packed one is told from the text in it
+
 
 def optional(name: str) -> Any:
-    """The named module, or None where it is not installed, as what needs it then says."""
+    """The named module, or None where it is not installed or broken; what needs it says so before
+    the clock starts."""
     try:
         # with a fromlist, a dotted name gives its last part instead of its first
-        return __import__(name, fromlist=["*"])
-    except ImportError:
+        module = __import__(name, fromlist=["*"])
+        return module if module.__spec__.origin else None    # None: a mere folder of that name
+    except Exception:    # a package that was half removed, or built for another torch
         return None
 
 
-brotli, zstandard, sentencepiece = optional("brotli"), optional("zstandard"), optional(
-    "sentencepiece")
+brotli, zstandard, sentencepiece = map(optional, ("brotli", "zstandard", "sentencepiece"))
 fcntl, resource = optional("fcntl"), optional("resource")    # which Windows has not
 flash_attn_3, flash_attn_2 = optional("flash_attn_interface"), optional("flash_attn")
 # a second of importing, for nothing where torch was built without GPUs
 torch_varlen = optional("torch.nn.attention.varlen") if torch.backends.cuda.is_built() else None
-descriptors = optional("triton.tools.tensor_descriptor")
-triton, tl = optional("triton"), optional("triton.language")    # not in CPU builds of torch
+# not in CPU builds of torch, nor of use where the text of a kernel cannot be read
+descriptors, triton, tl = (optional(f"triton{part}") if linecache.getline(SOURCE, 1) else None
+                           for part in (".tools.tensor_descriptor", "", ".language"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"    # kernels then run on the CPU, slowly
 VARLEN_OPTIONS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
 # torch 2.10 has is_causal; later releases say the same by a window that looks back without end.
@@ -168,14 +174,14 @@ def one_of(names: str, meaning: str) -> Any:
     return knob(known[0], f"{meaning}: {', '.join(known)}", lambda value: value in known)
 
 
-def lists(default: str, names: str, meaning: str) -> Any:
-    """A setting that is a list of these names, joined by commas, or empty."""
-    known = {"", *names.split()}
+def lists(default: str, names: str, meaning: str, *others: str) -> Any:
+    """A setting that is a list of these names, or of `others`, joined by commas."""
+    known = {*names.split(), *others}
     return knob(default, f"{meaning}, of {names}", lambda value: set(value.split(",")) <= known)
 
 
 positive, natural = lambda v: v > 0, lambda v: v >= 0    # checks of a value
-fraction, below_one = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1
+fraction, below_one, few = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1, lambda v: 0 <= v <= 1000
 # knobs that say where things lie, or how a run is called
 PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
 # in the order of the pipeline
@@ -219,7 +225,7 @@ class Hyperparameters:
     rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
     qk_gain_init: float = knob(5.25, "initial gain of each query head after the QK norm", positive)
     ln_scale: bool = knob(True, "divide each layer's normalised input by sqrt(layer + 1)")
-    xsa_last_n: int = knob(11, "last layers of exclusive attention (arXiv 2603.09078)", natural)
+    xsa_last_n: int = knob(11, "last layers of exclusive attention (arXiv 2603.09078)", few)
     head_gate_scale: float = knob(0.5, "slope of the sparse head gate (#1787); 0: none", natural)
     smear_gate: str = one_of("token channel none", "mixes in the token before, by gates per (#162)")
     num_loops: int = knob(2, "extra passes over LOOP_START to LOOP_END", lambda v: 0 <= v <= 100)
@@ -238,7 +244,7 @@ class Hyperparameters:
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step over all ranks", positive)
     micro_batch_tokens: int = knob(98304, "tokens of one forward pass on one rank", positive)
     train_seq_len: int = knob(2048, "context and longest document piece, tokens", lambda v: v > 1)
-    rehearsal_steps: int = knob(3, "rehearsed steps of each depth plan; 0: no rehearsal", natural)
+    rehearsal_steps: int = knob(3, "rehearsed steps of each depth plan; 0: no rehearsal", few)
     lr_warmup_steps: int = knob(0, "steps over which the rates rise linearly", natural)
     warmdown_frac: float = knob(0.85, "last share of training, of linearly falling rates", fraction)
     min_lr: float = knob(0.1, "share of the peak rate at which the warmdown ends", fraction)
@@ -278,7 +284,7 @@ class Hyperparameters:
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
-    scores: str = lists("quantized,sliding,ttt", " ".join(SCORES), "scores of the artifact")
+    scores: str = lists("quantized,sliding,ttt", " ".join(SCORES), "scores of the artifact", "")
     eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
     eval_batch_tokens: int = knob(262144, "tokens of a scoring pass on one rank", positive)
@@ -286,17 +292,18 @@ class Hyperparameters:
     ttt_enabled: bool = knob(True, "score-first test-time training (the score `ttt`)")
     ttt: str = one_of("stream phased chunk", "form of test-time training")
     ttt_stream_chunk: int = knob(16, "tokens scored before a document's adapters learn", positive)
-    ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", natural)
+    ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", few)
     ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
     ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over chunks n", natural)
     ttt_learners: int = knob(
-        3, "predictors mixed by past losses; the last of several never learns", positive)
+        3, "predictors mixed by past losses; the last of several never learns",
+        lambda v: 0 < v <= 100)
     ttt_targets: str = lists("q,v,o,mlp,head", "q k v o mlp head", "adapted maps")
     ttt_lora_rank: int = knob(32, "rank R of the per-row adapters", positive)
     ttt_lora_alpha: float = knob(16.0, "adapters are scaled by this / TTT_LORA_RANK", natural)
     ttt_chunk_tokens: int = knob(32768, "tokens scored before all weights learn", positive)
     ttt_lr: float = knob(0.002, "SGD rate of all weights at first; falls as a cosine", natural)
-    ttt_epochs: int = knob(3, "passes over each scored chunk", natural)
+    ttt_epochs: int = knob(3, "passes over each scored chunk", few)
     ttt_batch_seqs: int = knob(32, "sequences of TRAIN_SEQ_LEN per step, over all ranks", positive)
     ttt_freeze_blocks: int = knob(0, "first layers that all-weights adaptation leaves", natural)
     ttt_lr_ramp: float = knob(1.0, "share of its rate in the first layer, rising to all", fraction)
@@ -326,7 +333,7 @@ class Hyperparameters:
     ttt_phases: int = knob(3, "parts of the stream between which phased learns", positive)
     ttt_max_chunks: int = knob(0, "parts SGD learns from, its cosine's length; 0: all", natural)
     ttt_ema_decay: float = knob(0.0, "decay of the average of SGD's weights that scores", below_one)
-    prequant_ttt_epochs: int = knob(0, "passes of adaptation before scoring (#1364)", natural)
+    prequant_ttt_epochs: int = knob(0, "passes of adaptation before scoring (#1364)", few)
     prequant_ttt_lr: float = knob(5e-4, "their first rate", natural)
     prequant_ttt_data: str = one_of(
         "train val after", "their text: held out of training, by AdamW before GPTQ; val likewise; "
@@ -338,9 +345,8 @@ class Hyperparameters:
             # an infinite rate is `natural`, and would show only as a loss that is not finite; whole
             # numbers beyond 2^53 are none to the floats that they meet
             value = getattr(self, f.name)
-            number = isinstance(value, (int, float)) and f.name != "seed"
-            if number and not abs(value) < 1 << 53 or not f.metadata["check"](value):
-                raise Refusal(
+            exact = isinstance(value, str) or f.name == "seed" or abs(value) < 1 << 53
+            require(exact and f.metadata["check"](value),
                     f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
         # A step is whole micro-batches and a micro-batch whole rows, so that tokens weigh alike;
         # learning cuts a chunk into such rows and drops what is left over.
@@ -374,8 +380,7 @@ class Hyperparameters:
              "LATE_QAT_THRESHOLD={late_qat_threshold} needs TRELLIS_STATES=0, not "
              "{trellis_states}"),
         ):
-            if not holds:
-                raise Refusal(why.format(**asdict(h)))
+            require(holds, why.format(**h.__dict__))
 
     @property
     def head_dim(self) -> int:
@@ -482,13 +487,12 @@ prequant | adaptation before GPTQ, #1364 | breaks C3 | -
 
 baseline | openai/parameter-golf, NaiveBaseline | legal | 1.2244
     published on an older export of the validation set
-    RECIPE=sp1024 NUM_LAYERS=9 MLP_MULT=2 ROPE_DIMS=64 ROPE_BASE=10000 LN_SCALE=0
-    SMEAR_GATE=none BIGRAM_VOCAB_SIZE=0 MATRIX_INIT=uniform TRAIN_BATCH_TOKENS=524288
-    MICRO_BATCH_TOKENS=65536 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 MATRIX_LR=0.04 SCALAR_LR=0.04
-    TIED_EMBED_LR=0.05 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
-    MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0 EMBED_WD=0 ADAM_WD=0 GRAD_CLIP_NORM=0 EMA_DECAY=0
-    MATRIX_BITS=8 GPTQ_ROLES=none COMPRESSOR=zlib SCORES=quantized EVAL_SEQ_LEN=1024
-    EVAL_STRIDE=1024
+    RECIPE=sp1024 NUM_LAYERS=9 MLP_MULT=2 ROPE_DIMS=64 ROPE_BASE=10000 LN_SCALE=0 SMEAR_GATE=none
+    BIGRAM_VOCAB_SIZE=0 MATRIX_INIT=uniform TRAIN_BATCH_TOKENS=524288 MICRO_BATCH_TOKENS=65536
+    TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 MATRIX_LR=0.04 SCALAR_LR=0.04 TIED_EMBED_LR=0.05
+    MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0
+    EMBED_WD=0 ADAM_WD=0 GRAD_CLIP_NORM=0 EMA_DECAY=0 MATRIX_BITS=8 GPTQ_ROLES=none COMPRESSOR=zlib
+    SCORES=quantized EVAL_SEQ_LEN=1024 EVAL_STRIDE=1024
 
 pr398 | #398 | breaks C3 | 1.1221
     as sp1024
@@ -595,7 +599,8 @@ def parse_knobs(variables: Mapping[str, str]) -> dict[str, Any]:
                    bool=(lambda s: switch[s.strip().lower()], "0 or 1"))
     values = {}
     for name, raw in variables.items():
-        parse, wanted = parsers[KNOBS[name].type]
+        place = name.endswith(("_DIR", "_PATH"))    # files of variables keep the ~ of a shell
+        parse, wanted = (os.path.expanduser, "") if place else parsers[KNOBS[name].type]
         try:
             values[name.lower()] = parse(raw)
         except (ValueError, KeyError):
@@ -672,8 +677,9 @@ def known_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
             idle.append(f"{name}={value}")
         elif name in BUILT_IN or like(ABSENT):
             absent += [f"{name}={value}"] * (name in BUILT_IN or value not in ("", "0", "false"))
-        elif len(name) > 4 and (close := words.get(tuple(sorted(name.upper().split("_")))) or
-                                "".join(difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87))):
+        elif (len(name) > 4 or name.upper() in KNOBS) and (
+                close := words.get(tuple(sorted(name.upper().split("_")))) or
+                "".join(difflib.get_close_matches(name.upper(), KNOBS, 1, 0.87))):
             told = f"{name} is no knob; did you mean {close}? (it is set to {value!r})"
             require(close == "RUN_ID" or re.search("(DIR|PATH|ROOT|FILE)S?$", name), told)
             lines.append(told)
@@ -748,7 +754,7 @@ def heed(handler: Any) -> dict[int, Any]:
     the warnings of schedulers); returns what answered before."""
     if threading.current_thread() is not threading.main_thread():    # which alone has signals
         return {}
-    names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"} & {*dir(signal)}
+    names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"} & {*dir(signal)}
     numbers = [getattr(signal, name) for name in sorted(names)]
     # nohup ignores hangups, and means it; SIGINT is ignored in whatever a script starts with "&"
     return {number: signal.signal(number, handler) for number in numbers
@@ -1170,8 +1176,7 @@ class Log:
 # with them is refused here with its file and place, before the clock starts where it can be.
 # ==================================================================================================
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1    # fixed by the published export
-HEADER_BYTES = 256 * 4
-BOS = 1
+HEADER_BYTES, BOS = 256 * 4, 1
 CASEOPS_VAL_TOKENS = 47_851_520    # of the published CaseOps validation set, its tail cut off
 
 
@@ -1352,9 +1357,8 @@ class Validation:
     @classmethod
     def of(cls, tokens: np.ndarray, target_bytes_: np.ndarray) -> Validation:
         """From tokens (N + 1,) and bytes per target (N,)."""
-        starts = np.flatnonzero(tokens[:-1] == BOS)
         return cls(torch.from_numpy(tokens.astype(np.int64)), target_bytes_.astype(np.int64),
-                   np.unique([0, *starts, len(tokens) - 1]))
+                   np.unique([0, *np.flatnonzero(tokens[:-1] == BOS), len(tokens) - 1]))
 
 
 class Dataset(NamedTuple):
@@ -1440,6 +1444,9 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     held = [path for path in held if path not in sidecars]    # whose names fit its pattern as well
     for side, paths in (("train", train), ("val", held)):
         require(paths, f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
+    numbers = sorted(int(n) for path in held for n in re.findall(r"_val_(\d+)", path.stem))
+    require(all(b - a == 1 for a, b in itertools.pairwise(numbers)), f"DATA_PATH={folder}: its "
+            f"validation files have the numbers {numbers}; one is missing, or there twice")
     shards = [read_shard(path) for path in train]
     tokens = np.concatenate([read_shard(path) for path in held])
     check_origin(h, folder, len(sidecars), len(tokens), log)
@@ -1611,7 +1618,7 @@ def delivered(out: Path, option: str = "--to") -> Iterator[Path]:
     # an error, too, where another process was faster
     with refusing(f"{option} {out}: cannot be made", OSError):
         out = Path(os.path.abspath(out))    # the name of "." is that of the folder
-        there = out.exists()
+        there = os.path.lexists(out)    # a link to nothing is in the way
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.",
                                          dir=out if there else out.parent) as workshop:
@@ -1820,8 +1827,7 @@ def raw_bytes(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int], t
     # Cuts between tokens go from normalised bytes, where a space is U+2581, back to characters.
     normalised, offsets = tokenizer.normalize(text, with_offsets=True)
     sizes, pieces = utf8_widths(normalised), tokenizer.id_to_piece(ids)
-    widths = np.where(tokenizer.is_byte(ids), 1, [len(piece.encode()) for piece in pieces])
-    ends = np.cumsum(widths)
+    ends = np.cumsum(np.where(tokenizer.is_byte(ids), 1, [len(piece.encode()) for piece in pieces]))
     require(ends[-1] == sizes.sum(), f"tokenizer: its pieces cover {ends[-1]} of {sizes.sum()} "
             "bytes of a document; without byte pieces the sidecar cannot be exact")
     before = np.concatenate([[0], np.cumsum(weights)])[np.array(offsets)]
@@ -2081,7 +2087,7 @@ def fetch_published(arguments: list[str]) -> dict[str, Any]:
         shutil.rmtree(workshop, ignore_errors=True)
     log("data: train on it with " + f"VOCAB_SIZE={V} " * (V != str(Hyperparameters.vocab_size)) +
         f"DATA_DIR={shlex.quote(o.out)} " * (o.out != Hyperparameters.data_dir) +
-        f"torchrun --standalone --nproc_per_node=8 {shlex.quote(os.path.relpath(__file__))}")
+        f"torchrun --standalone --nproc_per_node=8 {shlex.quote(os.path.relpath(SCRIPT))}")
     return dict(published=o.published, out=o.out)
 
 
@@ -2244,8 +2250,7 @@ def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple
 
 def repeated(h: Hyperparameters, t: Tensor) -> Tensor:
     """(NUM_LAYERS, ...) -> (slices, ...): with UNTIE_LOOPS each extra step's row is its layer's."""
-    again = [t[h.loop_start:h.loop_end + 1]] * h.num_loops
-    return torch.cat([t, *again]) if h.untie_loops else t
+    return torch.cat([t, *[t[h.loop_start:h.loop_end + 1]] * h.num_loops]) if h.untie_loops else t
 
 
 # ==================================================================================================
@@ -2449,8 +2454,7 @@ def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") 
     # On CPUs the cache is multiplied where it lies: joined as above it would be copied each time.
     logits = torch.cat((Q @ past.keys.mT, Q @ k.mT), -1).view(B, H, C, -1)
     p = (logits + past.seen).softmax(-1).view(B, K, -1, M + C)
-    y = p[..., :M] @ past.values + p[..., M:] @ v
-    return ungroup(y.view(B, K, H // K, C, E))
+    return ungroup((p[..., :M] @ past.values + p[..., M:] @ v).view(B, K, H // K, C, E))
 
 
 # One layer's slice of every bank, None where the model has no such role; gains and scales stay
@@ -2740,8 +2744,7 @@ def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
     one (arXiv 1308.3432); other roles as they are."""
     if role.optim != "muon" or role.bits == 16:
         return w
-    coded = round_rows(w.detach(), role.bits, role.sigmas, h.clip_search)
-    return w + (coded.decode() - w).detach()
+    return w + (round_rows(w.detach(), role.bits, role.sigmas, h.clip_search).decode() - w).detach()
 
 
 class Cache:
@@ -2771,8 +2774,7 @@ class Cache:
         # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
         ago = (self.at - 1 - slots) % len(slots) + 1
         seen = (ago <= behind[:, None, None]) & (ago + place[:, None] < self.T)
-        own = (place[:, None] >= place).expand(len(behind), -1, -1)
-        seen = torch.cat((seen, own), 2)[:, None]
+        seen = torch.cat((seen, (place[:, None] >= place).expand(len(behind), -1, -1)), 2)[:, None]
         self.seen = torch.where(seen, 0.0, -math.inf).to(self.ring.dtype)
         self.behind = behind
         # at a document's start there is no token before, and at its second only one
@@ -3281,12 +3283,16 @@ def train(t: Trainer, reserve_s: float, log: Log,
     return Trained(step, seconds, resumed), clock
 
 
+def check_finite(h: Hyperparameters, finite: object, told: str) -> None:
+    """Raises `Refusal` with the rates where training has left numbers that are none."""
+    require(finite, f"{told}: lower MATRIX_LR={h.matrix_lr}, TIED_EMBED_LR={h.tied_embed_lr} or "
+            f"SCALAR_LR={h.scalar_lr}, or check the shards")
+
+
 def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, log: Log) -> float:
     """Says one training line in the official form; returns its loss, which must be finite."""
     value = float(t.world.mean(loss.clone()))
-    require(math.isfinite(value), f"the loss is {value} at step {step}: lower MATRIX_LR="
-            f"{t.h.matrix_lr}, TIED_EMBED_LR={t.h.tied_embed_lr} or SCALAR_LR={t.h.scalar_lr}, or "
-            "check the shards")
+    check_finite(t.h, math.isfinite(value), f"the loss is {value} at step {step}")
     log(f"step:{step}/{last} train_loss:{value:.4f} train_time:{seconds * 1e3:.0f}ms "
         f"step_avg:{seconds * 1e3 / step:.2f}ms "
         f"tok/s:{step * t.h.train_batch_tokens / max(seconds, 1e-9):.0f}")
@@ -3343,6 +3349,8 @@ def curvature(model: GPT, world: World,
     for number, ids in enumerate(text.split(1) if taps else ()):
         dice.manual_seed(h.seed + world.rank + world.size * number)
         logits = model.logits(model.hidden(ids, plan)[0], model.bank["embed"].to(model.dtype))
+        # one look for each rank, since the host waits for it
+        check_finite(h, number or logits.isfinite().all(), "training broke the weights")
         drawn = logits.detach().softmax(-1).multinomial(1, generator=dice)[:, 0]
         loss = F.cross_entropy(logits, drawn, reduction="sum")
         for n, G in zip(taps, torch.autograd.grad(loss, [model.bank[n] for n in taps])):
@@ -3562,8 +3570,7 @@ def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int =
             scale = high * wide[:, j, None]
             x = work[:, :, j] / scale
             # a trellis, whose path is a whole column, has no largest code: the coder escapes it
-            q = (trellis_codes(x, states, costs).float() if states else
-                 x.round().clamp_(-top, top))
+            q = (trellis_codes(x, states, costs).float() if states else x.round().clamp_(-top, top))
             error = (work[:, :, j] - q * scale) / upper[:, j, j, None]
             codes[:, :, j], errors[:, :, j - lo] = q, error
             work[:, :, j + 1:hi] -= error[..., None] * upper[:, None, j, j + 1:hi]
@@ -3964,8 +3971,7 @@ def fit_columns(symbols: np.ndarray) -> tuple[ColumnModel, np.ndarray]:
     share = np.bincount(used.ravel()).cumsum() / used.size
     lowest, highest = (int(np.searchsorted(share, edge)) for edge in (0.0005, 0.9995))
     used = (used.clip(lowest, highest) - lowest).astype(np.uint8)
-    used = used.repeat(np.diff(refreshes(rows), append=rows), 1)
-    width = int(sizes.max()) + 1
+    used, width = used.repeat(np.diff(refreshes(rows), append=rows), 1), int(sizes.max()) + 1
     cell = used.astype(np.int32) * width + sizes
     counts = np.bincount(cell.ravel(), minlength=(highest - lowest + 1) * width).reshape(-1, width)
     weights = counts * (2 << RANS_BITS) // counts.max(1, keepdims=True).clip(1)
@@ -4011,8 +4017,7 @@ def unfold(symbols: np.ndarray, excess: np.ndarray) -> np.ndarray:
 def check_trellis(codes: np.ndarray, states: int) -> None:
     """Raise ValueError unless parities of codes (L, R, C) follow the trellis down each column: the
     decoder takes a table by the state, and would read them as other codes."""
-    follow = trellis_next(states).astype(np.uint8)
-    state = np.zeros_like(codes[:, 0], np.uint8)
+    follow, state = trellis_next(states).astype(np.uint8), np.zeros_like(codes[:, 0], np.uint8)
     for row in range(codes.shape[1]):
         if ((codes[:, row] ^ state) & 1).any():
             raise ValueError(f"codes {codes.shape} leave the trellis of {states} states, row {row}")
@@ -4189,8 +4194,7 @@ def unpack_codes(h: Hyperparameters, streams: Sequence[bytes], coder: str) -> li
 def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """(bank, part of its grid, number format, shape) in the order of the artifact; banks of one tap
     share their columns, without a tap all columns are alike."""
-    shapes = coded_roles(h)
-    firsts = {roles(h)[n].tap: n for n in reversed(tapped(h))}.values()
+    shapes, firsts = coded_roles(h), {roles(h)[n].tap: n for n in reversed(tapped(h))}.values()
     return [*((n, "scale", "<f4", s[:1]) for n, s in shapes.items()),
             *((n, "row", "i1", s[:2]) for n, s in shapes.items()),
             *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
@@ -4203,8 +4207,7 @@ def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
     steps = b"".join(getattr(stored[n].grid, part).cpu().numpy().astype(kind).tobytes()
                      for n, part, kind, _ in grid_parts(h))
     plain = [v.cpu().numpy().ravel() for v in stored.values() if not isinstance(v, Coded)]
-    streams += [coders()["lzma"][0](raw, quick)
-                for raw in (steps, shuffled(np.concatenate(plain)))]
+    streams += [coders()["lzma"][0](raw, quick) for raw in (steps, shuffled(np.concatenate(plain)))]
     # every knob that was turned, not only the model's: `eval` then scores as the run did
     knobs, sizes = h.changed() | {n: getattr(h, n) for n in MODEL_KNOBS}, [*map(len, streams)]
     told = json.dumps(dict(knobs=knobs, coder=h.compressor, streams=sizes), separators=(",", ":"))
@@ -4234,8 +4237,7 @@ def unpack(blob: bytes, place: str = "artifact") -> tuple[Hyperparameters, Store
         banks[n] = Coded(torch.from_numpy(codes), Grid(found["scale", n], found["row", n], column))
     sizes = {n: math.prod(r.shape) for n, r in roles(h).items() if r.bits == 16}
     halves = expand(halves, 2 * sum(sizes.values()), "lzma")
-    plain = torch.from_numpy(unshuffled(halves, np.float16))
-    banks |= zip(sizes, plain.split([*sizes.values()]))
+    banks |= zip(sizes, torch.from_numpy(unshuffled(halves, np.float16)).split([*sizes.values()]))
     return h, {n: banks[n] if n in shapes else banks[n].view(r.shape) for n, r in roles(h).items()}
 
 
@@ -4280,9 +4282,10 @@ python_minifier = optional("python_minifier")
 # A packed script is one Python file: PACKED, a string literal of raw compressed bytes, and lines
 # that unpack the text, show it to `linecache` (for `inspect`, and so Triton) and run it in place.
 UNPACKER = (
-    b"import linecache,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
-    b"linecache.cache[__file__+'*']=len(_),None,[l+'\\n'for l in _.split('\\n')],__file__+'*'\n"
-    b"exec(compile(_,__file__+'*','exec'))\n")
+    b"import linecache,sys,CODER\n_=CODER.decompress(%b.encode('latin-1')).decode()\n"
+    b"f=sys._getframe().f_code.co_filename+'*'\n"
+    b"linecache.cache[f]=len(_),None,[l+'\\n'for l in _.split('\\n')],f\n"
+    b"exec(compile(_,f,'exec'))\n")
 
 
 def shipped(source: str) -> str:
@@ -4666,8 +4669,7 @@ def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: in
     world, late = ledger.world, {}
     rows, C = tiles(model.h, documents, steps, world)
     plan = document_plan(documents, C, rows, world, left)
-    learners = Learners(model, rows, C, steps)
-    ticks = watched(plan, name, log)
+    learners, ticks = Learners(model, rows, C, steps), watched(plan, name, log)
     if limit_s < math.inf:    # else ranks do not meet: one may have nothing `left`
         # The plain weights cost half a learner, and begin anew with documents that are under way.
         end, longest = len(plan), int(np.diff(documents).max()) // C
@@ -4683,8 +4685,7 @@ def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: in
 def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: str,
                   log: Log) -> None:
     """Scores batches of windows, which the ranks share, by weights that stay as they are."""
-    world = ledger.world
-    score(ledger, watched(batches[world.rank::world.size], name, log),
+    score(ledger, watched(batches[ledger.world.rank::ledger.world.size], name, log),
           functools.partial(model.run_nats, plan=depth_plan(model.h, looped=True)))
 
 
@@ -5063,8 +5064,7 @@ def kernels_trouble() -> str:
                        for n in ((200, 32), (48, 32), (32, 48)))
         y, found = torch.arange(200, device=device) % 48, []
         for fused in (True, False):
-            z = mlp(x, up, down, 0.5, fused=fused) @ up.mT
-            nats = softcapped_nats(z, y, 30.0, fused).sum()
+            nats = softcapped_nats(mlp(x, up, down, 0.5, fused=fused) @ up.mT, y, 30.0, fused).sum()
             slopes = torch.autograd.grad(nats, (x, up, down))
             found.append(torch.stack([nats, *(t.float().norm() for t in slopes)]))
         worst = float((found[0] / found[1] - 1).detach().abs().max())
@@ -5086,6 +5086,9 @@ def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], 
     if h.compile == "off":
         return "off"
     try:
+        if device.type == "cpu":    # torch would wait for one that hangs, without end
+            subprocess.run([*shlex.split(os.environ.get("CXX") or "g++"), "--version"],
+                           capture_output=True, timeout=60)
         fresh = os.getpid()    # no cache has this function yet, so that the compiler is asked
         torch.compile(lambda x: x.sin() * fresh + 1)(torch.ones(8, device=device))
     except Exception as error:    # whatever compilers, linkers and loaders may raise
@@ -5144,6 +5147,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
             wrong.append(str(error))
 
     package = dict(zstd="zstandard").get(h.compressor, h.compressor)
+    check(require, Path(SCRIPT).is_file(), f"{SCRIPT}: the bytes of this script count, so it must "
+          "be started from a file of its own")
     check(require, h.compressor in ("rans", *coders()),
           f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
     size = len(os.fsencode(h.run_id))    # what nearly all file systems take as a name
@@ -5154,12 +5159,12 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         if found and found[2:4] != [world.size, h.changed()]:
             wrong.append(f"RUN_ID={h.run_id}: its checkpoint was made by {found[2]} ranks with "
                          f"{found[3]}, not by {world.size} with {h.changed()}")
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
     need_bytes, free_bytes = 4 * h.budget_bytes, shutil.disk_usage(folder).free
     check(require, free_bytes >= need_bytes,
           f"{folder}: {free_bytes:,} bytes are free, the run needs {need_bytes:,}")
-    check(require, os.access(folder, os.W_OK), f"LOGS_DIR={h.logs_dir}: {folder} cannot be written")
+    check(require, folder.is_dir() and os.access(folder, os.W_OK),
+          f"LOGS_DIR={h.logs_dir}: {folder} is no folder that can be written")
     kernel = check(attention_kernel, h, world.device)
     if world.device.type == "cuda":
         need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
@@ -5279,7 +5284,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     data, held = hold_out(h, data, log) if h.prequant_ttt_epochs else (data, None)
     model = build_model(h, world)
     announce(h, model, world, data, log)
-    code = running_source(__file__, h)[1] if world.main else b""
+    code = running_source(SCRIPT, h)[1] if world.main else b""
     model.compile(compile_mode(h, world.device, log))
     graphs = [model.graphs()]
     trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), 0.0
@@ -5346,7 +5351,6 @@ def keep(blob: bytes, ledger: Mapping[str, int], code: bytes, h: Hyperparameters
 
 def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: Log) -> None:
     """The first lines of a log: everything that is needed to repeat the run."""
-    val = data.val
     for line in (
             f"run:{log.folder.name} recipe:{h.recipe} changed:{json.dumps(h.changed())}",
             f"device:{device_name(world.device)} world_size:{world.size} torch:{torch.__version__} "
@@ -5357,8 +5361,8 @@ def announce(h: Hyperparameters, model: GPT, world: World, data: Dataset, log: L
             f"model_params:{sum(p.numel() for p in model.parameters())} "
             f"steps_of_depth:{len(depth_plan(h, False))}->{len(depth_plan(h, True))}",
             f"data: train_tokens:{sum(map(len, data.train))} shards:{len(data.train)} "
-            f"val_targets:{len(val.bytes)} val_bytes:{int(val.bytes.sum())} "
-            f"val_documents:{len(val.documents) - 1} bytes_by:{data.byte_rule}",
+            f"val_targets:{len(data.val.bytes)} val_bytes:{int(data.val.bytes.sum())} "
+            f"val_documents:{len(data.val.documents) - 1} bytes_by:{data.byte_rule}",
             f"batch: {h.train_batch_tokens} tokens = {accumulation(h, world)} x {world.size} ranks "
             f"x {h.micro_batch_tokens}"):
         log(line)
@@ -5491,9 +5495,9 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             if arguments and arguments[0] in ("--help", "-h", "help"):
                 print(help_text(*arguments[1:2]))
                 return 0
-            verb = arguments[0] if arguments else "sweep" if env.get("SWEEP") else ""
-            require(verb in ("", *VERBS), f"unknown verb {verb!r}" + nearest(verb, VERBS) +
-                    f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
+            verb = arguments[0] if any(arguments) else "sweep" if env.get("SWEEP") else ""
+            require(verb in VERBS or not any(arguments), f"unknown verb {verb!r}" + nearest(
+                verb, VERBS) + f"; expected {', '.join(VERBS)}, --help, or nothing for a run")
             if verb not in ("", "eval"):
                 require(TOOLS, f"{verb}: not in this packed script; use the readable train_gpt.py")
                 empty = [word for word in arguments if word.endswith("=--")]    # argparse: a list
@@ -5501,7 +5505,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
                 return TOOLS[verb](list(arguments[1:]), env)
             world = World.from_env(env)
             tune_process(world.device)
-            if arguments:
+            if verb:
                 evaluate(arguments[1:], world, env)
             else:
                 start(world, env)
@@ -5509,6 +5513,10 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             return 0
         except (Refusal, OSError, KeyboardInterrupt) as error:
             return complain(error, env)
+        except (MemoryError, RuntimeError) as error:
+            if not re.search("MemoryE|llocate memory|of memory|bad_alloc|new thread", repr(error)):
+                raise
+            return complain(f"too little memory, or too few threads ({brief(error)})", env)
         finally:
             restore_signals(before)
 
@@ -5638,7 +5646,7 @@ def read_run(folder: Path) -> Evidence:
     require(folder.is_dir(), f"{folder}: there is no such folder")
     result = folder / "result.json"
     require(result.exists(), f"{folder}: no result.json, the run is not finished")
-    e = read_evidence(folder / "log.txt", str(folder), "", Path(__file__))
+    e = read_evidence(folder / "log.txt", str(folder), "", Path(SCRIPT))
     require(e.result == read_json(result),
             f"{folder}: result.json is not what the log's last line says")
     return e
@@ -5895,8 +5903,7 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
         runs, wrong = read_runs(o.runs)
         if not wrong:
             runs.sort(key=lambda e: e.result["seed"])
-            first = runs[0].result
-            large = first["world_size"] == 8 and "H100" in first["device"]
+            large = runs[0].result["world_size"] == 8 and "H100" in runs[0].result["device"]
             o.track = o.track or (RECORD if large else NON_RECORD)
             wrong = bad(check_written(runs, o.track))
         require(not wrong, "; ".join(wrong))
@@ -6111,7 +6118,7 @@ def examine(e: Evidence, env: Mapping[str, str], count: int, texts: Sequence[Pat
         loss, guess = float(packed.GPT(h)(ids, ids.roll(-1, 1))), math.log(h.vocab_size)
     yield Finding("code", abs(loss / guess - 1) < 0.1,
                   f"the packed script builds; untrained loss {loss:.3f}, ln V is {guess:.3f}")
-    place = {n: env[n.upper()] for n in PLACES[2:5] if n.upper() in env}
+    place = parse_knobs({n.upper(): env[n.upper()] for n in PLACES[2:5] if n.upper() in env})
     mine, theirs = e.knobs(**place, eval_budget_s=0.0), load_script(e.readable, "readable_script")
     h, device = theirs.Hyperparameters(**asdict(mine)), World.claim_device(0)
     data = find_dataset(mine, World(), str)
@@ -6191,7 +6198,7 @@ def in_new_process(arguments: list[str], env: Mapping[str, str], log: Log) -> It
     else it says is progress. That it dies, or finds nothing at all, is a finding too."""
     count, variables = 0, {n: v for n, v in env.items() if n not in ("RANK", "WORLD_SIZE", "SWEEP")}
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
-            [sys.executable, "-B", __file__, "verify", *arguments, "--alone"], env=variables,
+            [sys.executable, "-B", SCRIPT, "verify", *arguments, "--alone"], env=variables,
             encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=errors) as process:
         try:
             for line in process.stdout:
@@ -6335,9 +6342,9 @@ def sweep(arguments: list[str], env: Mapping[str, str]) -> int:
             "sweep: SWEEP is not set; expected SWEEP=\"MATRIX_LR=0.02,0.026;SEED=1,2,3\"")
     require("RANK" not in env,
             "SWEEP under torchrun: start it with python and sweep --nproc N instead")
-    runs, logs, failed = sweep_runs(env), Path(env.get("LOGS_DIR", "logs")), []
+    runs, logs, failed = sweep_runs(env), Path(os.path.expanduser(env.get("LOGS_DIR", "logs"))), []
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.nproc}"]
-    command = [sys.executable, *(torchrun if o.nproc > 1 else []), __file__]
+    command = [sys.executable, *(torchrun if o.nproc > 1 else []), SCRIPT]
     if o.print:
         for variables in runs.values():
             mine = [f"{n}={shlex.quote(v)}" for n, v in variables.items() if env.get(n) != v]

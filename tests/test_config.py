@@ -72,7 +72,7 @@ OUT_OF_RANGE += [(name, 0) for name in (
 OUT_OF_RANGE += [("vocab_size", 3), ("vocab_size", 65537), ("train_seq_len", 1), ("eval_seq_len", 1), ("matrix_bits", 1),
                  ("matrix_bits", 9), ("embed_bits", 1), ("embed_bits", 9), ("run_id", "a/b"), ("run_id", "a b"), ("run_id", ".."),
                  ("corpus", "web"), ("compile", "yes"), ("precision", "fp16"), ("compressor", "gzip"),
-                 ("scores", "sliding,best")]
+                 ("scores", "sliding,best"), ("ttt_targets", ""), ("ttt_targets", "q,"), ("ttt_targets", "q,,v")]
 
 
 @pytest.mark.parametrize("name, value", OUT_OF_RANGE)
@@ -124,7 +124,7 @@ def test_relations_that_do_not_bind():
 @pytest.mark.parametrize("typo, meant", [
     ("NUM_LAYER", "NUM_LAYERS"), ("LAYERS_NUM", "NUM_LAYERS"), ("num_layers", "NUM_LAYERS"), ("MATRX_LR", "MATRIX_LR"),
     ("LR_MATRIX", "MATRIX_LR"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"), ("TTT_ENABLE", "TTT_ENABLED"),
-    ("VOCABSIZE", "VOCAB_SIZE"), ("EVAL_STRIDES", "EVAL_STRIDE"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"), ("RECIPES", "RECIPE")])
+    ("VOCABSIZE", "VOCAB_SIZE"), ("seed", "SEED"), ("ttt", "TTT"), ("EVAL_STRIDES", "EVAL_STRIDE"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"), ("RECIPES", "RECIPE")])
 def test_near_misses_are_refused_with_the_nearest_knob(typo, meant):
     """A typo must not train the wrong model."""
     with pytest.raises(tg.Refusal) as refusal:
@@ -190,11 +190,30 @@ def test_places_of_others_are_no_typos(env, lines):
 
 @pytest.mark.parametrize("env", [
     dict(SEED=str(1 << 64)), dict(SEED="9" * 5000), dict(ITERATIONS="1" + "0" * 400), dict(TRAIN_SEQ_LEN=str(1 << 60)),
-    dict(NUM_LAYERS="1000000000"), dict(NUM_LOOPS="99999"), dict(MATRIX_LR="1e400"), dict(MLP_MULT="nan")])
+    dict(NUM_LAYERS="1000000000"), dict(NUM_LOOPS="99999"), dict(REHEARSAL_STEPS=str(10**9)), dict(TTT_LEARNERS=str(10**9)), dict(MATRIX_LR="1e400"), dict(MLP_MULT="nan")])
 def test_numbers_beyond_all_use_are_refused(env):
     """In a sentence that names variable and value, whatever they would do later."""
     with pytest.raises(tg.Refusal, match=f"^{[*env][0]}="):
         from_env(env)
+
+
+@pytest.mark.parametrize("text", ["raise ValueError(1)", "x = = 1", "import os; os.nothing", None])
+def test_a_broken_package_is_a_missing_one(text, tmp_path, monkeypatch):
+    """Half removed, built for another torch, or a mere folder of its name, such as a checkout."""
+    name = f"broken_{len(text or '')}"
+    if text is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert tg.optional(name) is None and tg.optional("zlib") and tg.optional("json.decoder").JSONDecoder
+
+
+def test_home_folders(monkeypatch):
+    """A ~ that no shell has replaced, as in a file of variables: no folder of that name is made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    h = from_env(dict(LOGS_DIR="~/logs", DATA_PATH="~/a b", DATA_DIR="./~", TOKENIZER_PATH="~nobody.here/x"))
+    assert (h.logs_dir, h.data_path, h.data_dir, h.tokenizer_path) == ("/home/me/logs", "/home/me/a b", "./~", "~nobody.here/x")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -209,7 +228,9 @@ def test_loaders_need_not_register_the_module(packed, tmp_path, capfd):
     try:
         spec.loader.exec_module(module)
         exec(compile(path.read_bytes(), path, "exec"), names)
+        exec(path.read_bytes(), nameless := {})    # of no file, under no name
         assert module.Hyperparameters().num_layers == names["Hyperparameters"]().num_layers == 11
+        assert nameless["Hyperparameters"]().num_layers == 11
     finally:    # where the script has put an empty module
         for name in ("by_spec", "by_exec"):
             sys.modules.pop(name, None)

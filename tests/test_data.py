@@ -349,6 +349,10 @@ TRAIN, VAL, SIDECAR = "fineweb_train_000001.bin", "fineweb_val_000000.bin", "fin
     (lambda d: [p.unlink() for p in d.glob("fineweb_train*")], r"no file fineweb_train_\*.bin there"),
     (lambda d: (d / VAL).unlink(), r"no file fineweb_val_\*.bin there"),
     (lambda d: [p.unlink() for p in d.iterdir()], "DATA_PATH=.*: no file fineweb_train"),
+    (lambda d: [c.write_shard(d / name.replace("000000", "000002"), np.ones(9)) for name in (VAL, SIDECAR)],
+     r"DATA_PATH=.*d: its validation files have the numbers \[0, 2\]; one is missing, or there twice"),
+    (lambda d: [(d / name.replace(".", " (1).")).write_bytes((d / name).read_bytes()) for name in (VAL, SIDECAR)],
+     r"the numbers \[0, 0\]"),    # as browsers name what comes again
     (lambda d: (d / SIDECAR).unlink(), "tokenizer .*fineweb_64_bpe.model: there is no such file")])
 def test_bad_shards_are_refused(tiny, tmp_path, damage, words):
     """Before any training, with the file and what was expected of it."""
@@ -1036,8 +1040,11 @@ def test_an_empty_folder_is_filled_in_place(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path, monkeypatch):
     """Before the first document: a parent that is a file or read-only; later a disk that is full."""
     (tmp_path / "file").touch()
-    with pytest.raises(c.Refusal, match="--out .*file/out: cannot be made"), c.delivered(tmp_path / "file" / "out", "--out"):
-        pytest.fail("nothing is made")
+    for out in ("file/out", "link"):
+        (tmp_path / "link").symlink_to("nowhere")
+        with pytest.raises(c.Refusal, match=f"--out .*{out}: cannot be made"), c.delivered(tmp_path / out, "--out"):
+            pytest.fail("nothing is made")
+        (tmp_path / "link").unlink()
     with pytest.raises(c.Refusal, match="--to .*cannot be made .*No space left"), c.delivered(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(c.tempfile, "mkdtemp", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))

@@ -126,7 +126,7 @@ def world():
     write_dataset(HOME / "shards", t.Hyperparameters(**TINY))
     with pytest.MonkeyPatch.context() as patch:
         (HOME / "tiny.py").write_text("x = 1\n")
-        patch.setattr(t, "__file__", str(HOME / "tiny.py"))    # what verify packs again
+        patch.setattr(t, "SCRIPT", str(HOME / "tiny.py"))    # what verify packs again
         patch.setattr(t, "run", go_on)
         patch.setattr(t, "measured_scores", lambda *_, **__: {})
         installed = [types.SimpleNamespace(name=name, version="1") for name in ("torch", None)]

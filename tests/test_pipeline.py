@@ -221,12 +221,19 @@ def test_bad_knobs_are_refused(knobs, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, words",
                          [(["evil"], "unknown verb 'evil'; did you mean 'eval'"),
-                          (["train"], "unknown verb 'train'"), (["eval"], "eval needs one"),
+                          (["train"], "unknown verb 'train'"), (["", "a"], "unknown verb ''"), (["eval"], "eval needs one"),
                           (["eval", "no/such/file"], "eval needs one"),
                           (["eval", "a", "b"], "eval needs one")])
 def test_wrong_commands_are_refused(arguments, words, capsys):
     """Verbs that do not exist, and `eval` without its artifact."""
     assert words in refused(capsys, arguments, clean_env())
+
+
+def test_an_empty_word_is_no_verb(monkeypatch):
+    """A variable of a shell that is not set, in quotes, is nothing, as it would be without them."""
+    started = []
+    monkeypatch.setattr(t, "start", lambda *_: started.append(1))
+    assert t.main([""], clean_env()) == 0 and started == [1]
 
 
 def upper(knobs: dict) -> dict:
@@ -288,13 +295,14 @@ def lacking(patch, tmp_path) -> dict[str, tuple[dict, str]]:
         "disk": ({}, lambda: patch.setattr(t.shutil, "disk_usage", small), "5 bytes are free"),
         "shards": (dict(data_path="/nowhere"), lambda: None, "DATA_PATH=/nowhere: no file fineweb_train"),
         "ranks": (dict(train_batch_tokens=64 * 3), lambda: None, "TRAIN_BATCH_TOKENS=192"),
-        "logs": ({}, lambda: patch.setattr(t.os, "access", lambda *_: False), "cannot be written"),
+        "script": ({}, lambda: patch.setattr(t, "SCRIPT", "<stdin>"), "<stdin>: the bytes of this script count"),
+        "logs": ({}, lambda: patch.setattr(t.os, "access", lambda *_: False), "is no folder that can be written"),
         "tokenizer": (dict(tokenizer_path="/no.model"), lambda: [
             p.unlink() for p in (tmp_path / "shards").glob("fineweb_val_bytes*")], "tokenizer /no.model"),
     }
 
 
-@pytest.mark.parametrize("names", [["brotli"], ["disk"], ["shards"], ["ranks"], ["logs"], ["tokenizer"],
+@pytest.mark.parametrize("names", [["brotli"], ["disk"], ["shards"], ["ranks"], ["logs"], ["tokenizer"], ["script"],
                                    ["brotli", "disk", "shards", "ranks", "logs"]])
 def test_preflight_lists_exactly_what_is_missing(names, tmp_path, monkeypatch):
     """Each alone, and all at once in one refusal."""
@@ -394,6 +402,7 @@ def test_a_compiler_that_cannot_compile(error, reason, monkeypatch):
         """Stands for torch.compile."""
         raise error
 
+    monkeypatch.setattr(t.subprocess, "run", lambda *_, **__: None)    # whoever is asked is there
     monkeypatch.setattr(t.torch, "compile", broken)
     lines, cpu = [], t.torch.device("cpu")
     assert t.compile_mode(settings(compile="off"), cpu, lines.append) == "off" and lines == []
@@ -404,14 +413,46 @@ def test_a_compiler_that_cannot_compile(error, reason, monkeypatch):
             t.compile_mode(settings(compile=mode), cpu, lines.append)
 
 
+@pytest.mark.parametrize("compiler, reason", [
+    ("'{}/hang' -x", r"timed out after 0\.1 s"), ("{}/none", "No such file"), ("g++ 'x", "No closing quotation")])
+def test_a_compiler_that_does_not_answer(compiler, reason, tmp_path, monkeypatch):
+    """It is asked for its version first, since torch would wait for it without end."""
+    hang, ask = tmp_path / "hang", t.subprocess.run
+    hang.write_text("#!/bin/sh\nexec sleep 60\n")
+    hang.chmod(0o755)
+    monkeypatch.setenv("CXX", compiler.format(tmp_path))
+    monkeypatch.setattr(t.subprocess, "run", lambda *a, **k: ask(*a, **k | dict(timeout=k["timeout"] / 600)))
+    lines = []
+    assert t.compile_mode(settings(compile="auto"), t.torch.device("cpu"), lines.append) == "off"
+    assert re.match(f"compile:off \\(.*{reason}", lines[0]) and len(lines) == 1
+
+
 def test_a_compiler_that_works(monkeypatch):
     """Auto means blocks on a CPU; what was asked for stays."""
+    monkeypatch.setattr(t.subprocess, "run", lambda *_, **__: None)
     monkeypatch.setattr(t.torch, "compile", lambda function: function)
     assert [t.compile_mode(settings(compile=mode), t.torch.device("cpu"), print)
             for mode in ("auto", "block", "full")] == ["block", "block", "full"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    RuntimeError("can't start new thread"), t.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")])
+def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
+    """Whatever said it; a mistake that only speaks of memory keeps its traceback."""
+    def work(*_) -> None:
+        """Asks for too much."""
+        raise error
+
+    monkeypatch.setattr(t, "start", work)
+    told = str(error).split("\n")[0] or "MemoryError"
+    assert refused(capsys, [], clean_env()) == f"train_gpt.py: error: too little memory, or too few threads ({told})"
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError):
+        t.main([], clean_env())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 @pytest.mark.parametrize("verb", ["", "report"])
 def test_a_signal_ends_any_stage_in_one_sentence(name, verb, monkeypatch, capsys):
     """Of a run and of the tools; afterwards the signals are what they were."""
