@@ -3057,7 +3057,7 @@ class EMA:
 # ==================================================================================================
 # 9. Training
 # The loop inside the clock, which never waits for the device. What enters is a model at step zero;
-# what leaves are its averaged weights and the clock, which runs on through calibration. Everything
+# what leaves are its averaged weights and the clock, which runs on through adaptation. Everything
 # learned from training data was read inside that clock; a rehearsal before it leaves no trace.
 # ==================================================================================================
 class Trainer:
@@ -3303,8 +3303,9 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 # 10. Quantisation
 # Weights W become codes * steps so that the loss, not the weights, stays close: GPTQ lowers
 # trace(D (W - W') H (W - W')^T), all layers of a bank at once, where diagonal D for rows and H for
-# columns are what `curvature` finds. Reads the averaged weights and, inside the clock, training
-# text; never validation text. Gives an artifact that fills BUDGET_BYTES.
+# columns are what `curvature` finds; what is rounded later makes up for what was rounded before.
+# Reads the averaged weights and text that they write; no shard. Gives an artifact that fills
+# BUDGET_BYTES.
 # ==================================================================================================
 SEQUENCES = 1024    # after which more text no longer helps
 ROWS_AT_ONCE = 128    # that are written side by side: their cache takes gigabytes

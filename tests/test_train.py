@@ -196,14 +196,13 @@ def test_a_loss_that_is_not_finite_is_refused(bad):
         t.train(trained, 0.0, Lines(), lambda: "")
 
 
-@pytest.mark.parametrize("calibration", ["train", "self"])
-def test_weights_that_are_broken_are_refused_by_calibration(calibration):
+def test_weights_that_are_broken_are_refused_by_calibration():
     """The last step, or the rehearsal's, may have been one too many; on GPUs a draw from NaN would end the process."""
-    trained, _ = trainer(settings(calibration=calibration))
+    trained, _ = trainer(settings())
     with torch.no_grad():
         trained.model.bank["embed"].fill_(math.nan)
     with pytest.raises(t.Refusal, match="^training broke the weights: lower MATRIX_LR="):
-        t.curvature(trained.model, trained.world, trained.loader, 1)
+        t.calibrate(trained.model, trained.world)
 
 
 def test_a_loss_that_breaks_late_is_refused_before_the_export():
