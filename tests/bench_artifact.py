@@ -69,8 +69,8 @@ def coder_table(h: t.Hyperparameters, stored: dict) -> dict[str, dict[str, float
 
 
 def method_rows(bench: Replica, limit: int, uniform: bytes, val: t.Validation, base: np.ndarray,
-                names: list[str]) -> dict[str, dict]:
-    """(b) for one model and the methods of these names: bytes, BPB lost against the nats `base` and its standard error of every method at `limit` bytes."""
+                names: list[str], learned: np.ndarray | None) -> dict[str, dict]:
+    """(b) for one model and the methods of these names, also after TTT where its nats `learned` of the exact weights are given: bytes, BPB lost against the nats `base` and its standard error of every method at `limit` bytes."""
     model, rows, read_back = bench.model, {}, copy.deepcopy(bench.model)
     exact = {n: w.detach().clone() for n, w in model.bank.items()}
     sizes, weights = np.add.reduceat(val.bytes, val.documents[:-1]), sum(p.numel() for p in bench.model.parameters())
@@ -85,8 +85,13 @@ def method_rows(bench: Replica, limit: int, uniform: bytes, val: t.Validation, b
         t.load_stored(read_back, t.unpack(blob)[1])
         lost, se = compared([document_nats(read_back, val, "stream")], [base], sizes)
         rows[name] = dict(bytes=len(blob), bpb_lost=round(lost, 6), se=round(se, 6))
-        print(f"{name:24}{len(blob):11,}{lost:10.5f} ({se:.5f}){lost / next(iter(rows.values()))['bpb_lost']:8.1%}{seconds:7.1f} s",
-              flush=True)
+        text = f"{name:24}{len(blob):11,}{lost:10.5f} ({se:.5f}){lost / next(iter(rows.values()))['bpb_lost']:8.1%}{seconds:7.1f} s"
+        if learned is not None:
+            few = first_documents(val, len(learned))
+            lost, se = compared([document_nats(read_back, few, "ttt")], [learned], sizes[:len(learned)])
+            rows[name] |= dict(ttt_lost=round(lost, 6), ttt_se=round(se, 6))
+            text += f"   after TTT {lost:.5f} ({se:.5f})"
+        print(text, flush=True)
         return blob
 
     def fitted(changes: dict, powers: tuple[float, float]) -> bytes:
@@ -115,6 +120,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--bits", default="0,3.5,3,2.5,2", help="per weight, of the whole artifact; 0: the bytes of uniform steps")
     parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--ttt", type=int, default=0, help="documents to score after TTT as well, which takes minutes each")
     parser.add_argument("--methods", default=",".join(["before", "default", "all at once"]),
                         help=f"of: before, {', '.join(METHODS)}; - for all")
     o = parser.parse_args(arguments)
@@ -132,9 +138,11 @@ def main(arguments: list[str]) -> None:
         weights = sum(p.numel() for p in model.parameters())
         val = first_documents(bench.data.val, o.documents)
         base = document_nats(model, val, "stream")
+        model.retune(eval_budget_s=0.0)
+        learned = document_nats(model, first_documents(val, o.ttt), "ttt") if o.ttt else None
         for bits in o.bits.split(","):
             limit = round(float(bits) * weights / 8) or len(uniform)
-            tables.setdefault(bits, {})[seed] = method_rows(bench, limit, uniform, val, base, names)
+            tables.setdefault(bits, {})[seed] = method_rows(bench, limit, uniform, val, base, names, learned)
         if o.model not in SCALES:
             break
     mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
