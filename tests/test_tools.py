@@ -264,9 +264,11 @@ def test_code_that_cheats_is_caught_when_it_runs(bench, cheat, tmp_path, heard):
     path = tmp_path / "train_gpt_readable.py"
     path.write_text(source.replace(old, new, 1) if cheat else source)
     e = dataclasses.replace(t.read_record(bench.root / "record")[0], readable=path)
-    found = [*t.examine(e, clean_env(**bench.env), 12, [], heard)]
-    failed = {f.group for f in found if not f.good}
-    assert group in failed if cheat else not failed, [f for f in found if not f.good]
+    failed = (f for f in t.examine(e, clean_env(**bench.env), 12, [], heard) if not f.good)
+    if cheat:    # what comes after the finding need not be computed
+        assert any(f.group == group for f in failed)
+    else:
+        assert not [*failed]
 
 
 def test_a_crash_of_the_code_is_a_failure(bench, capsys, monkeypatch, tmp_path):
