@@ -330,8 +330,7 @@ def test_a_budget_out_of_reach_ends_at_the_last_steps(budget):
     assert ("finest" in log.lines[-1]) == (budget > 40_000)
 
 
-@pytest.mark.parametrize("power", [0.1, 4])
-@pytest.mark.parametrize("bits", [0.2, 0.5, 3.0])
+@pytest.mark.parametrize("power, bits", [(0.1, 0.2), (4, 0.5), (0.1, 3.0), (4, 3.0)])
 def test_the_search_needs_no_good_estimate(monkeypatch, power, bits):
     """However wrong the expected bytes are, a reachable budget is filled, and the smallest size is
     that of the coarsest steps, really packed."""

@@ -96,7 +96,7 @@ def test_every_number_is_there(tmp_path):
     assert abs(results["losses"]["difference"]) < 0.05 and results["export"]["artifact_bytes"] > 0
 
 
-def test_sections_are_chosen_and_may_fail(tmp_path, capsys):
+def test_sections_are_chosen_and_may_fail(capsys, monkeypatch):
     """Only what was asked for runs; a broken section is null and the next one still runs; a wrong name is told."""
     def broken(b) -> dict:
         """Fails."""
@@ -107,8 +107,9 @@ def test_sections_are_chosen_and_may_fail(tmp_path, capsys):
     results = bench_gpu.measure(b, dict(training=broken, muon=lambda b: dict(plain_ms=1.0)))
     assert results == dict.fromkeys(bench_gpu.SECTIONS) | dict(muon=dict(plain_ms=1.0))
     assert "training: failed (RuntimeError: out of memory)" in capsys.readouterr().out
-    wrong = bench("kernel", cwd=tmp_path)
-    assert wrong.returncode and "unknown: {'kernel'}" in wrong.stderr
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "kernel"])
+    with pytest.raises(SystemExit, match="unknown: {'kernel'}"):
+        bench_gpu.main()
 
 
 def test_real_shards_are_measured_and_another_script_is_read_and_killed(tmp_path):
@@ -133,7 +134,7 @@ def test_real_shards_are_measured_and_another_script_is_read_and_killed(tmp_path
     assert len(pids) == 2 and not any(map(running, pids))
 
 
-def test_a_script_that_dies_is_null_and_told(tmp_path):
+def test_a_script_that_dies_is_null_and_told(tmp_path, monkeypatch):
     """Nothing known: null, one sentence with its last words; the bench itself goes on to its last line."""
     (tmp_path / "other.py").write_text("print('hello')\nraise RuntimeError('CUDA is required')\n")
     done = bench("--beside", "other.py", "muon", cwd=tmp_path)
@@ -141,8 +142,9 @@ def test_a_script_that_dies_is_null_and_told(tmp_path):
     assert "beside: other.py ended by itself, exit status 1, after" in done.stdout
     assert "its speed before and after recurrence is not known" in done.stdout
     assert "RuntimeError: CUDA is required" in done.stdout and "    hello" in done.stdout
-    wrong = bench("--beside", "nowhere.py", cwd=tmp_path)
-    assert wrong.returncode and "--beside nowhere.py: there is no such file" in wrong.stderr
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--beside", "nowhere.py"])
+    with pytest.raises(SystemExit, match="--beside nowhere.py: there is no such file"):
+        bench_gpu.main()
 
 
 def test_a_script_that_hangs_is_killed_in_time(tmp_path, monkeypatch):

@@ -39,8 +39,11 @@ def odd_texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:
 
 @pytest.fixture(scope="session")
 def documents() -> list[tuple[str, str]]:
-    """(name, text) of the embedded documents, parsed once."""
-    return c.embedded_documents()
+    """(name, text) of the embedded documents, parsed once; no source is imported for it."""
+    foreign = {"this", "antigravity", "idlelib", "turtle", "pydoc_data"} - set(sys.modules)
+    found = c.embedded_documents()
+    assert not foreign & set(sys.modules), "a source was imported"
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -784,11 +787,8 @@ def test_caseops_is_linear_in_long_runs():
 
 
 # ------------------------------------------------------------------------------ embedded documents
-def test_embedded_documents():
-    foreign = {"this", "antigravity", "idlelib", "turtle", "pydoc_data"} - set(sys.modules)
-    documents = c.embedded_documents()
+def test_embedded_documents(documents):
     assert documents == c.embedded_documents()
-    assert not foreign & set(sys.modules), "a source was imported"
     names, texts = zip(*documents)
     assert len(set(names)) == len(names) > 300 and len(set(texts)) == len(texts)
     assert sum(len(text.encode()) for text in texts) >= 2_000_000
@@ -856,7 +856,7 @@ def build(folder: Path, few: list[tuple[str, str]]) -> None:
 
 
 def test_two_processes_build_at_once(tmp_path, documents):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     racers = [context.Process(target=build, args=(tmp_path, documents[:120])) for _ in range(2)]
     for racer in racers:
         racer.start()

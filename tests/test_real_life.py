@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPO, TINY, clean_env, write_dataset
+from conftest import REPO, TINY, clean_env, ended, forked, write_dataset
 from conftest import tg as t
 
 KNOBS = {n.upper(): v for n, v in TINY.items()} | dict(RECIPE="record", SCORES="quantized", ITERATIONS=6)
@@ -25,20 +25,6 @@ ENDLESS = dict(ITERATIONS=1_000_000, RUN_ID="r")
 def data(tmp_path_factory) -> Path:
     """A folder of tiny shards."""
     return write_dataset(tmp_path_factory.mktemp("real") / "data", t.Hyperparameters(**TINY))
-
-
-def forked(work) -> int:
-    """The id of a new process that ends with the status that `work()` returns."""
-    if child := os.fork():
-        return child
-    status = 70
-    try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = work()
-    finally:
-        os._exit(status)
 
 
 def run(home: Path, data: Path, out: int | None = None, before=lambda: None, encoding="utf-8", **knobs) -> int:
@@ -59,18 +45,6 @@ def run(home: Path, data: Path, out: int | None = None, before=lambda: None, enc
         return t.main([], clean_env(**KNOBS | dict(DATA_PATH=data, LOGS_DIR=home / "logs") | knobs))
 
     return forked(work)
-
-
-def ended(child: int, limit_s: float = 60) -> int:
-    """The exit status of the process; kills it after the limit."""
-    end_s = time.monotonic() + limit_s
-    while time.monotonic() < end_s:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
 
 
 def wait_for(path: Path, text: str, limit_s: float = 60) -> None:
@@ -304,8 +278,10 @@ def test_a_machine_that_lacks_all_but_python(place, data, tmp_path):
     script.write_bytes((REPO / "train_gpt.py").read_bytes())
     checkout.chmod(0o555)
     knobs = {n: str(int(v) if isinstance(v, bool) else v) for n, v in KNOBS.items()}
+    (tmp_path / "lacks").mkdir()    # nor the minifier, which takes as long as the rest of the run
+    (tmp_path / "lacks" / "python_minifier.py").write_text("raise ImportError")
     knobs |= dict(COMPILE="auto", DATA_PATH=str(data), LOGS_DIR=str(tmp_path / "logs"), RUN_ID="r", OMP_NUM_THREADS="1",
-                  CUDA_VISIBLE_DEVICES="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+                  CUDA_VISIBLE_DEVICES="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(tmp_path / "lacks"))
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=knobs | place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "compile:off (" in done.stdout and (tmp_path / "logs/r/result.json").exists()

@@ -114,7 +114,7 @@ def print_of_step(h: t.Hyperparameters) -> list:
     """Schedules at many points, and the weights and averages after a few steps at the end of training."""
     points = [(0, 0.0), (9, 0.2), (9, 0.5), (20, 0.9), (24, 1.0)]
     trainer = t.Trainer(h, WORLD, named_model(h), dataset(stream(3000)))
-    for number in (30, 31, 32, 33):
+    for number in (30, 31):    # Adam's first step is the same for every beta2
         trainer.step(number, 0.97, True)
     return [*(torch.tensor(t.rate_factor(h, *p)) for p in points), torch.tensor(trainer.rounded_steps),
             *trainer.model.bank.values(), *trainer.ema.mean]
@@ -207,9 +207,11 @@ def alike(a: list, b: list) -> bool:
 def test_no_knob_of_a_recipe_is_dead(name):
     """Back at the submission's value (or another, where a tiny model makes that the same) each knob of the row changes
     what its stage computes."""
-    h = tiny_of(name)
+    h, published = tiny_of(name), ROWS[name.removesuffix("_legal")] if name.endswith("_legal") else {}
     for knob, value in ROWS[name].items():
         if knob in ELSEWHERE or value == DEFAULTS[knob]:
+            continue
+        if published.get(knob) == value:    # a twin says only what differs; the rest is tested where it was published
             continue
         if knob == "step_search" and h.gptq_roles == "none":    # it only keeps BUDGET_BYTES from being aimed at
             continue
@@ -543,7 +545,7 @@ def test_a_twin_never_reads_validation_text(shards, quick, tmp_path):
     for name in ("pr1364", "pr1364_legal"):
         blobs = []
         for place in (shards, tmp_path):
-            assert t.main([], tiny_env(name, place, RUN_ID=f"twin-{name}", SCORES="quantized")) == 0
+            assert t.main([], tiny_env(name, place, RUN_ID=f"twin-{name}", SCORES="quantized", ITERATIONS=8)) == 0
             blobs.append((place / "logs" / f"twin-{name}" / "model.bin").read_bytes())
         assert (blobs[0] == blobs[1]) == (name == "pr1364_legal")
 
@@ -562,7 +564,8 @@ def test_adapting_after_reading_back_is_repeated_by_eval(shards, quick, capsys):
 
 def test_the_packed_script_repeats_its_run(shards, tmp_path, capsys):
     """It takes the run's knobs, trains the same model, and knows every recipe and every mechanism beside."""
-    env = tiny_env("pr578", shards, RUN_ID="readable", TTT_ENABLED=0)
+    short = dict(ITERATIONS=8, SCORES="quantized")
+    env = tiny_env("pr578", shards, RUN_ID="readable", **short)
     assert t.main([], env) == 0
     folder = shards / "logs" / "readable"
     spec = importlib.util.spec_from_file_location("packed_recipe", folder / "train_gpt.py")
@@ -575,7 +578,7 @@ def test_the_packed_script_repeats_its_run(shards, tmp_path, capsys):
     same = lambda r: {n: (s["val_loss"], s["val_bpb"]) for n, s in r["scores"].items()}
     assert same(ours) == same(theirs) and theirs["bytes"]["code"] == ours["bytes"]["code"]
     assert (folder / "model.bin").read_bytes() == (tmp_path / "packed" / "model.bin").read_bytes()
-    other = tiny_env("pr1364_legal", shards, RUN_ID="other", LOGS_DIR=tmp_path)
+    other = tiny_env("pr1364_legal", shards, RUN_ID="other", LOGS_DIR=tmp_path, **short)
     assert packed.main([], other) == 0 and t.main([], other | dict(RUN_ID="same")) == 0
     assert (tmp_path / "other" / "model.bin").read_bytes() == (tmp_path / "same" / "model.bin").read_bytes()
 

@@ -17,8 +17,8 @@ import pytest
 from conftest import REPO, TINY, clean_env, write_dataset
 from support import model_of, remembering, settings, stream, t, validation
 
-# Enough steps and no long average, so that the artifacts are far from their initial weights.
-SMALL = TINY | dict(vocab_size=32, iterations=20, train_batch_tokens=128, ema_decay=0.5, train_log_every=10,
+# Enough steps and no long average, so that the artifacts are far from their initial weights; a layer less, since all is scored often.
+SMALL = TINY | dict(num_layers=3, loop_end=1, parallel_start_layer=2, xsa_last_n=2, vocab_size=32, iterations=20, train_batch_tokens=128, ema_decay=0.5, train_log_every=10,
                     tied_embed_lr=0.1, ttt_lr=0.05,
                     ttt_epochs=1)
 KNOBS = {n.upper(): v for n, v in SMALL.items()} | dict(RECIPE="record")
@@ -264,9 +264,11 @@ def test_code_that_cheats_is_caught_when_it_runs(bench, cheat, tmp_path, heard):
     path = tmp_path / "train_gpt_readable.py"
     path.write_text(source.replace(old, new, 1) if cheat else source)
     e = dataclasses.replace(t.read_record(bench.root / "record")[0], readable=path)
-    found = [*t.examine(e, clean_env(**bench.env), 12, [], heard)]
-    failed = {f.group for f in found if not f.good}
-    assert group in failed if cheat else not failed, [f for f in found if not f.good]
+    failed = (f for f in t.examine(e, clean_env(**bench.env), 12, [], heard) if not f.good)
+    if cheat:    # what comes after the finding need not be computed
+        assert any(f.group == group for f in failed)
+    else:
+        assert not [*failed]
 
 
 def test_a_crash_of_the_code_is_a_failure(bench, capsys, monkeypatch, tmp_path):
