@@ -154,7 +154,7 @@ def refusing(sentence: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise Refusal(f"{sentence} ({getattr(error, 'strerror', '') or brief(error)})") from None
+        raise Refusal(f"{sentence} ({brief(error)})") from None
 
 
 # ==================================================================================================
@@ -271,7 +271,7 @@ class Hyperparameters:
     # -- bytes
     gptq_calibration_batches: int = knob(
         16, "micro-batches of text that the model writes for its own rounding", positive)
-    rounding_steps: int = knob(32, "in which the rest makes up for each bank's rounding", natural)
+    rounding_steps: int = knob(32, "of distillation behind each bank that is rounded", natural)
     gptq_damping: float = knob(0.01, "added to its diagonals, as a share of their mean", positive)
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
@@ -881,7 +881,9 @@ class World:
         said = run_block({name: env[name] for name in names if name in env})
         with refusing(f"{said}: this group of ranks cannot be joined; start it with torchrun",
                       ValueError, RuntimeError, OSError):
-            rank, size, local = (int(env.get(*pair)) for pair in zip(names, "010"))
+            rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+            # started by hand, rank by rank, processes take the GPUs of their node in turn
+            local = int(env.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
             if not (0 <= rank < size and 0 <= local and (size == 1 or {*names[3:]} <= {*env})):
                 raise ValueError("0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK must hold, and "
                                  f"{' and '.join(names[3:])} be set")
@@ -1442,11 +1444,12 @@ def find_dataset(h: Hyperparameters, world: World, log: Callable[[str], None]) -
     train, held, sidecars = (sorted(folder.glob(f"fineweb_{side}_*.bin"))
                              for side in ("train", "val", "val_bytes"))
     held = [path for path in held if path not in sidecars]    # whose names fit its pattern as well
-    for side, paths in (("train", train), ("val", held)):
+    for side, paths, whole in (("train", train, False), ("val", held, True)):
         require(paths, f"DATA_PATH={folder}: no file fineweb_{side}_*.bin there")
-    numbers = sorted(int(n) for path in held for n in re.findall(r"_val_(\d+)", path.stem))
-    require(all(b - a == 1 for a, b in itertools.pairwise(numbers)), f"DATA_PATH={folder}: its "
-            f"validation files have the numbers {numbers}; one is missing, or there twice")
+        numbers = sorted(int(n) for path in paths for n in re.findall(rf"_{side}_(\d+)", path.stem))
+        odd = [b for a, b in itertools.pairwise(numbers) if b - a != 1 and (whole or a == b)]
+        require(not odd, f"DATA_PATH={folder}: its {side} files have the numbers {numbers}; "
+                f"one is there twice{', or missing' * whole}")
     shards = [read_shard(path) for path in train]
     tokens = np.concatenate([read_shard(path) for path in held])
     check_origin(h, folder, len(sidecars), len(tokens), log)
@@ -3747,8 +3750,8 @@ def fit_budget(model: GPT, found: Curvature, code: int, log: Log,
     return tried[best]
 
 
-MAKE_UP_ROWS = 16    # of text for each step
-MAKE_UP_RATE, PLAIN_RATE = 0.02, 0.001    # of Adam at first, in mean sizes of banks, coded or not
+DISTIL_ROWS = 16    # of text for each step
+DISTIL_RATE, PLAIN_RATE = 0.02, 0.001    # of Adam at first, in mean sizes of banks, coded or not
 
 
 def divergence(model: GPT, x: Tensor, truth: Tensor, table: Tensor) -> Tensor:
@@ -3759,24 +3762,24 @@ def divergence(model: GPT, x: Tensor, truth: Tensor, table: Tensor) -> Tensor:
     return F.kl_div(q, p, reduction="sum", log_target=True) / truth[..., 0].numel()
 
 
-class Learning:
+class Distillation:
     """Brings predictions back to those of the model as it was, on the text that it wrote."""
 
     def __init__(self, model: GPT, found: Curvature, world: World):
         """Keeps what the model says now."""
         self.model, self.world, self.plan = model, world, depth_plan(model.h, looped=True)
         self.table = model.bank["embed"].detach().clone()
-        share = max(1, MAKE_UP_ROWS // world.size)
+        share = max(1, DISTIL_ROWS // world.size)
         with torch.no_grad(), model.eager():
             pairs = [(ids, model.hidden(ids, self.plan)) for ids in found.text.split(share)]
         self.turns = itertools.cycle(pairs)
 
-    def make_up(self, fixed: Sequence[str], steps: int) -> float:
+    def run(self, fixed: Sequence[str], steps: int) -> float:
         """Moves all banks but those that are `fixed` by so many steps of Adam, at rates that fall
         to zero; returns the mean divergence on the way, in nats per token."""
         names, mean = [n for n in self.model.bank if n not in fixed], 0.0
         free, table = [self.model.bank[n] for n in names], roles(self.model.h)
-        rates = [PLAIN_RATE * max(0.05, size) if table[n].bits == 16 else MAKE_UP_RATE * size
+        rates = [PLAIN_RATE * max(0.05, size) if table[n].bits == 16 else DISTIL_RATE * size
                  for n, size in zip(names, (float(w.detach().abs().mean()) for w in free))]
         adam = torch.optim.Adam([dict(params=[w]) for w in free], betas=(0.9, 0.98), eps=1e-12)
         for number, (ids, truth) in enumerate(itertools.islice(self.turns, steps)):
@@ -3806,14 +3809,14 @@ def round_in_turn(model: GPT, found: Curvature, code: int, world: World, log: Lo
     fitted = fit_budget(model, found, code, log) if world.main else Fitted(b"", {}, {})
     if not (world.share(len(fitted.blob) + code <= h.budget_bytes) and names):
         return fitted
-    learning = Learning(model, found, world)
+    teacher = Distillation(model, found, world)
     for number, name in enumerate(names[:-1], 1):
         bank = model.bank[name].data
         if world.main:
             done[name] = round_bank(model, name, found, fitted.stretch[name])
             bank.copy_(done[name].decode().view_as(bank))
         world.share_tensors([bank])
-        lost = learning.make_up(names[:number], h.rounding_steps)
+        lost = teacher.run(names[:number], h.rounding_steps)
         log(f"round:{name} {number}/{len(names)}, divergence {lost:.5f} nats per token")
     if world.main:
         last = fit_budget(model, found, code, log, done)
@@ -5156,7 +5159,7 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     require(size <= 255, f"RUN_ID={h.run_id}: {size} bytes, expected a name of at most 255")
     if h.run_id:
         check(refuse_used, folder)
-        found = h.checkpoint_every_s and check(read_checkpoint, folder)
+        found = check(read_checkpoint, folder)
         if found and found[2:4] != [world.size, h.changed()]:
             wrong.append(f"RUN_ID={h.run_id}: its checkpoint was made by {found[2]} ranks with "
                          f"{found[3]}, not by {world.size} with {h.changed()}")
@@ -5231,10 +5234,10 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
     _, again = unpack(pack(h, quantise(t.model, found), quick=True)[0])
     load_stored(t.model, again)
     if in_turn(h):
-        Learning(t.model, found, t.world).make_up(in_turn(h)[:1], 1)
-    # the search rounds and packs about five times; a step that makes up has its share of tokens
+        Distillation(t.model, found, t.world).run(in_turn(h)[:1], 1)
+    # the search rounds and packs about five times; a step of distillation has its share of tokens
     cost["quantise"] = 5 * pace.read_s() + step_s * len(in_turn(h)) * h.rounding_steps * (
-        MAKE_UP_ROWS * h.train_seq_len / h.train_batch_tokens)
+        DISTIL_ROWS * h.train_seq_len / h.train_batch_tokens)
     fake = rehearsal_text(h, data)
     for name in wanted_scores(h):
         say(f"score {name}")

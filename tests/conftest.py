@@ -40,7 +40,7 @@ TINY = dict(
     qk_gain_init=2.0, xsa_last_n=3, num_loops=1, loop_start=1, loop_end=2,
     parallel_start_layer=3, iterations=4, max_wallclock_seconds=0.0, train_batch_tokens=256,
     micro_batch_tokens=64, train_seq_len=16, rehearsal_steps=1, muon_momentum_warmup_steps=10,
-    train_log_every=1, compile="off", precision="fp32", gptq_calibration_batches=4,
+    train_log_every=1, compile="off", precision="fp32", gptq_calibration_batches=4, rounding_steps=1,
     eval_seq_len=16, eval_stride=4, eval_batch_tokens=64, ttt_chunk_tokens=128, ttt_batch_seqs=4,
     ttt_epochs=2, ttt_lora_rank=2)
 

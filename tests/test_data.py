@@ -353,7 +353,7 @@ TRAIN, VAL, SIDECAR = "fineweb_train_000001.bin", "fineweb_val_000000.bin", "fin
     (lambda d: (d / VAL).unlink(), r"no file fineweb_val_\*.bin there"),
     (lambda d: [p.unlink() for p in d.iterdir()], "DATA_PATH=.*: no file fineweb_train"),
     (lambda d: [c.write_shard(d / name.replace("000000", "000002"), np.ones(9)) for name in (VAL, SIDECAR)],
-     r"DATA_PATH=.*d: its validation files have the numbers \[0, 2\]; one is missing, or there twice"),
+     r"DATA_PATH=.*d: its val files have the numbers \[0, 2\]; one is there twice, or missing"),
     (lambda d: [(d / name.replace(".", " (1).")).write_bytes((d / name).read_bytes()) for name in (VAL, SIDECAR)],
      r"the numbers \[0, 0\]"),    # as browsers name what comes again
     (lambda d: (d / SIDECAR).unlink(), "tokenizer .*fineweb_64_bpe.model: there is no such file")])

@@ -40,7 +40,7 @@ SMALL = dict(VOCAB_SIZE=512,
              TTT_EPOCHS=1,
              TTT_LEARNERS=1,
              TTT_STREAM_CHUNK=96,
-             GPTQ_CALIBRATION_BATCHES=2,
+             GPTQ_CALIBRATION_BATCHES=2, ROUNDING_STEPS=1,
              COMPILE="off",
              PRECISION="fp32",
              EMA_DECAY=0.8)

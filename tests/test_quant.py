@@ -299,12 +299,12 @@ def test_the_rest_makes_up_for_what_was_rounded():
     h = settings(train_seq_len=16, micro_batch_tokens=64)
     model = model_of(h)
     found, exact = found_of(model, 8), {n: w.detach().clone() for n, w in model.bank.items()}
-    learning = t.Learning(model, found, WORLD)
+    teacher = t.Distillation(model, found, WORLD)
     model.bank["embed"].data += 0.1 * torch.randn(exact["embed"].shape, generator=torch.Generator().manual_seed(0))
     rough = model.bank["embed"].detach().clone()
-    first = learning.make_up(["embed"], 1)
+    first = teacher.run(["embed"], 1)
     for _ in range(3):
-        last = learning.make_up(["embed"], 16)
+        last = teacher.run(["embed"], 16)
     assert last < 0.7 * first
     assert torch.equal(model.bank["embed"], rough) and not any(torch.equal(model.bank[n], exact[n]) for n in ("wq", "w_down"))
     assert all(w.grad is None for w in model.bank.values())

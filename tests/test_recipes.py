@@ -31,7 +31,8 @@ ROWS = {name: t.apply_recipes(name, {}) for name in t.RECIPES}
 TINY = dict(vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16, micro_batch_tokens=64,
             train_batch_tokens=128, iterations=24, max_wallclock_seconds=0.0, train_log_every=1000, eval_seq_len=16,
             eval_stride=8, eval_batch_tokens=128, ttt_chunk_tokens=128, ttt_batch_seqs=4, compile="off", precision="fp32",
-            lr_warmup_steps=2, muon_momentum_warmup_steps=100, mlp_mult=2.0, gptq_calibration_batches=2)
+            lr_warmup_steps=2, muon_momentum_warmup_steps=100, mlp_mult=2.0, gptq_calibration_batches=2,
+            rounding_steps=1)
 IF_ON = dict(warmdown_iters=12, recur_start_step=6, train_seq_schedule="8@0.4,16@1", bigram_vocab_size=50, ve_dim=6,
              prequant_ttt_epochs=2)
 

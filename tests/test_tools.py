@@ -73,8 +73,8 @@ def test_the_folder_is_complete(bench):
                                                   "documents_seed{}_quantized.txt", "documents_seed{}_sliding.txt")])
     assert (bench.root / "record/train_gpt_readable.py").read_bytes() == (REPO / "train_gpt.py").read_bytes()
     text = (bench.root / "record/README.md").read_text()
-    assert all(part in text for part in ("## Scores", "w_down", "packed code", "calibration", "XSA_LAST_N",
-                                         "C3 score before update", "SEED=1 RECIPE=record"))
+    assert all(part in text for part in ("## Scores", "w_down", "packed code", "adaptation", "calibration", "XSA_LAST_N",
+                                         "verify .` checks C1 to C4", "SEED=1 RECIPE=record"))
     assert "torch==" in (bench.root / "record/requirements.txt").read_text()
 
 
