@@ -3739,8 +3739,9 @@ def fit_budget(model: GPT, found: Curvature, code: int, log: Log,
         if 0 <= room - len(blob) <= 2 * slack:
             break
         low, high = (low, shift) if len(blob) <= room else (shift, high)
-        # for the next estimate: bytes that no step changes, and the coder's ratio to a Gaussian
-        fixed = sum(ledger[part] for part in ("steps", "fp16", "header", *done))
+        # for the next estimate: bytes that steps hardly change, and the coder's ratio to a Gaussian
+        still = "steps", "fp16", "header", *done, *(done and ("chain", "gates"))
+        fixed = sum(ledger.get(part, 0) for part in still)
         ratio = (len(blob) - fixed) / expected(shift)
     free = {shift: room - len(fitted.blob) for shift, fitted in tried.items()}
     # least room left among those that fit; where none does, least over
@@ -3751,7 +3752,8 @@ def fit_budget(model: GPT, found: Curvature, code: int, log: Log,
 
 
 DISTIL_ROWS = 16    # of text for each step
-DISTIL_RATE, PLAIN_RATE = 0.02, 0.001    # of Adam at first, in mean sizes of banks, coded or not
+# Rates of Adam at first, in mean sizes of banks; of coded ones in their steps, ~ 2^-bits of those.
+DISTIL_RATE, PLAIN_RATE = 0.113, 0.001
 
 
 def divergence(model: GPT, x: Tensor, truth: Tensor, table: Tensor) -> Tensor:
@@ -3765,8 +3767,9 @@ def divergence(model: GPT, x: Tensor, truth: Tensor, table: Tensor) -> Tensor:
 class Distillation:
     """Brings predictions back to those of the model as it was, on the text that it wrote."""
 
-    def __init__(self, model: GPT, found: Curvature, world: World):
-        """Keeps what the model says now."""
+    def __init__(self, model: GPT, found: Curvature, world: World, bits: float):
+        """Keeps what the model says now; it will be rounded to so many bits per weight."""
+        self.rate = DISTIL_RATE * 2**-bits
         self.model, self.world, self.plan = model, world, depth_plan(model.h, looped=True)
         self.table = model.bank["embed"].detach().clone()
         share = max(1, DISTIL_ROWS // world.size)
@@ -3779,7 +3782,7 @@ class Distillation:
         to zero; returns the mean divergence on the way, in nats per token."""
         names, mean = [n for n in self.model.bank if n not in fixed], 0.0
         free, table = [self.model.bank[n] for n in names], roles(self.model.h)
-        rates = [PLAIN_RATE * max(0.05, size) if table[n].bits == 16 else DISTIL_RATE * size
+        rates = [PLAIN_RATE * max(0.05, size) if table[n].bits == 16 else self.rate * size
                  for n, size in zip(names, (float(w.detach().abs().mean()) for w in free))]
         adam = torch.optim.Adam([dict(params=[w]) for w in free], betas=(0.9, 0.98), eps=1e-12)
         for number, (ids, truth) in enumerate(itertools.islice(self.turns, steps)):
@@ -3807,9 +3810,12 @@ def round_in_turn(model: GPT, found: Curvature, code: int, world: World, log: Lo
     are left. Rank 0 rounds, all ranks learn."""
     h, names, done = model.h, in_turn(model.h), {}
     fitted = fit_budget(model, found, code, log) if world.main else Fitted(b"", {}, {})
-    if not (world.share(len(fitted.blob) + code <= h.budget_bytes) and names):
+    size = len(fitted.blob)
+    size, fits = world.share((size, size + code <= h.budget_bytes))    # rank 0 alone has the code
+    if not (fits and names):
         return fitted
-    teacher = Distillation(model, found, world)
+    bits = 8 * size / sum(w.numel() for w in model.bank.values())
+    teacher = Distillation(model, found, world, bits)
     for number, name in enumerate(names[:-1], 1):
         bank = model.bank[name].data
         if world.main:
@@ -5225,16 +5231,20 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
             # 1.3, because a late stop breaks the rule and an early one costs a few steps
             reserve_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
     pace, length = Clock(t.world), min(9, h.train_seq_len)    # a part of each row shows the way
+    with t.model.eager():
+        written(t.model, t.world, length)
+    write_s = pace.read_s()
     found = calibrate(t.model, t.world, length)
+    # words are written one by one; gradients of a row cost about twice those of its part
     cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s,
-                calibrate=pace.read_s() * h.train_seq_len / length)
+                calibrate=write_s * h.train_seq_len / length + 2 * (pace.read_s() - 2 * write_s))
     say("quantise and pack")
     pace = Clock(t.world)
     # quick: the ways through packing and reading matter here, not the length
     _, again = unpack(pack(h, quantise(t.model, found), quick=True)[0])
     load_stored(t.model, again)
     if in_turn(h):
-        Distillation(t.model, found, t.world).run(in_turn(h)[:1], 1)
+        Distillation(t.model, found, t.world, 3.0).run(in_turn(h)[:1], 1)
     # the search rounds and packs about five times; a step of distillation has its share of tokens
     cost["quantise"] = 5 * pace.read_s() + step_s * len(in_turn(h)) * h.rounding_steps * (
         DISTIL_ROWS * h.train_seq_len / h.train_batch_tokens)

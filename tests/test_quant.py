@@ -299,7 +299,7 @@ def test_the_rest_makes_up_for_what_was_rounded():
     h = settings(train_seq_len=16, micro_batch_tokens=64)
     model = model_of(h)
     found, exact = found_of(model, 8), {n: w.detach().clone() for n, w in model.bank.items()}
-    teacher = t.Distillation(model, found, WORLD)
+    teacher = t.Distillation(model, found, WORLD, 2.5)
     model.bank["embed"].data += 0.1 * torch.randn(exact["embed"].shape, generator=torch.Generator().manual_seed(0))
     rough = model.bank["embed"].detach().clone()
     first = teacher.run(["embed"], 1)
