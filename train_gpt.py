@@ -154,6 +154,8 @@ def refusing(sentence: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
+        if told := re.search("KeyboardInterrupt: (.*)", str(error)):    # a signal, wrapped by C++
+            raise KeyboardInterrupt(told[1]) from None
         raise Refusal(f"{sentence} ({brief(error)})") from None
 
 
@@ -271,7 +273,7 @@ class Hyperparameters:
     # -- bytes
     gptq_calibration_batches: int = knob(
         16, "micro-batches of text that the model writes for its own rounding", positive)
-    rounding_steps: int = knob(32, "of distillation behind each bank that is rounded", natural)
+    rounding_steps: int = knob(32, "steps of distillation behind each rounded bank", natural)
     gptq_damping: float = knob(0.01, "added to its diagonals, as a share of their mean", positive)
     matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
     embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
@@ -636,7 +638,7 @@ OTHER_NAMES, BUILT_IN = (dict(part.split("=") for part in text.split()) for text
     BIGRAM_DIM=128 EMA_ENABLED=1 PARALLEL_FINAL_LANE=mean SPARSE_ATTN_GATE_ENABLED=1
     SMEAR_GATE_ENABLED=1 GATED_ATTN_QUANT_GATE=1 TTT_BETA1=0 TTT_BETA2=0.99 TTT_OPTIMIZER=adam
     TTT_MOMENTUM=0.9 TTT_GRAD_CLIP=1 GLOBAL_TTT_MOMENTUM=0.9 GLOBAL_TTT_GRAD_CLIP=1
-    VAL_DOC_FRACTION=1 COMPRESSOR=pergroup"""))
+    VAL_DOC_FRACTION=1 COMPRESSOR=pergroup CALIBRATION=self"""))
 IDLE = """
     WARMUP_STEPS CHECKPOINT_* EMBED_LR HEAD_LR FUSED_CE_ENABLED TTT_BATCH_SIZE TTT_EVAL_BATCHES
     TTT_HEARTBEAT_SECONDS TTT_DEBUG_BYPASS TTT_OUTPUT_DIR ARTIFACT_DIR EVAL_BATCH_SEQS

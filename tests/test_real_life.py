@@ -297,6 +297,13 @@ def test_a_current_folder_that_was_deleted(tmp_path):
     assert done.stderr == "train_gpt.py: error: the current folder was deleted, go to another one\n"
 
 
+def test_a_signal_inside_a_library_is_no_fault_of_the_input():
+    """SentencePiece, whose text comes from a generator of ours, wraps what a signal handler raises there."""
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped by a signal \(SIGTERM\); none$"), t.refusing("no tokenizer", RuntimeError):
+        raise RuntimeError("INTERNAL: KeyboardInterrupt: stopped by a signal (SIGTERM); none\n\nAt:\n  train_gpt.py(774)")
+
+
+
 @pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")], ids=["missing", "full"])
 def test_no_place_for_temporary_files(error, tmp_path, monkeypatch, capsys):
     """A sentence, and nothing left behind."""
