@@ -3598,10 +3598,10 @@ class Curvature(NamedTuple):
     text: Tensor | None = None    # where it found it, this rank's rows
 
 
-def calibrate(model: GPT, world: World, length: int = 0) -> Curvature:
-    """The curvature of the model as it is, on text of its own in rows of this `length`."""
+def calibrate(model: GPT, world: World, text: Tensor | None = None) -> Curvature:
+    """The curvature of the model as it is, on this rank's rows of `text`, else on its own."""
     with model.eager():    # no graph is made for shapes that come once
-        text = written(model, world, length or model.h.train_seq_len)
+        text = written(model, world, model.h.train_seq_len) if text is None else text
         rows, moments = curvature(model, world, text)
     return Curvature(rows, inverse_factors(model.h, moments), text)
 
@@ -5234,12 +5234,12 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
             reserve_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
     pace, length = Clock(t.world), min(9, h.train_seq_len)    # a part of each row shows the way
     with t.model.eager():
-        written(t.model, t.world, length)
+        text = written(t.model, t.world, length)
     write_s = pace.read_s()
-    found = calibrate(t.model, t.world, length)
+    found = calibrate(t.model, t.world, text)
     # words are written one by one; gradients of a row cost about twice those of its part
     cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s,
-                calibrate=write_s * h.train_seq_len / length + 2 * (pace.read_s() - 2 * write_s))
+                calibrate=write_s * h.train_seq_len / length + 2 * (pace.read_s() - write_s))
     say("quantise and pack")
     pace = Clock(t.world)
     # quick: the ways through packing and reading matter here, not the length
