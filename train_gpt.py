@@ -3245,7 +3245,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     require(budget_s > 0, f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} leaves no time to "
             f"train: {reserve_s:.1f} s are kept for adaptation")
     last = h.iterations or sys.maxsize
-    ahead, before_s, pace_s = 1 + clock.lag, 0.0, 0.0    # steps under way at the stop
+    ahead, before_s, pace_s = 1 + clock.lag, saves.saved_s, 0.0    # steps under way at the stop
     log.begin("train")
     while True:
         elapsed_s = clock.tick()

@@ -257,6 +257,22 @@ def test_the_clock_ends_training_before_the_budget(monkeypatch):
     assert progress == pytest.approx([n / 14.5 for n in range(done.steps)])
 
 
+def test_a_resumed_run_uses_its_clock_to_the_end(monkeypatch):
+    """The seconds before a stop are no step's: resumed at 300 of 320 s, with a step a second, 17 to 19 more are made."""
+    trained, _ = trainer(settings(iterations=0, max_wallclock_seconds=320.0))
+    fake_time(monkeypatch, trained, 1.0)
+
+    def resume(saves, log) -> int:
+        """As if a checkpoint of step 5 had been read."""
+        saves.saved_s = saves.clock.agreed_s = 300.0
+        saves.clock.pause(-300.0)
+        return 5
+
+    monkeypatch.setattr(t.Checkpoints, "resume", resume)
+    done, _ = t.train(trained, 0.0, Lines(), lambda: "")
+    assert done.resumed == 5 and 22 <= done.steps <= 24 and 317 <= done.seconds <= 320
+
+
 def test_validation_inside_training_is_not_counted(monkeypatch):
     """VAL_LOSS_EVERY pauses the clock for good, and writes the official line."""
     trained, _ = trainer(settings(iterations=4, val_loss_every=2, max_wallclock_seconds=20.0))
