@@ -234,9 +234,9 @@ class Hyperparameters:
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
     enable_looping_at: float = knob(0.35, "share of training before the recurrence", fraction)
-    untie_loops: bool = knob(False, "extra passes get weights of their own, at first copies")
     parallel_start_layer: int = knob(8, "first layer of PARALLEL_FORM; NUM_LAYERS: none", natural)
     logit_softcap: float = knob(30.0, "logits are squashed into (-softcap, softcap)", positive)
+    pointer: bool = knob(True, "a head that copies tokens of the document (arXiv 1609.07843)")
     attention: str = one_of("auto fa3 fa2 varlen sdpa blocks", "attention kernel")
 
     # -- training
@@ -257,7 +257,8 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at the first step", below_one)
     muon_momentum_warmup_steps: int = knob(1500, "steps over which the momentum rises", natural)
     beta2: float = knob(0.99, "AdamW decay of the square", below_one)
-    muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", natural)
+    muon_wd: float = knob(0.126, "decoupled weight decay of the matrices", natural)
+    decay_by_rate: bool = knob(True, "that decay falls as the rate does, beside being times it")
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", natural)
     adam_wd: float = knob(0.02, "decoupled weight decay of gains, scales and gates", natural)
     grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", natural)
@@ -400,12 +401,6 @@ class Hyperparameters:
         return min(12, self.model_dim)
 
     @property
-    def slices(self) -> int:
-        """Slices of a bank of layers: NUM_LAYERS and, with UNTIE_LOOPS, one for each extra step."""
-        extra = self.num_loops * (self.loop_end + 1 - self.loop_start)
-        return self.num_layers + extra * self.untie_loops
-
-    @property
     def valued(self) -> list[int]:
         """Layers whose values get an embedding of their token: the last two."""
         return [self.num_layers - 2, self.num_layers - 1] if self.ve_dim else []
@@ -466,21 +461,25 @@ demo | this script | legal | -
     EVAL_STRIDE=64 EVAL_BATCH_TOKENS=4096 TTT_CHUNK_TOKENS=8192 TTT_LORA_LR=0.016 TTT_LORA_RANK=32
     TTT_LORA_ALPHA=16 TTT_LR=0.01 TTT_EPOCHS=2 TTT_BATCH_SEQS=16
 
+field | what the latest systems share | legal | -
+    no pointer, decay times the rate alone: the form in which `record` began
+    POINTER=0 MUON_WD=0.095 DECAY_BY_RATE=0
+
 sp1024 | what #398, #578 and #1364 share | legal | -
     row scales without the floor of 1/31 that ruins small models; every target scored once
-    VOCAB_SIZE=1024 MLP_MULT=3 LEAKY_SLOPE=0 ROPE_BASE=22081.790273476247 QK_GAIN_INIT=1.5
-    XSA_LAST_N=0 HEAD_GATE_SCALE=0 SKIP_GATES=0 SMEAR_GATE=channel BIGRAM_VOCAB_SIZE=2048
-    NUM_LOOPS=0 PARALLEL_FORM=none DOC_MASK=0 LOADER=stream WARMDOWN_ITERS=3500 MIN_LR=0
-    MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99 POLAR_EXPRESS=0
-    MUON_ROW_NORMALIZE=0 MUON_WD=0.04 EMBED_WD=0.04 ADAM_WD=0.04 BETA2=0.95 EMA_DECAY=0.997
-    EMBED_BITS=8 MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 STEP_SEARCH=uniform COMPRESSOR=zstd
-    TTT=chunk TTT_ENABLED=0
+    RECIPE=field VOCAB_SIZE=1024 MLP_MULT=3 LEAKY_SLOPE=0 ROPE_BASE=22081.790273476247
+    QK_GAIN_INIT=1.5 XSA_LAST_N=0 HEAD_GATE_SCALE=0 SKIP_GATES=0 SMEAR_GATE=channel
+    BIGRAM_VOCAB_SIZE=2048 NUM_LOOPS=0 PARALLEL_FORM=none DOC_MASK=0 LOADER=stream
+    WARMDOWN_ITERS=3500 MIN_LR=0 MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035
+    MUON_MOMENTUM=0.99 POLAR_EXPRESS=0 MUON_ROW_NORMALIZE=0 MUON_WD=0.04 EMBED_WD=0.04 ADAM_WD=0.04
+    BETA2=0.95 EMA_DECAY=0.997 EMBED_BITS=8 MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0
+    STEP_SEARCH=uniform COMPRESSOR=zstd TTT=chunk TTT_ENABLED=0
 
 sp8192 | what #1493 and #1539 share | legal | -
     nothing
-    HEAD_GATE_SCALE=0 SMEAR_GATE=none PARALLEL_START_LAYER=7 DOC_MASK=0 WARMDOWN_FRAC=0.72 MIN_LR=0
-    MATRIX_LR=0.022 MUON_MOMENTUM=0.99 BETA2=0.95 EMBED_BITS=8 EMBED_CLIP_SIGMAS=20
-    TRELLIS_STATES=0 STEP_SEARCH=uniform COMPRESSOR=brotli TTT=chunk
+    RECIPE=field HEAD_GATE_SCALE=0 SMEAR_GATE=none PARALLEL_START_LAYER=7 DOC_MASK=0
+    WARMDOWN_FRAC=0.72 MIN_LR=0 MATRIX_LR=0.022 MUON_MOMENTUM=0.99 BETA2=0.95 EMBED_BITS=8
+    EMBED_CLIP_SIGMAS=20 TRELLIS_STATES=0 STEP_SEARCH=uniform COMPRESSOR=brotli TTT=chunk
 
 prequant | adaptation before GPTQ, #1364 | breaks C3 | -
     whole layers freeze or slow down (published: scalars only), rounding in training reaches the
@@ -549,9 +548,9 @@ pr1855 | #1855 | legal | 1.0611
     one clip of 12 sigmas (published: 13 attention, 11.5 MLP), no LQER; adapters by document read
     a cache (published: each window anew) and know no weight decay; all weights learn between
     three parts of the stream (published: within its first 2,500 documents)
-    CASEOPS_ENABLED=1 QK_GAIN_INIT=5 MATRIX_CLIP_SIGMAS=12 TRELLIS_STATES=0 STEP_SEARCH=uniform
-    COMPRESSOR=brotli TTT=phased TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_LR=1e-4
-    TTT_LR_DECAY=0 TTT_LEARNERS=1 TTT_STREAM_CHUNK=48 TTT_TARGETS=q,k,v,o,mlp,head
+    RECIPE=field CASEOPS_ENABLED=1 QK_GAIN_INIT=5 MATRIX_CLIP_SIGMAS=12 TRELLIS_STATES=0
+    STEP_SEARCH=uniform COMPRESSOR=brotli TTT=phased TTT_LORA_RANK=80 TTT_LORA_ALPHA=144
+    TTT_LORA_LR=1e-4 TTT_LR_DECAY=0 TTT_LEARNERS=1 TTT_STREAM_CHUNK=48 TTT_TARGETS=q,k,v,o,mlp,head
 
 pr2014 | #2014 | legal | 1.0576
     no AWQ-lite, no shorter chunks for short documents; TTT moves the softcaps (published: no
@@ -1075,6 +1074,8 @@ def refuse_used(folder: Path) -> None:
         folder / "model.bin").exists() and not checkpoints(folder)
     require(not used, f"RUN_ID={folder.name} was used before: {folder} exists; choose another "
             "RUN_ID, no run is ever overwritten")
+    path = folder / "log.txt"    # a pipe would wait for a reader
+    require(path.is_file() or not path.exists(), f"{path}: expected an ordinary file")
 
 
 class Log:
@@ -2163,15 +2164,21 @@ EMBED_INIT_STD = 0.005    # of the token embedding at first; its norm takes the 
 # 0.1% of the weights, too little to be worth codes.
 def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
-    L, D, F_ = h.slices, h.model_dim, h.mlp_dim
+    L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
     H, K = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
     # a row of skip weights for each pop of the deepest plan, which the others use in part
     S = sum(step.pop is not None for step in depth_plan(h, looped=True))
     matrix = dict(optim="muon", bits=h.matrix_bits, sigmas=h.matrix_clip_sigmas)
     scalar, start = dict(optim="scalar"), h.matrix_init
-    table = dict(
-        embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final",
-                   h.embed_clip_sigmas),
+    table = dict(embed=Role((h.vocab_size, D), "normal", "embed", h.embed_bits, "final",
+                            h.embed_clip_sigmas))
+    if h.pointer:    # K x D as wk is, so that one stack holds both
+        table["copy_query"] = Role((1, K, D), start, tap="final", **matrix)
+        table["copy_key"] = Role((1, K, D), start, tap="final", **matrix)
+        table["copy_own"] = Role((1, D), 0.0, **scalar)
+        table["copy_bias"] = Role((1, ), 8.0, **scalar)    # at first nearly nothing is copied
+        table["copy_gain"] = Role((1, ), 2.0, **scalar)
+    table |= dict(
         wq=Role((L, H, D), start, tap="attn_in", **matrix),
         wk=Role((L, K, D), start, tap="attn_in", **matrix),
         wv=Role((L, K, D), start, tap="attn_in", **matrix),
@@ -2218,7 +2225,6 @@ class Step(NamedTuple):
     """One executed block: which layer it is, whose weights, and its part in the U-Net skips."""
 
     layer: int
-    slice: int    # of the banks; the layer's number unless UNTIE_LOOPS gives a pass its own
     push: bool    # its output is kept for the step that mirrors it
     pop: int | None    # row of the skip weights that merges a kept output, or None
     parallel: bool    # attention and MLP read and write lanes of their own
@@ -2237,25 +2243,17 @@ def depth_plan(h: Hyperparameters, looped: bool, rounded: bool = False) -> tuple
     """The executed blocks in order: layers LOOP_START..LOOP_END run 1 + NUM_LOOPS times if looped.
     The first half pushes its outputs, the second pops them in reverse (U-Net skips, #289); plain
     skips have a row for each pair of the unlooped plan only (#1539)."""
-    order, end = [(i, i) for i in range(h.num_layers)], h.loop_end + 1
-    if looped:
-        again = [i for i, _ in order[h.loop_start:end]] * h.num_loops
-        own = range(h.num_layers, h.slices) if h.untie_loops else again
-        order[end:end] = zip(again, own)
+    order, end = [*range(h.num_layers)], h.loop_end + 1
+    order[end:end] = order[h.loop_start:end] * (h.num_loops if looped else 0)
     # Only steps below `half` push, only those from it on are parallel: what is kept is one lane.
     half = len(order) // 2
     rows = half if h.skip_gates else h.num_layers // 2
     first = h.num_layers if h.parallel_form == "none" else h.parallel_start_layer
     return tuple(
-        Step(layer, own, half - rows <= slot < half,
+        Step(layer, half - rows <= slot < half,
              slot - half if half <= slot < half + rows else None,
              layer >= first and slot >= half, layer >= h.num_layers - h.xsa_last_n, rounded)
-        for slot, (layer, own) in enumerate(order))
-
-
-def repeated(h: Hyperparameters, t: Tensor) -> Tensor:
-    """(NUM_LAYERS, ...) -> (slices, ...): with UNTIE_LOOPS each extra step's row is its layer's."""
-    return torch.cat([t, *[t[h.loop_start:h.loop_end + 1]] * h.num_loops]) if h.untie_loops else t
+        for slot, layer in enumerate(order))
 
 
 # ==================================================================================================
@@ -2342,7 +2340,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
     """Causal grouped-query attention within each document piece, softmax of q k / sqrt(E) by the
     named kernel: (B, T, H | K, E) -> (B, T, H, E)."""
     if kernel == "blocks":
-        return BlockAttention.apply(q, k, v, docs.start)
+        return by_blocks(q, k, v, docs.start)
     if kernel == "sdpa":
         # the mask is (B, 1, T, T): dear, and so only where no kernel takes document ends
         place = torch.arange(q.size(1), device=q.device)
@@ -2365,7 +2363,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Docs, kernel: str = "blocks") 
     return y.view(B, T, H, E)
 
 
-QUERY_BLOCK = 128    # queries that BlockAttention takes at once
+QUERY_BLOCK = 128    # queries that `by_blocks` takes at once
 
 
 def group(t: Tensor, K: int) -> Tensor:
@@ -2380,59 +2378,23 @@ def ungroup(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2, 4).reshape(B, T, K * G, E)
 
 
-class BlockAttention(torch.autograd.Function):
+def by_blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
     """Exact attention by blocks of queries, each against the keys before its end, for CPUs and as
-    the other kernels' twin; the query heads of a group are rows of one product.
-
-    The backward pass reuses the stored exponentials, whose sums divide the small tensors instead;
-    torch's CPU kernel computes them again at two to three times the cost."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
-        """(B, T, H | K, E) and piece starts (B, T) -> (B, T, H, E)."""
-        (B, T, H, E), K, place = q.shape, k.size(2), torch.arange(q.size(1), device=q.device)
-        Q, keys, values = (group(t, K) for t in (q, k, v))
-        outputs, weights, totals = [], [], []
-        for lo in range(0, T, QUERY_BLOCK):
-            hi = min(lo + QUERY_BLOCK, T)
-            seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
-            rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
-            logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT)
-            # (B * K, G * queries, keys) until here, by group from here on
-            logits = logits.view(B, K, H // K, hi - lo, hi).float() * E**-0.5
-            logits = torch.where(seen[:, None, None], logits, -math.inf).view(B * K, -1, hi)
-            p = (logits - logits.amax(-1, keepdim=True)).exp()
-            totals.append(p.sum(-1, keepdim=True))
-            weights.append(p.to(q.dtype))
-            y = torch.bmm(weights[-1], values[:, :, 0, :hi].reshape(B * K, hi, E))
-            outputs.append((y / totals[-1]).to(q.dtype).view(B, K, H // K, hi - lo, E))
-        y = ungroup(torch.cat(outputs, 3))
-        ctx.save_for_backward(q, k, v, y, *weights, *totals)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of q, k and v: with P = p / total, dS = P * (dP - sum(dY * Y)) (arXiv
-        2205.14135, B.2), then dQ = dS K / sqrt(E), dK = dS^T Q / sqrt(E), dV = P^T dY."""
-        q, k, v, y, *saved = ctx.saved_tensors
-        (B, T, H, E), K, blocks = q.shape, k.size(2), len(saved) // 2
-        Q, G, keys, values = (group(t, K) for t in (q, grad, k, v))
-        delta = group((grad.float() * y.float()).sum(-1, keepdim=True), K)
-        dq, dk, dv = [], [], []
-        for p, total, lo in zip(saved[:blocks], saved[blocks:], range(0, T, QUERY_BLOCK)):
-            hi = min(lo + QUERY_BLOCK, T)
-            rows, grads = (t[..., lo:hi, :].reshape(B * K, -1, E) for t in (Q, G))
-            dp = torch.bmm(grads, values[:, :, 0, :hi].reshape(B * K, hi, E).mT).float()
-            dp = dp - delta[..., lo:hi, :].reshape(B * K, -1, 1)
-            ds = (p.float() * dp * (E**-0.5 / total)).to(q.dtype)
-            grads = (grads / total).to(q.dtype)
-            dq.append(torch.bmm(ds, keys[:, :, 0, :hi].reshape(B * K, hi, E)))
-            # a key gets a part from every later block, and the parts are added in fp32
-            dk.append(F.pad(torch.bmm(ds.mT, rows).float(), (0, 0, 0, T - hi)))
-            dv.append(F.pad(torch.bmm(p.mT, grads).float(), (0, 0, 0, T - hi)))
-        dk, dv = (ungroup(sum(t).to(q.dtype).view(B, K, 1, T, E)) for t in (dk, dv))
-        dq = torch.cat([t.view(B, K, H // K, -1, E) for t in dq], 3)
-        return ungroup(dq), dk, dv, None
+    the other kernels' twin: (B, T, H | K, E) and piece starts (B, T) -> (B, T, H, E). The query
+    heads of a group are rows of one product."""
+    (B, T, H, E), K, place = q.shape, k.size(2), torch.arange(q.size(1), device=q.device)
+    (Q, keys, values), outputs = (group(t, K) for t in (q * E**-0.5, k, v)), []
+    for lo in range(0, T, QUERY_BLOCK):
+        hi = min(lo + QUERY_BLOCK, T)
+        seen = (place[lo:hi, None] >= place[:hi]) & (place[:hi] >= start[:, lo:hi, None])
+        rows = Q[..., lo:hi, :].reshape(B * K, -1, E)
+        logits = torch.bmm(rows, keys[:, :, 0, :hi].reshape(B * K, hi, E).mT).float()
+        # (B * K, G * queries, keys) until here, by group only for the mask
+        logits = logits.view(B, K, H // K, hi - lo, hi)
+        p = logits.masked_fill(~seen[:, None, None], -math.inf).softmax(-1).to(q.dtype)
+        y = torch.bmm(p.view(B * K, -1, hi), values[:, :, 0, :hi].reshape(B * K, hi, E))
+        outputs.append(y.view(B, K, H // K, hi - lo, E))
+    return ungroup(torch.cat(outputs, 3))
 
 
 class Past(NamedTuple):
@@ -2445,20 +2407,16 @@ class Past(NamedTuple):
     fresh: list[Tensor]    # the step adds keys and values (B, K, C, E) of the chunk
 
 
-def recall(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: str = "blocks") -> Tensor:
+def recall(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
     """Attention of a chunk to itself and to what is cached, (B, C, H | K, E) -> (B, C, H, E)."""
+    # The cache is multiplied where it lies: kernels for whole sequences would have it joined to
+    # the chunk and its heads copied, at each step of depth and tick.
     (B, C, H, E), K, M = q.shape, k.size(2), past.keys.size(2)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     past.fresh.extend((k.detach(), v.detach()))
-    if kernel != "blocks":
-        # the kernels of `attend` take causal sequences only, not a chunk behind M cached slots
-        k, v = (torch.cat(pair, 2).repeat_interleave(H // K, 1)
-                for pair in ((past.keys, k), (past.values, v)))
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, past.seen).transpose(1, 2)
     Q = group(q * E**-0.5, K).reshape(B, K, -1, E)    # (B, K, G * C, E)
-    # On CPUs the cache is multiplied where it lies: joined as above it would be copied each time.
-    logits = torch.cat((Q @ past.keys.mT, Q @ k.mT), -1).view(B, H, C, -1)
-    p = (logits + past.seen).softmax(-1).view(B, K, -1, M + C)
+    logits = torch.cat((Q @ past.keys.mT, Q @ k.mT), -1).view(B, H, C, -1).float()
+    p = (logits + past.seen).softmax(-1).to(v.dtype).view(B, K, -1, M + C)
     return ungroup((p[..., :M] @ past.values + p[..., M:] @ v).view(B, K, H // K, C, E))
 
 
@@ -2497,6 +2455,14 @@ def softcapped_nats(z: Tensor, targets: Tensor, cap: float | Tensor, fused: bool
     if fused and isinstance(cap, float) and kernels_take(z):
         return torch.ops.golf.nats(z.contiguous(), targets, cap)[0]
     return F.cross_entropy(softcapped(z, cap), targets, reduction="none")
+
+
+def copied(nats: Tensor, targets: Tensor, z: Tensor, tokens: Tensor) -> Tensor:
+    """Nats (B, T) of targets (B, T) by the mixture of `GPT.pointed`, given the model's own."""
+    share = z.softmax(-1)
+    same = tokens[:, None] == targets.view(*z.shape[:2], 1)
+    found = torch.where(same, share[..., 1:], 0.0).sum(-1).view_as(nats)
+    return -(share[..., 0].view_as(nats) * torch.exp(-nats) + found + 1e-30).log()
 
 
 def merge_skip(a: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -2563,10 +2529,9 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Fills every bank as its role says."""
         for name, role in roles(self.h).items():
-            bank, layered = self.bank[name], name in Layer._fields
-            if bank.is_meta:
+            w = self.bank[name]
+            if w.is_meta:
                 continue
-            w = bank[:self.h.num_layers] if layered else bank
             if role.init == "orthogonal":
                 for layer in w:
                     nn.init.orthogonal_(layer)
@@ -2576,8 +2541,6 @@ class GPT(nn.Module):
                 nn.init.normal_(w, std=0.01 if name == "ve" else EMBED_INIT_STD)
             else:
                 nn.init.constant_(w, role.init)
-            if layered:
-                bank.copy_(repeated(self.h, w))
 
     def layers(self, rounded: bool = False) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size
@@ -2589,8 +2552,8 @@ class GPT(nn.Module):
                 plain = role.optim == "scalar" and name != "head_gate"
                 cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
-        cast["depth_scale"] = repeated(self.h, numbers**(-0.5 * self.h.ln_scale)).unbind(0)
-        absent = (None, ) * self.h.slices
+        cast["depth_scale"] = (numbers**(-0.5 * self.h.ln_scale)).unbind(0)
+        absent = (None, ) * self.h.num_layers
         return [Layer(*ws) for ws in zip(*(cast.get(name, absent) for name in Layer._fields))]
 
     def embedded(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
@@ -2630,8 +2593,7 @@ class GPT(nn.Module):
         k = rotate(norm(heads(linear(n, w.wk, lora.get("k")))), *rope)
         v = linear(n, w.wv, lora.get("v"))
         v = heads(v if value is None else v + value)
-        y = (attend(q, k, v, docs, self.kernel) if past is None else
-             recall(q, k, v, past, self.kernel))
+        y = attend(q, k, v, docs, self.kernel) if past is None else recall(q, k, v, past)
         # What a token says of itself is in its stream already; heads bring what is elsewhere.
         if xsa:    # y - (y . v/|v|) v/|v| with the value of the same position (arXiv 2603.09078)
             own = F.normalize(v, dim=-1)[..., None, :]    # (B, T, K, 1, E)
@@ -2717,7 +2679,7 @@ class GPT(nn.Module):
                 seam["value"] = shares[step.layer] * value
             if cache:
                 seam["past"] = cache.past(slot)
-            a, m = run(layers[step.slice], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
+            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
             # before the lanes part, m is only another name of a
             m = m if step.parallel and h.parallel_form != "gptj" else a
             if step.push:
@@ -2725,13 +2687,59 @@ class GPT(nn.Module):
         share = self.bank["lane_share"] if h.parallel_form == "apart" else None
         return self.parts["join"](a, m, share)
 
+    def pointed(self, x: Tensor, ids: Tensor, bank: Mapping[str, Tensor], docs: Docs | None = None,
+                cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """The pointer sentinel (arXiv 1609.07843): logits (N, C, 1 + M), first that of the model's
+        own prediction, then those of places in the document, and the tokens (N, M) there, of
+        which each may come next again. States (B, T, D) look for the state before a token; of rows
+        longer than a piece, N blocks of C queries look no further back than one can reach."""
+        (B, T), weight = ids.shape, lambda name: bank[name][0].to(self.dtype)
+        q = norm(F.linear(x, weight("copy_query"))) * weight("copy_gain")
+        k = norm(F.linear(x, weight("copy_key")))
+        own = (x @ weight("copy_own")).float() + bank["copy_bias"]
+        if cache:
+            heads = lambda t: t.view(B, T, -1, self.h.head_dim).transpose(1, 2)
+            past, queries, keys = cache.past(-1), heads(q), heads(k)
+            shifted = torch.cat((cache.before, keys[:, :, :-1]), 2)
+            past.fresh.extend((shifted.detach(), keys.detach()))
+            z = torch.cat((queries @ past.keys.mT, queries @ shifted.mT), -1).sum(1)
+            tokens, seen = torch.cat((cache.ids, ids), 1), past.seen[:, 0]
+        else:
+            docs = docs or whole_rows(ids)
+            C = T if T <= docs.longest else math.gcd(T, 512)
+            back = 0 if T == C else -(-docs.longest // C) * C
+            blocks = lambda t: t.unfold(1, back + C, C).flatten(0, 1)    # (N, ..., M)
+            z = q.view(-1, C, q.size(-1)) @ blocks(F.pad(k[:, :-1], (0, 0, 1 + back, 0)))
+            tokens = blocks(F.pad(ids[:, 1:], (1 + back, 0), value=BOS))
+            place = torch.arange(-back, T, device=ids.device)
+            there, here = blocks(place[None])[:, None], place[back:].view(-1, C, 1)
+            seen = (there <= here) & (there >= docs.start.view(B, -1, C, 1))
+            seen = torch.where(seen.flatten(0, 1), 0.0, -math.inf)
+        # the state before a document's first token is of another one
+        z = (z.float() * q.size(-1)**-0.5 + seen).masked_fill((tokens == BOS)[:, None], -math.inf)
+        return torch.cat((own.view(*z.shape[:2], 1), z), -1), tokens
+
     def nats(self, ids: Tensor, targets: Tensor, plan: tuple[Step, ...], docs: Docs | None = None,
              lora: Sequence[Adapters] | None = None, cache: Cache | None = None) -> Tensor:
         """Cross-entropy of every target in nats, (B, T) fp32; arguments as of `hidden`."""
         x = self.hidden(ids, plan, docs, lora, cache=cache)
         caps = dict(caps=self.bank["softcap"]) if self.h.asym_logit_rescale else {}
-        return self.parts["head"](x, self.bank["embed"].to(self.dtype), targets,
+        nats = self.parts["head"](x, self.bank["embed"].to(self.dtype), targets,
                                   *([lora[-1].get("head")] if lora else []), **caps)
+        if not self.h.pointer:
+            return nats
+        return copied(nats, targets, *self.pointed(x, ids, self.bank, docs, cache))
+
+    def log_probs(self, x: Tensor, ids: Tensor, bank: Mapping[str, Tensor],
+                  cache: Cache | None = None) -> Tensor:
+        """Log probabilities (B, T, V) fp32 of all tokens from states (B, T, D) of whole rows."""
+        own = self.logits(x, bank["embed"].to(self.dtype)).log_softmax(-1)
+        if not self.h.pointer:
+            return own
+        z, tokens = self.pointed(x, ids, bank, None, cache)
+        share, places = z.softmax(-1), tokens[:, None].expand(-1, ids.size(1), -1)
+        # not in place: its gradient needs what was there
+        return ((share[..., :1] * own.exp()).scatter_add(-1, places, share[..., 1:]) + 1e-30).log()
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss in nats of the looped plan; about ln V at initialisation."""
@@ -2753,8 +2761,9 @@ def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and each
-    row's last two tokens: preallocated rings that all rows write at one place.
+    """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and these
+    tokens: preallocated rings that all rows write at one place. Behind the steps of depth come
+    the pointer's keys, each at the token that follows, and in the place of values where it is.
 
     A tick is `open`, one or more passes of the model, `write`. All chunks have C tokens, so one
     place serves rows of any age, and how far back a row may look is a mask. Slots of an earlier
@@ -2768,9 +2777,9 @@ class Cache:
             self.layers = model.layers()    # cast once: the weights stay as they are
         # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
         slots = -(-(self.T - 1) // C) * C
-        shape = len(plan), 2, B, h.num_kv_heads, slots, h.head_dim    # (S, 2, B, K, M, E)
+        shape = len(plan) + h.pointer, 2, B, h.num_kv_heads, slots, h.head_dim    # (S, ..., M, E)
         self.ring = torch.zeros(shape, dtype=model.dtype, device=embed.device)
-        self.ids = torch.zeros(B, 2, dtype=torch.int64, device=embed.device)
+        self.ids = torch.zeros(B, slots, dtype=torch.int64, device=embed.device)
 
     def open(self, behind: Tensor) -> None:
         """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
@@ -2784,7 +2793,8 @@ class Cache:
         self.behind = behind
         # at a document's start there is no token before, and at its second only one
         self.last = torch.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device),
-                                self.ids, -1)
+                                self.ids.roll(2 - self.at, 1)[:, :2], -1)
+        self.before = self.ring[-1, 1, :, :, self.at - 1, None]    # the pointer's last key
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
@@ -2795,7 +2805,7 @@ class Cache:
 
     def write(self, ids: Tensor, fresh: Sequence[Sequence[Tensor]]) -> None:
         """Books a chunk (B, C) with the keys and values that each step found for it."""
-        self.ids = torch.cat((self.ids, ids), 1)[:, -2:]
+        self.ids[:, self.at:self.at + self.C] = ids
         self.ring[..., self.at:self.at + self.C, :] = torch.stack(
             [t for pair in fresh for t in pair]).view_as(self.ring[..., :self.C, :])
         self.at = (self.at + self.C) % self.ring.size(4)
@@ -3001,7 +3011,7 @@ class Optimiser:
             group["lr"] = factor * group["peak"]
         self.adam.step()
         for stack, ready in zip(self.stacks, updates):
-            stack.apply(ready(), factor * h.matrix_lr, h.muon_wd)
+            stack.apply(ready(), factor * h.matrix_lr, h.muon_wd * factor**h.decay_by_rate)
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
@@ -3089,12 +3099,6 @@ class Trainer:
             nats = self.model.run_nats(batch.ids, batch.targets, plan, batch.docs).mean() / count
             nats.backward()
             loss = loss + nats.detach()
-        if h.untie_loops and not looped:
-            # What is equal at first and has equal gradients stays equal, average and momenta too:
-            # where the recurrence begins, passes with weights of their own part from what was one.
-            for name, p in self.model.bank.items():
-                if name in Layer._fields:
-                    p.grad = repeated(h, p.grad[:h.num_layers])
         self.optimiser.step(ramp * rate_factor(h, number, progress), momentum_at(h, number))
         self.ema.update(h.ema_decay)
         self.rounded_steps += rounded
@@ -3139,7 +3143,7 @@ class Trained(NamedTuple):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first."""
-    return sorted(folder.glob("checkpoint*.bin"))
+    return sorted(filter(Path.is_file, folder.glob("checkpoint*.bin")))
 
 
 def read_checkpoint(folder: Path) -> list[Any] | None:
@@ -3325,16 +3329,16 @@ def written(model: GPT, world: World, length: int) -> Tensor:
     count = min(SEQUENCES, h.gptq_calibration_batches * h.micro_batch_tokens // h.train_seq_len)
     dice = torch.rand(-(-count // world.size) * world.size, length,
                       generator=torch.Generator().manual_seed(h.seed))[world.rank::world.size]
-    embed, rows = model.bank["embed"].to(model.dtype), []
-    for draws in dice.to(embed.device).split(ROWS_AT_ONCE):
+    rows = []
+    for draws in dice.to(model.bank["embed"].device).split(ROWS_AT_ONCE):
         cache = Cache(model, len(draws), 1, plan)
         first = (draws[:, :1] * 2 - 1) * h.vocab_size
         text = [torch.where(first < 0, BOS, first.long())]
         for age, draw in enumerate(draws[:, 1:].split(1, 1)):
             cache.open(torch.full_like(text[-1][:, 0], age))
             x = model.hidden(text[-1], plan, cache=cache)
+            reached = model.log_probs(x, text[-1], model.bank, cache)[:, 0].exp().cumsum(-1)
             cache.write(text[-1], cache.fresh)
-            reached = model.logits(x[:, 0], embed).softmax(-1).cumsum(-1)
             drawn = torch.searchsorted(reached, draw * reached[:, -1:])
             text.append(drawn.clamp_max(h.vocab_size - 1))
         rows.append(torch.cat(text, 1))
@@ -3354,11 +3358,11 @@ def curvature(model: GPT, world: World,
     dice = torch.Generator(text.device)
     for number, ids in enumerate(text.split(1) if taps else ()):
         dice.manual_seed(h.seed + world.rank + world.size * number)
-        logits = model.logits(model.hidden(ids, plan)[0], model.bank["embed"].to(model.dtype))
+        logs = model.log_probs(model.hidden(ids, plan), ids, model.bank)[0]
         # one look for each rank, since the host waits for it
-        check_finite(h, number or logits.isfinite().all(), "training broke the weights")
-        drawn = logits.detach().softmax(-1).multinomial(1, generator=dice)[:, 0]
-        loss = F.cross_entropy(logits, drawn, reduction="sum")
+        check_finite(h, number or logs.isfinite().all(), "training broke the weights")
+        drawn = logs.detach().exp().multinomial(1, generator=dice)[:, 0]
+        loss = F.nll_loss(logs, drawn, reduction="sum")
         for n, G in zip(taps, torch.autograd.grad(loss, [model.bank[n] for n in taps])):
             G = G.view(-1, *G.shape[-2:])
             size = G.square().sum(-1)
@@ -3758,11 +3762,11 @@ DISTIL_ROWS = 16    # of text for each step
 DISTIL_RATE, PLAIN_RATE = 0.113, 0.001
 
 
-def divergence(model: GPT, x: Tensor, truth: Tensor, table: Tensor) -> Tensor:
-    """KL divergence in nats per token of the model's predictions from states x (B, T, D) from those
-    of states `truth` with the embedding `table` (V, D)."""
-    q, p = (model.logits(states, embed.to(model.dtype)).log_softmax(-1)
-            for states, embed in ((x, model.bank["embed"]), (truth, table)))
+def divergence(model: GPT, ids: Tensor, x: Tensor, truth: Tensor,
+               bank: Mapping[str, Tensor]) -> Tensor:
+    """KL divergence in nats per token of the model's predictions from states x (B, T, D) of tokens
+    `ids` from those of states `truth` with the head's weights in `bank`."""
+    q, p = (model.log_probs(*what) for what in ((x, ids, model.bank), (truth, ids, bank)))
     return F.kl_div(q, p, reduction="sum", log_target=True) / truth[..., 0].numel()
 
 
@@ -3773,7 +3777,7 @@ class Distillation:
         """Keeps what the model says now; it will be rounded to so many bits per weight."""
         self.rate = DISTIL_RATE * 2**-bits
         self.model, self.world, self.plan = model, world, depth_plan(model.h, looped=True)
-        self.table = model.bank["embed"].detach().clone()
+        self.before = {n: w.detach().clone() for n, w in model.bank.items()}
         share = max(1, DISTIL_ROWS // world.size)
         with torch.no_grad(), model.eager():
             pairs = [(ids, model.hidden(ids, self.plan)) for ids in found.text.split(share)]
@@ -3790,7 +3794,7 @@ class Distillation:
         for number, (ids, truth) in enumerate(itertools.islice(self.turns, steps)):
             with self.model.eager():
                 x = self.model.hidden(ids, self.plan)
-            loss = divergence(self.model, x, truth, self.table)
+            loss = divergence(self.model, ids, x, truth, self.before)
             grads = torch.autograd.grad(loss, free, allow_unused=True, materialize_grads=True)
             for w, grad, group, rate in zip(free, grads, adam.param_groups, rates):
                 w.grad, group["lr"] = self.world.mean(grad), rate * (1 - number / steps)
@@ -3846,7 +3850,7 @@ PACKED = b"# coding:latin-1 (packed: the minified script, compressed; the last l
 MODEL_KNOBS = (
     "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult leaky_slope rope_dims "
     "rope_base qk_gain_init ln_scale xsa_last_n head_gate_scale smear_gate num_loops loop_start "
-    "loop_end untie_loops parallel_start_layer logit_softcap matrix_bits embed_bits trellis_states "
+    "loop_end parallel_start_layer logit_softcap pointer matrix_bits embed_bits trellis_states "
     "bigram_vocab_size ve_dim skip_gates parallel_form asym_logit_rescale gptq_roles").split()
 
 
@@ -4750,7 +4754,7 @@ def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> 
     h, embed = model.h, model.bank["embed"]
     ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
-    shares = [(p, repeated(h, ramp).view(-1, *[1] * (p.dim() - 1)))
+    shares = [(p, ramp.view(-1, *[1] * (p.dim() - 1)))
               for name, p in model.bank.items() if name in Layer._fields]
     if early:
         before = [p.clone() for p, _ in shares]
@@ -6255,9 +6259,9 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
 
 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
-    """Loss against steps and seconds, and BPB by stage, of all runs, the best first: a PNG."""
-    figure = matplotlib.figure.Figure(figsize=(18, 6), layout="constrained")
-    steps, seconds, stages = figure.subplots(1, 3)
+    """Loss against steps and seconds of all runs, the best first: a PNG."""
+    figure = matplotlib.figure.Figure(figsize=(14, 6), layout="constrained")
+    steps, seconds = figure.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
     for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
         lines = e.said(r"^step:(\d+)/\d+ train_loss:(\d+\.?\d*|nan|inf) train_time:(\d+)ms")
@@ -6266,14 +6270,11 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
         style = dict(color=colour, lw=1, label=name)
         steps.plot(step, loss, **style)
         seconds.plot(ms / 1e3, loss, **style)
-        bpb = {name: score["val_bpb"] for name, score in e.result["scores"].items()}
-        stages.plot([*bpb], [*bpb.values()], marker="o", **style)
     handles, names = (part[:-MOST_NAMED - 1:-1] for part in seconds.get_legend_handles_labels())
     seconds.legend(handles, names, fontsize="small", title="best first, dark to light")
     steps.set(xlabel="steps", ylabel="training loss (nats per token)")
     seconds.set(xlabel="seconds of training")
-    stages.set(ylabel="BPB", title="BPB by stage")
-    for ax in (steps, seconds, stages):
+    for ax in (steps, seconds):
         ax.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
@@ -6308,7 +6309,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     write_atomically(out / "report.md", "\n\n".join([
         f"# {len(runs)} runs, best first", markdown(table),
         *(f"Not shown: {line}" for line in broken),
-        "![curves and stages](report.png)" if picture else
+        "![curves](report.png)" if picture else
         "No pictures: the package matplotlib is not installed."]).encode(errors="backslashreplace"))
     print(f"report: {out / 'report.md'}" + " (install matplotlib for pictures)" * (not picture))
     return 0

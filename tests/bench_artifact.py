@@ -21,10 +21,18 @@ from unittest import mock
 import numpy as np
 import torch
 from bench_rebuild import before, by_size
-from bench_replica import SCALES, Replica, compared, document_nats, first_documents, replica
+from bench_replica import (
+    QUIET,
+    SCALES,
+    WORLD,
+    Replica,
+    compared,
+    document_nats,
+    first_documents,
+    replica,
+)
 from bench_replica import tg as t
 
-WORLD, QUIET = t.World(), t.Log(t.World(), quiet=True)
 ROWS, COLUMNS = t.ROW_STEP_POWER, t.COLUMN_STEP_POWER
 # name -> (changed knobs, powers of row and column steps)
 METHODS = {
@@ -45,7 +53,7 @@ def checkpoint(path: str) -> Replica:
     h = t.Hyperparameters(**kept["knobs"])
     data, model = t.find_dataset(h, WORLD, print), t.build_model(h, WORLD)
     t.load_stored(model, kept["weights"])
-    return Replica(h, model, data, t.calibrate(model, WORLD), 0)
+    return Replica(h, model, data, 0)
 
 
 def coder_table(h: t.Hyperparameters, stored: dict) -> dict[str, dict[str, float]]:

@@ -2,7 +2,7 @@
 
 Made for one H100 or H200: record recipe, micro-batches of 98,304 tokens, shards of random tokens (V = 8192) in a
 temporary folder. Without CUDA everything is tiny (--small): that checks this file and measures nothing.
-Run: python tests/bench_gpu.py [--small] [--beside OTHER.py] [SECTION ...]     or the same under torchrun; last line:
+Run: python tests/bench_gpu.py [--small] [--beside OTHER.py] [SECTION | KNOB=VALUE ...]     or the same under torchrun; last line:
 BENCH {json}. Real text: DATA_PATH=FOLDER and, without byte counts beside its shards, TOKENIZER_PATH=MODEL (also
 CASEOPS_ENABLED, VOCAB_SIZE); of the validation shards as many tokens are scored as random ones would be.
 
@@ -369,8 +369,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny sizes, as without CUDA")
     parser.add_argument("--beside", type=Path, metavar="OTHER.py", help="a script to measure beside ours")
     parser.add_argument("--limit", type=float, default=480.0, metavar="SECONDS", help="of that script (480)")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=" ".join(SECTIONS))
+    parser.add_argument("sections", nargs="*", metavar="SECTION",
+                        help=f"{' '.join(SECTIONS)}; or KNOB=VALUE, a change to the record")
     given = parser.parse_args()
+    given.knobs = dict(word.split("=", 1) for word in given.sections if "=" in word)
+    given.sections = [word for word in given.sections if "=" not in word]
     if unknown := set(given.sections) - set(SECTIONS):
         sys.exit(f"unknown: {unknown}; sections are {' '.join(SECTIONS)}")
     if given.beside and not given.beside.is_file():
@@ -389,7 +392,7 @@ def main() -> None:
         folder, sizes = Path(world.share(own)), (20_000, 2_000) if small else (16_000_000, 1_000_000)
         text = {n: os.environ[n] for n in TEXT if n in os.environ} if os.environ.get("DATA_PATH") else {}
         knobs = dict(RECIPE="record", MAX_WALLCLOCK_SECONDS="0", DATA_PATH=str(folder), **(SMALL if small else {}))
-        h = tg.Hyperparameters.from_env(knobs | text | (dict(SHORT_VAL_ALLOWED="1") if text else {}))
+        h = tg.Hyperparameters.from_env(knobs | given.knobs | text | (dict(SHORT_VAL_ALLOWED="1") if text else {}))
         if world.main and not text:
             made_shards(folder, h, *sizes)
         world.wait()
@@ -398,7 +401,7 @@ def main() -> None:
         chip = next((c for c in PEAK if c in name), "")
         b = Bench(h, world, data, small, made_trainer(h, world, data, "off" if small else "full"), PEAK.get(chip),
                   BANDWIDTH.get(chip))
-        head = dict(machine=name, ranks=world.size, torch=torch.__version__, small=small, peak_flops=b.peak,
+        head = dict(machine=name, ranks=world.size, torch=torch.__version__, small=small, knobs=tg.run_block(given.knobs), peak_flops=b.peak,
                     fused_kernels=b.trainer.model.h.fused_kernels, data=text.get("DATA_PATH", "random tokens"),
                     train_batch_tokens=h.train_batch_tokens, micro_batch_tokens=h.micro_batch_tokens)
         b.say("\n".join(lines("machine", head)))

@@ -1,12 +1,12 @@
 """The contest in small: a well-trained replica of the record, for every claim about BPB.
 
-Two scales, S (0.18M weights) and L (0.34M), each trained on TOKENS_PER_WEIGHT tokens per weight, as the contest's 36M weights are
-on 107. What is scaled, and how, stands in SCALES. Documents: BENCH_DATA (docs_train.jsonl.zst, docs_val.jsonl.zst; default
+Three scales, S (0.18M weights), L (0.34M) and, for a GPU, XL (0.69M), each trained on TOKENS_PER_WEIGHT tokens per weight, as the
+contest's 36M weights are on 107. What is scaled, and how, stands in SCALES. Documents: BENCH_DATA (docs_train.jsonl.zst, docs_val.jsonl.zst; default
 ../shared/data beside the repository), else the embedded corpus. Trained models are cached by content in BENCH_CACHE (default
 data/bench); a stopped training goes on from its checkpoint.
 
 All arms get the time of the first: its steps times the modelled milliseconds of both at full size; and artifacts of equal bytes.
-Run: python tests/bench_replica.py S "field:" "wide: MLP_MULT=6" --seeds 1,2,3 --processes 2
+Run: python tests/bench_replica.py S "field: RECIPE=field,demo" "record:" "wide: MLP_MULT=6" --seeds 1,2,3 --processes 2
 """
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ import train_gpt as tg
 
 DATA = Path(os.environ.get("BENCH_DATA", REPO.parent / "shared" / "data"))
 CACHE = Path(os.environ.get("BENCH_CACHE", REPO / "data" / "bench"))
+WORLD = tg.World.from_env({})    # one GPU where there is one, else the CPU
+QUIET = tg.Log(WORLD, quiet=True)
 TOKENS_PER_WEIGHT = 60
 TTT_SHARE = 0.4    # of the documents get a score with TTT, which takes several times as long
 # Of the record: width, depth, vocabulary, context and batch shrink; one loop in the place of two keeps the share of repeated steps;
@@ -48,16 +50,22 @@ SCALES = dict(
            TRAIN_SEQ_LEN="256", EVAL_SEQ_LEN="256", TRAIN_BATCH_TOKENS="8192", MICRO_BATCH_TOKENS="8192"),
     L=dict(NUM_LAYERS="6", XSA_LAST_N="6", MODEL_DIM="64", NUM_HEADS="2", LOOP_START="2", LOOP_END="3", PARALLEL_START_LAYER="4",
            TRAIN_SEQ_LEN="512", EVAL_SEQ_LEN="512", TRAIN_BATCH_TOKENS="16384", MICRO_BATCH_TOKENS="16384"))
+SCALES["XL"] = SCALES["L"] | dict(MODEL_DIM="96")
 
 
-class Replica(NamedTuple):
+@dataclasses.dataclass
+class Replica:
     """A well-trained small model and what it was trained on."""
 
     h: tg.Hyperparameters
     model: tg.GPT
     data: tg.Dataset
-    found: tg.Curvature
     position: int    # micro-batches that training has read
+
+    @functools.cached_property
+    def found(self) -> tg.Curvature:
+        """What rounding asks of the model."""
+        return tg.calibrate(self.model, WORLD)
 
 
 def shards(V: int) -> Path:
@@ -67,39 +75,38 @@ def shards(V: int) -> Path:
         return tg.embedded_corpus(CACHE, V)
     folder = CACHE / f"docs_sp{V}_{tg.file_sha256(val)[:8]}"
     if not tg.intact(folder):
-        tg.build_dataset(functools.partial(tg.split_documents, [train], [val]), V, None, folder, False, print)
+        tg.make_dataset([str(train), "--val", str(val), "--vocab", str(V), "--out", str(folder)], print)
     return folder
 
 
 def replica(scale: str = "S", seed: int = 1, steps: int = 0, **knobs: str) -> Replica:
     """The model of this seed, with knobs of its own, read from the cache or trained: for `steps` steps, else TOKENS_PER_WEIGHT."""
-    tg.tune_process(torch.device("cpu"))
+    tg.tune_process(WORLD.device)
     folder = shards(int(COMMON["VOCAB_SIZE"]))
     given = COMMON | SCALES[scale] | knobs | dict(SEED=str(seed), DATA_PATH=str(folder), LOGS_DIR=str(CACHE),
                                                   TOKENIZER_PATH=str(folder / f"fineweb_{COMMON['VOCAB_SIZE']}_bpe.model"))
     h = tg.Hyperparameters.from_env(given)
-    world = tg.World()
-    data, model = tg.find_dataset(h, world, print), tg.build_model(h, world)
+    data, model = tg.find_dataset(h, WORLD, print), tg.build_model(h, WORLD)
     weights = sum(p.numel() for p in model.parameters())
     steps = steps or -(-TOKENS_PER_WEIGHT * weights // h.train_batch_tokens)
-    key = json.dumps([sorted(h.changed().items()), steps, [tg.file_sha256(p) for p in sorted(folder.glob("*.bin"))]])
-    h = model.retune(iterations=steps, run_id=f"replica_{scale}{seed}_{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    shapes = {name: w.shape for name, w in model.bank.items()}
+    key = json.dumps([sorted(h.changed().items()), steps, shapes, [tg.file_sha256(p) for p in sorted(folder.glob("*.bin"))]])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12] + WORLD.device.type.removeprefix("cpu")
+    h = model.retune(iterations=steps, run_id=f"replica_{scale}{seed}_{key}")
     path = CACHE / h.run_id / "model.pt"
     if not path.is_file():
-        model.compile(tg.compile_mode(h, world.device, print))
-        trainer, begin_s = tg.Trainer(h, world, model, data), time.perf_counter()
-        tg.train(trainer, 0.0, tg.Log(world, CACHE / h.run_id), str)
+        model.compile(tg.compile_mode(h, WORLD.device, print))
+        trainer, begin_s = tg.Trainer(h, WORLD, model, data), time.perf_counter()
+        tg.train(trainer, 0.0, tg.Log(WORLD, CACHE / h.run_id), str)
         kept = dict(weights={n: p.detach().clone() for n, p in model.bank.items()}, position=trainer.loader.position)
         torch.save(kept, partial := path.with_suffix(f".{os.getpid()}"))
         os.replace(partial, path)
         for checkpoint in tg.checkpoints(path.parent):
             checkpoint.unlink()
         print(f"replica: {weights:,} weights, {steps} steps, {path} after {time.perf_counter() - begin_s:.0f} s", flush=True)
-    kept = torch.load(path, weights_only=True)
-    with torch.no_grad():
-        for name, w in kept["weights"].items():
-            model.bank[name].copy_(w)
-    return Replica(h, model, data, tg.calibrate(model, world), kept["position"])
+    kept = torch.load(path, weights_only=True, map_location="cpu")
+    tg.load_stored(model, kept["weights"])
+    return Replica(h, model, data, kept["position"])
 
 
 class Judged(NamedTuple):
@@ -115,6 +122,8 @@ class Judged(NamedTuple):
 # Milliseconds per million weights of a layer and step: 3.5 bytes a weight sent by reduce-scatter and all-gather at 300 GB/s, 40 bytes
 # read and written by update and average at 2.5 TB/s, an eighth of Muon's products. Reckoned, not measured.
 WEIGHT_MS = 0.03
+# Of the pointer's softmax: 98,304 x 2,560 logits of 2 bytes, read or written 14 times, and as many keys, at 2.5 TB/s. Reckoned.
+POINTER_MS = 3.0
 
 
 def cost_ms(h: tg.Hyperparameters, base: tg.Hyperparameters, rate: float, block_ms: float, fixed_ms: float) -> float:
@@ -125,20 +134,22 @@ def cost_ms(h: tg.Hyperparameters, base: tg.Hyperparameters, rate: float, block_
     forward = 2 * D * (2 * heads + 2 * keys) + 4 * D * h.mlp_mult * D + 2 * 1024 * heads    # of a token and block
     share = h.enable_looping_at if h.num_loops else 0.0
     blocks = layers * (share * len(tg.depth_plan(h, False)) + (1 - share) * len(tg.depth_plan(h, True)))
-    head, weights = 2 * D * 8192, layers * h.slices * (D * (2 * heads + 2 * keys) + 2 * D * h.mlp_mult * D)
-    return (3 * (blocks * forward + head) * 98_304 / rate / 1e9 + blocks * block_ms +
-            WEIGHT_MS * weights / 1e6 + fixed_ms)
+    head, weights = 2 * D * 8192, layers * h.num_layers * (D * (2 * heads + 2 * keys) + 2 * D * h.mlp_mult * D)
+    pointer = h.pointer * (2 * D * 2 * keys + 2 * 2560 * keys)
+    return (3 * (blocks * forward + head + pointer) * 98_304 / rate / 1e9 + blocks * block_ms +
+            WEIGHT_MS * weights / 1e6 + POINTER_MS * h.pointer + fixed_ms)
 
 
-# Public pairs at full size, 600 s on 8 H100s: what was changed, and ms per step (or 600 s over the steps).
+# Pairs at full size: what was changed, and ms per step (or 600 s over the steps); public ones of 8 H100s, and `bench_gpu.py`.
 PAIRS = {"#2130, MLP 3 to 4": (dict(mlp_mult=3.0), dict(mlp_mult=4.0), 600e3 / 5337, 600e3 / 4991),
          "#1871, MLP 4 to 4.5": (dict(mlp_mult=4.0), dict(mlp_mult=4.5), 123.1, 129.1),
-         "#1512, 11 to 12 layers": (dict(num_layers=11), dict(num_layers=12), 117.0, 130.0)}
+         "#1512, 11 to 12 layers": (dict(num_layers=11), dict(num_layers=12), 117.0, 130.0),
+         "ours, one H200, 11 to 17 steps": (dict(enable_looping_at=1.0), dict(enable_looping_at=0.0), 115.4, 170.3)}
 
 
 def fitted_cost() -> tuple[tuple[float, float, float], dict[str, float]]:
     """(rate, block_ms, fixed_ms) with the least squared error of the ratios of PAIRS, at 120 ms for the record; and those errors."""
-    record, best = tg.Hyperparameters(), (math.inf, (), {})
+    record, best = tg.Hyperparameters.from_env(dict(RECIPE="field")), (math.inf, (), {})
     for rate, block_ms in itertools.product(range(300, 801, 20), np.arange(0, 6, 0.1)):
         fixed_ms = 120 - cost_ms(record, record, rate, block_ms, 0.0)
         if fixed_ms < 0:
@@ -160,7 +171,7 @@ def first_documents(val: tg.Validation, count: int) -> tg.Validation:
 
 def document_nats(model: tg.GPT, val: tg.Validation, score: str) -> np.ndarray:
     """Nats of each document by one of SCORES."""
-    ledger = tg.score_by_name(score, model, val, tg.World(), tg.Log(tg.World(), quiet=True))[1]
+    ledger = tg.score_by_name(score, model, val, WORLD, QUIET)[1]
     return np.add.reduceat(ledger.targets_nats().astype(float), val.documents[:-1])
 
 
@@ -168,14 +179,14 @@ def judge(scale: str, seed: int, knobs: dict[str, str], steps: int, budget: int,
     """Trains or finds one model, fits its artifact into `budget` bytes, and scores it before, after, and with TTT."""
     torch.set_num_threads(threads)
     bench = replica(scale, seed, steps, **knobs)
-    model, quiet = bench.model, tg.Log(tg.World(), quiet=True)
+    model = bench.model
     place = CACHE / bench.h.run_id / f"judged_{budget}_{documents}_{tg.fingerprint((REPO / 'train_gpt.py').read_text()):x}.json"
     if place.is_file():
         return Judged(*json.loads(place.read_text()))
     val, nats = first_documents(bench.data.val, documents), {}
     nats["prequant"] = document_nats(model, val, "stream").tolist()
     model.retune(budget_bytes=budget, eval_budget_s=0.0)
-    blob = tg.round_in_turn(model, bench.found, 0, tg.World(), quiet).blob
+    blob = tg.round_in_turn(model, bench.found, 0, WORLD, QUIET).blob
     tg.load_stored(model, tg.unpack(blob)[1])
     nats["quantized"] = document_nats(model, val, "stream").tolist()
     nats["ttt"] = document_nats(model, first_documents(val, round(TTT_SHARE * documents)), "ttt").tolist()
@@ -196,7 +207,7 @@ def main(arguments: list[str]) -> None:
     """Prints the table and the line BENCH."""
     parser = argparse.ArgumentParser("bench_replica.py", description=__doc__)
     parser.add_argument("scale", choices=sorted(SCALES))
-    parser.add_argument("arms", nargs="*", default=["field:"], help="name: KNOB=value ...; the first is the base of all differences")
+    parser.add_argument("arms", nargs="*", default=["record:"], help="name: KNOB=value ...; the first is the base of all differences")
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--bytes", type=int, default=0, help="of every artifact; else 3.5 bits per weight of the first arm")
     parser.add_argument("--documents", type=int, default=100)
@@ -223,10 +234,10 @@ def main(arguments: list[str]) -> None:
         found = dict(zip(jobs, pool.map(judge, *zip(*[(o.scale, seed, arms[name], all_steps[name], budget, o.documents, threads)
                                                       for name, seed in jobs]))))
     val = first_documents(tg.find_dataset(dataclasses.replace(base, data_path=str(folder), tokenizer_path=str(
-        folder / f"fineweb_{base.vocab_size}_bpe.model")), tg.World(), print).val, o.documents)
+        folder / f"fineweb_{base.vocab_size}_bpe.model")), WORLD, print).val, o.documents)
     all_sizes, table = np.add.reduceat(val.bytes, val.documents[:-1]), {}
     print(f"{len(all_sizes)} documents, {all_sizes.sum()} bytes, with TTT the first {TTT_SHARE:.0%}; seeds {o.seeds}; "
-          f"{tg.device_name(torch.device('cpu'))}, torch {torch.__version__}")
+          f"{tg.device_name(WORLD.device)}, torch {torch.__version__}")
     print(f"{'arm':24}{'weights':>9}{'ms':>7}{'steps':>7}{'bytes':>9}{'bits':>6}" + "".join(
         f"{stage:>10}{'difference':>12}{'s.e.':>8}" for stage in ("prequant", "quantized", "ttt")))
     for name, h in shapes.items():

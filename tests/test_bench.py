@@ -37,7 +37,7 @@ EXPECTED = dict(
                           "pack_s", "round_in_turn_s", "unpack_s")),
     scoring=dict.fromkeys(("quantized", "sliding", "stream", "ttt"), SCORE),
     losses=dict.fromkeys(("steps", "fused_ran", "fused", "plain", "difference")))
-HEAD = {"machine", "ranks", "torch", "small", "peak_flops", "fused_kernels", "data", "train_batch_tokens",
+HEAD = {"machine", "ranks", "torch", "small", "knobs", "peak_flops", "fused_kernels", "data", "train_batch_tokens",
         "micro_batch_tokens"}
 # Two phases at 0.1 s and 0.2 s a step in #1855's form, after one stretch that compiled; then it would run for ever.
 STAND_IN = """import os, subprocess, sys, time
@@ -82,10 +82,10 @@ def running(pid: int) -> bool:
 
 def test_every_number_is_there(tmp_path):
     """All sections run, and the last line is the JSON of what the table shows."""
-    done = bench(cwd=tmp_path)
+    done = bench("LEAKY_SLOPE=0.25", cwd=tmp_path)
     assert "failed" not in done.stdout, done.stdout
     results = result(done)
-    assert set(results) == HEAD | set(EXPECTED) and results["data"] == "random tokens"
+    assert set(results) == HEAD | set(EXPECTED) and results["data"] == "random tokens" and results["knobs"] == "LEAKY_SLOPE=0.25"
     for name, parts in EXPECTED.items():
         assert set(results[name]) == set(parts), name
         for part, keys in parts.items():
@@ -225,13 +225,13 @@ def test_the_made_up_tokenizer_has_its_size(tmp_path):
 
 
 def test_the_cost_model_and_the_paired_difference():
-    """The record takes 120 ms; public ratios are met within 5%; what computes or stores more costs more. Two arms that differ
-    by a constant number of bits per byte have that difference and no error."""
+    """The field's form takes 120 ms; ratios are met within 5%; what computes or stores more costs more. Two arms that differ by
+    a constant number of bits per byte have that difference and no error."""
     cost, errors = bench_replica.fitted_cost()
-    record = tg.Hyperparameters()
-    ms = lambda **knobs: bench_replica.cost_ms(replace(record, **knobs), record, *cost)
+    field = tg.Hyperparameters.from_env(dict(RECIPE="field"))
+    ms = lambda **knobs: bench_replica.cost_ms(replace(field, **knobs), field, *cost)
     assert ms() == pytest.approx(120) and max(map(abs, errors.values())) < 0.05
-    assert ms(num_loops=0) < ms(num_loops=1) < ms() < ms(untie_loops=True) < 1.01 * ms() < ms(mlp_mult=4.5) < ms(num_layers=12)
+    assert ms(num_loops=0) < ms(num_loops=1) < ms() < ms(pointer=True) < ms(mlp_mult=4.5) < ms(num_layers=12)
     sizes = np.array([10, 200, 3000])
     base = [sizes * 1.0, sizes * 1.1]
     mean, error = bench_replica.compared([nats + 0.01 * sizes * np.log(2) for nats in base], base, sizes)

@@ -83,7 +83,8 @@ def test_mlp_equals_plain(k, shape, D, F_, slope):
     assert fused.dtype == torch.bfloat16 and fused.shape == (*shape, D)
     for got, twin, wanted in zip([fused, *fused_slopes], [plain, *plain_slopes], [exact, *exact_slopes]):
         assert got.shape == wanted.shape
-        assert error(got, wanted) <= 1.25 * SLACK * error(twin, wanted) + 1e-3
+        # two roundings to bf16 of a single row are up to 2^-8 off
+        assert error(got, wanted) <= 1.25 * SLACK * error(twin, wanted) + 2**-8
 
 
 def test_activations_say_their_side_and_have_no_bias(k):

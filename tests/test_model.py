@@ -184,14 +184,14 @@ def test_attention_gradients_numerically():
     q, k, v, weight = (torch.randn(1, 7, heads, 4, generator=g) for heads in (4, 2, 2, 4))
     start = torch.tensor([[0, 0, 0, 3, 3, 5, 5]])
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    (tg.BlockAttention.apply(*inputs, start) * weight).sum().backward()
+    (tg.by_blocks(*inputs, start) * weight).sum().backward()
     for t in inputs:
         for place in ((0, 1, 0, 2), (0, 4, 1, 0), (0, 6, 1, 3)):
             shifted = []
             for delta in (1e-2, -1e-2):
                 moved = [x.detach().clone() for x in inputs]
                 moved[[t is x for x in inputs].index(True)][place] += delta
-                shifted.append((tg.BlockAttention.apply(*moved, start) * weight).sum())
+                shifted.append((tg.by_blocks(*moved, start) * weight).sum())
             assert abs(float((shifted[0] - shifted[1]) / 2e-2 - t.grad[place])) < 5e-3
 
 
@@ -302,18 +302,57 @@ def test_one_serial_block_equals_its_formula(tiny):
     torch.testing.assert_close(out[0], expected, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("looped", [False, True])
-def test_the_whole_model_equals_its_formula(tiny, looped):
-    """Loops, U-Net skips, lanes, final mean and softcapped cross-entropy against the twin."""
+def twin_pointer(h, bank, x, ids, own) -> torch.Tensor:
+    """(T, V) probabilities of the pointer sentinel, place by place, from states (T, D) and the model's own (T, V)."""
+    q, k = rms(x @ bank["copy_query"][0].T) * bank["copy_gain"], rms(x @ bank["copy_key"][0].T)
+    rows = []
+    for t in range(len(ids)):
+        places = [j for j in range(1, t + 1) if ids[j] != tg.BOS]    # of tokens whose state before them is known
+        z = [x[t] @ bank["copy_own"][0] + bank["copy_bias"][0]] + [q[t] @ k[j - 1] / q.size(1)**0.5 for j in places]
+        own_share, *shares = torch.stack(z).softmax(0)
+        rows.append(own_share * own[t])
+        for share, j in zip(shares, places):
+            rows[-1][ids[j]] += share
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("looped, pointer", [(False, False), (True, False), (True, True)])
+def test_the_whole_model_equals_its_formula(tiny, looped, pointer):
+    """Loops, U-Net skips, lanes, final mean, softcapped cross-entropy and pointer against the twin; all probabilities of
+    the target's, too."""
+    tiny = replace(tiny, pointer=pointer)
     model, b = alive(tiny), batch(tiny, B=1)
     torch.nn.init.normal_(model.bank["lane_write"])
     ids, targets = b.ids.clamp_min(2), b.targets
+    ids[0, [3, 7, 8]] = torch.tensor([9, 9, tg.BOS])
     bank = {name: p.detach() for name, p in model.bank.items()}
     x = twin_states(tiny, bank, model.embedded(ids)[0].detach(), looped)
-    logits = tiny.logit_softcap * torch.tanh(x @ bank["embed"].T / tiny.logit_softcap)
-    expected = torch.logsumexp(logits, 1) - logits.gather(1, targets[0][:, None])[:, 0]
-    torch.testing.assert_close(model.nats(ids, targets, tg.depth_plan(tiny, looped))[0].detach(), expected,
-                               atol=2e-4, rtol=2e-4)
+    p = (tiny.logit_softcap * torch.tanh(x @ bank["embed"].T / tiny.logit_softcap)).softmax(-1)
+    if pointer:
+        bank["copy_bias"].fill_(0.5)    # so that much is copied
+        p = twin_pointer(tiny, bank, x, ids[0], p)
+        torch.testing.assert_close(p.sum(1), torch.ones(len(p)))
+    nats = model.nats(ids, targets, tg.depth_plan(tiny, looped))[0].detach()
+    torch.testing.assert_close(nats, -p.gather(1, targets[0][:, None])[:, 0].log(), atol=2e-4, rtol=2e-4)
+    logs = model.log_probs(model.hidden(ids, tg.depth_plan(tiny, looped)), ids, model.bank)[0].detach()
+    torch.testing.assert_close(logs, p.log(), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("T", [63, 60, 56, 64])    # in blocks of 1, 4, 8 and 64 queries
+def test_the_pointer_sees_the_pieces_of_a_packed_row_apart(tiny, T):
+    """One long row of documents, as kernels for variable lengths take it, gives each document the nats that it has alone."""
+    model, plan = alive(tiny), tg.depth_plan(tiny, True)
+    model.bank["copy_bias"].data.fill_(0.5)
+    tokens = torch.from_numpy(random_tokens(tiny, T + 1, document=9).astype(np.int64))
+    ids, targets = tokens[None, :-1], tokens[None, 1:]
+    docs = tg.locate(ids.numpy(), 12, ids.device)
+    nats = model.nats(ids, targets, plan, docs)[0]
+    starts = [*torch.unique(docs.start[0]).tolist(), T]
+    assert max(b - a for a, b in zip(starts, starts[1:])) == 12
+    for a, b in zip(starts, starts[1:]):
+        if ids[0, a] == tg.BOS:    # behind a cut the smear and the pointer's first key know what was before
+            alone = model.nats(ids[:, a:b], targets[:, a:b], plan)[0]
+            torch.testing.assert_close(nats[a:b], alone, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- seams and precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -381,6 +382,11 @@ def test_an_unfinished_run_goes_on_only_as_it_was(tmp_path):
     assert "RUN_ID=r was used before" in checked(tmp_path, **same)[0]
     (folder / "model.bin").unlink()
     assert checked(tmp_path, **same) == []
+    os.mkfifo(folder / "checkpoint000000001.bin")    # to open a pipe would wait for ever
+    assert checked(tmp_path, **same) == []
+    (folder / "log.txt").unlink()
+    os.mkfifo(folder / "log.txt")
+    assert checked(tmp_path, **same) == [f"{folder / 'log.txt'}: expected an ordinary file"]
 
 
 def test_a_name_too_long_for_a_file_is_refused(tmp_path):

@@ -174,8 +174,7 @@ def gradients_by_hand(model: t.GPT, batches: int) -> list[dict[str, torch.Tensor
     h, found = model.h, []
     for number, ids in enumerate(rows_of(h, batches).split(1)):
         dice = torch.Generator().manual_seed(h.seed + number)
-        x = model.hidden(ids, t.depth_plan(h, True))[0]
-        p = (h.logit_softcap * torch.tanh(x @ model.bank["embed"].T / h.logit_softcap)).softmax(-1)
+        p = model.log_probs(model.hidden(ids, t.depth_plan(h, True)), ids, model.bank)[0].exp()
         labels = p.detach().multinomial(1, generator=dice)
         model.zero_grad()
         (-p.gather(1, labels).log().sum()).backward()
@@ -242,7 +241,7 @@ def test_curvature_foretells_the_divergence():
     def predictions() -> torch.Tensor:
         """Log-probabilities of every token."""
         with torch.no_grad():
-            return model.logits(model.hidden(ids, t.depth_plan(h, True)), model.bank["embed"]).log_softmax(-1)
+            return model.log_probs(model.hidden(ids, t.depth_plan(h, True)), ids, model.bank)
 
     exact, dice = predictions(), torch.Generator().manual_seed(0)
     for name, layer in (("wq", 1), ("wv", 0), ("wo", 3), ("w_up", 2), ("w_down", 1), ("embed", 0)):
@@ -272,7 +271,8 @@ def test_text_that_the_model_writes(monkeypatch):
     for rank in (0, 1):
         assert torch.equal(t.written(model, Half(rank, 2), h.train_seq_len), text[rank::2])
     assert torch.equal(t.written(model, WORLD, 5), t.written(model, WORLD, 5)) and t.written(model, WORLD, 5).size(1) == 5
-    model.logits = lambda x, embed, **_: torch.nn.functional.one_hot(torch.tensor([7] * len(x)), h.vocab_size) * 99.0
+    model.retune(pointer=False)
+    model.log_probs = lambda x, ids, bank, cache: torch.nn.functional.one_hot(torch.full_like(ids, 7), h.vocab_size).log()
     assert (t.written(model, WORLD, h.train_seq_len)[:, 1:] == 7).all()
 
 
@@ -319,7 +319,7 @@ def test_banks_are_rounded_in_turn(monkeypatch):
     monkeypatch.setattr(t, "ROOM_USED", 0.995)    # bytes are few: fewer passes hit the mark
     for steps in (0, 16):
         model = model_of(h)
-        plan, ids, table = t.depth_plan(h, True), rows_of(h, 20)[256:], model.bank["embed"].detach().clone()
+        plan, ids, bank = t.depth_plan(h, True), rows_of(h, 20)[256:], {n: w.detach().clone() for n, w in model.bank.items()}
         with torch.no_grad():
             truth = model.hidden(ids, plan)
         model.retune(budget_bytes=6_500, rounding_steps=steps)
@@ -329,7 +329,7 @@ def test_banks_are_rounded_in_turn(monkeypatch):
         assert sum(line.startswith("round:") for line in log.lines) == (len(t.tapped(h)) - 1) * (steps > 0)
         t.load_stored(model, t.unpack(blobs[steps])[1])
         with torch.no_grad():
-            lost[steps] = float(t.divergence(model, model.hidden(ids, plan), truth, table))
+            lost[steps] = float(t.divergence(model, ids, model.hidden(ids, plan), truth, bank))
     assert lost[16] < 0.9 * lost[0], lost
     fresh = model_of(h)
     fresh.retune(budget_bytes=6_500, rounding_steps=0)

@@ -16,7 +16,7 @@ def layers(plan) -> list[int]:
 def variants(tiny) -> list[tg.Hyperparameters]:
     """Models with and without each optional role."""
     return [tiny, replace(tiny, head_gate_scale=0.0), replace(tiny, smear_gate="none"),
-            replace(tiny, parallel_start_layer=4), replace(tiny, num_loops=0), replace(tiny, untie_loops=True),
+            replace(tiny, parallel_start_layer=4), replace(tiny, num_loops=0), replace(tiny, pointer=False),
             tg.Hyperparameters()]
 
 
@@ -72,7 +72,9 @@ def test_record_plan_and_size():
     assert [s.layer for s in plan if s.parallel] == [8, 9, 10] and all(s.xsa for s in plan)
     assert layers(tg.depth_plan(h, looped=False)) == list(range(11))
     with torch.device("meta"):
-        assert sum(p.numel() for p in tg.GPT(h).parameters()) == 35_945_671
+        count = lambda h: sum(p.numel() for p in tg.GPT(h).parameters())
+        assert count(replace(h, pointer=False)) == 35_945_671
+        assert count(h) == 35_945_671 + 2 * 512 * 256 + 512 + 2
 
 
 def test_plans_by_hand(tiny):
@@ -87,20 +89,6 @@ def test_plans_by_hand(tiny):
     assert [s.push for s in odd] == [True, True, False, False, False]
     assert [s.pop for s in odd] == [None, None, 0, 1, None]
     assert not any(s.parallel for s in tg.depth_plan(replace(tiny, parallel_start_layer=0), True)[:3])
-
-
-def test_untied_passes_have_weights_of_their_own(tiny):
-    """Each extra step has slices of its own behind those of the layers, and is in all else the layer that it repeats."""
-    for loops in (0, 1, 3):
-        tied = replace(tiny, num_loops=loops)
-        own = replace(tied, untie_loops=True)
-        plan = tg.depth_plan(own, looped=True)
-        assert [s._replace(slice=s.layer) for s in plan] == list(tg.depth_plan(tied, looped=True))
-        assert [s.slice for s in plan] == [0, 1, 2, *range(4, 4 + 2 * loops), 3]
-        assert sorted(s.slice for s in plan) == list(range(own.slices)) and own.slices == 4 + 2 * loops
-        assert tg.depth_plan(own, looped=False) == tg.depth_plan(tied, looped=False)
-        assert tg.repeated(own, torch.arange(4)).tolist() == [0, 1, 2, 3] + [1, 2] * loops
-        assert tg.repeated(tied, torch.arange(4)).tolist() == [0, 1, 2, 3]
 
 
 def test_every_plan_pops_what_it_pushed_and_has_skip_rows(tiny):

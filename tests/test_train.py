@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import on_ranks
-from support import WORLD, Lines, dataset, model_of, repetitive, settings, stream, t
+from support import WORLD, Lines, dataset, repetitive, settings, stream, t
 
 
 def trainer(h: t.Hyperparameters, tokens: np.ndarray | None = None) -> tuple[t.Trainer, t.Dataset]:
@@ -134,56 +134,6 @@ def looped_steps(trained: t.Trainer) -> tuple[list[bool], int | None]:
     said = [int(m[1]) for line in log.lines if (m := re.match(r"recurrence:on step:(\d+) ", line))]
     assert len(said) <= 1
     return seen, said[0] if said else None
-
-
-def test_untied_passes_are_copies_until_the_recurrence_begins():
-    """Before it, weights, average and momenta of an extra pass are those of its layer, and training is as with one set of
-    weights; the model as a whole is the same function at the instant of the change; after it each pass goes its own way."""
-    h, runs = settings(grad_clip_norm=0.0, num_loops=2), []
-    batch = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)]).next()
-    for untied in (False, True):
-        run, _ = trainer(t.replace(h, untie_loops=untied))
-        losses = [float(run.step(number, 0.0, False)) for number in range(3)]
-        with torch.no_grad():
-            runs.append((run, losses, run.model.nats(batch.ids, batch.targets, t.depth_plan(run.h, True), batch.docs)))
-    (tied, tied_losses, tied_nats), (untied, untied_losses, untied_nats) = runs
-    torch.testing.assert_close(untied_losses, tied_losses, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(untied_nats, tied_nats, rtol=1e-4, atol=1e-5)
-    adam = untied.optimiser.adam.state
-    for (name, p), mean in zip(untied.model.bank.items(), untied.ema.mean):
-        if name in t.Layer._fields:
-            kept = [p.detach(), mean, *(v for v in adam[p].values() if v.shape == p.shape)]
-            kept += [part for stack in untied.optimiser.stacks for bank, part in zip(
-                stack.banks, stack.momentum.split([len(b) for b in stack.banks])) if bank is p]
-            assert len(kept) in (3, 4), name
-            for value in kept:
-                torch.testing.assert_close(value, t.repeated(untied.h, value[:h.num_layers]), rtol=1e-5, atol=1e-7)
-            torch.testing.assert_close(p[:h.num_layers], tied.model.bank[name], rtol=1e-4, atol=1e-5)
-    untied.step(3, 1.0, True)
-    for name in ("wq", "w_down", "mlp_scale"):
-        p = untied.model.bank[name].detach()
-        apart = p - t.repeated(untied.h, p[:h.num_layers])
-        assert (apart[h.num_layers:].flatten(1).abs().amax(1) > 1e-6).all()
-
-
-def test_gradients_of_untied_passes_add_up_to_the_tied_one():
-    """What each pass of a layer learns by itself is together what the layer learns."""
-    h = settings(num_loops=2)
-    batch = t.Loader(h, WORLD, [stream(3000).astype(np.uint16)]).next()
-    tied, untied = model_of(h), t.GPT(t.replace(h, untie_loops=True))
-    with torch.no_grad():
-        for name, p in untied.bank.items():
-            w = tied.bank[name]
-            p.copy_(t.repeated(untied.h, w) if name in t.Layer._fields else w)
-    for model in (tied, untied):
-        model.nats(batch.ids, batch.targets, t.depth_plan(model.h, True), batch.docs).mean().backward()
-    for name, p in untied.bank.items():
-        g, L = p.grad, h.num_layers
-        if name in t.Layer._fields:
-            g = g[:L].clone()
-            for i in range(L, len(p)):
-                g[h.loop_start + (i - L) % (h.loop_end + 1 - h.loop_start)] += p.grad[i]
-        torch.testing.assert_close(g, tied.bank[name].grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
