@@ -257,8 +257,7 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at the first step", below_one)
     muon_momentum_warmup_steps: int = knob(1500, "steps over which the momentum rises", natural)
     beta2: float = knob(0.99, "AdamW decay of the square", below_one)
-    muon_wd: float = knob(0.126, "decoupled weight decay of the matrices", natural)
-    decay_by_rate: bool = knob(True, "that decay falls as the rate does, beside being times it")
+    muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", natural)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", natural)
     adam_wd: float = knob(0.02, "decoupled weight decay of gains, scales and gates", natural)
     grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", natural)
@@ -462,8 +461,8 @@ demo | this script | legal | -
     TTT_LORA_ALPHA=16 TTT_LR=0.01 TTT_EPOCHS=2 TTT_BATCH_SEQS=16
 
 field | what the latest systems share | legal | -
-    no pointer, decay times the rate alone: the form in which `record` began
-    POINTER=0 MUON_WD=0.095 DECAY_BY_RATE=0
+    no pointer head: the form in which `record` began
+    POINTER=0
 
 sp1024 | what #398, #578 and #1364 share | legal | -
     row scales without the floor of 1/31 that ruins small models; every target scored once
@@ -2794,7 +2793,7 @@ class Cache:
         # at a document's start there is no token before, and at its second only one
         self.last = torch.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device),
                                 self.ids.roll(2 - self.at, 1)[:, :2], -1)
-        self.before = self.ring[-1, 1, :, :, self.at - 1, None]    # the pointer's last key
+        self.before = self.ring[-1, 1, :, :, self.at - 1, None].clone()    # the pointer's last key
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
@@ -3011,7 +3010,7 @@ class Optimiser:
             group["lr"] = factor * group["peak"]
         self.adam.step()
         for stack, ready in zip(self.stacks, updates):
-            stack.apply(ready(), factor * h.matrix_lr, h.muon_wd * factor**h.decay_by_rate)
+            stack.apply(ready(), factor * h.matrix_lr, h.muon_wd)
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:

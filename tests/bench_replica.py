@@ -122,8 +122,8 @@ class Judged(NamedTuple):
 # Milliseconds per million weights of a layer and step: 3.5 bytes a weight sent by reduce-scatter and all-gather at 300 GB/s, 40 bytes
 # read and written by update and average at 2.5 TB/s, an eighth of Muon's products. Reckoned, not measured.
 WEIGHT_MS = 0.03
-# Of the pointer's softmax: 98,304 x 2,560 logits of 2 bytes, read or written 14 times, and as many keys, at 2.5 TB/s. Reckoned.
-POINTER_MS = 3.0
+# Of the pointer's softmax: 98,304 x 2,560 logits of 2 bytes, read or written 10 times, and copies of keys, at 2.5 TB/s. Reckoned.
+POINTER_MS = 2.2
 
 
 def cost_ms(h: tg.Hyperparameters, base: tg.Hyperparameters, rate: float, block_ms: float, fixed_ms: float) -> float:

@@ -23,7 +23,7 @@ STEMS = {"sp1024", "sp8192", "prequant"}    # what systems share: no system of i
 PUBLISHED = dict(baseline=17_059_912, pr398=26_829_913, pr398_legal=26_829_913, pr578=26_993_756, pr1364=26_993_756,
                  pr1364_legal=26_993_756, dttt=26_993_756, dttt_legal=26_993_756, pr1539=36_311_132,
                  pr1539_legal=36_311_132, pr1493=35_944_536, pr1855=35_945_671, pr2014=35_945_673, pr2135=35_945_673,
-                 record=35_945_671)
+                 field=35_945_671, record=36_208_329)
 ILLEGAL = {"pr398", "pr1364", "dttt", "pr1539"}
 NAMES = [name for name in t.RECIPES if name not in STEMS | {"demo"}]
 ROWS = {name: t.apply_recipes(name, {}) for name in t.RECIPES}
@@ -52,6 +52,8 @@ def named_model(h: t.Hyperparameters) -> t.GPT:
         for name, p in model.bank.items():
             g = torch.Generator().manual_seed(t.fingerprint(name) % 2**31)
             p.add_(torch.randn(p.shape, generator=g) * 0.2 * (5 if name == "softcap" else 1))
+            if name == "copy_bias":    # as learned, so that what is copied is seen
+                p.sub_(8)
     return model
 
 
@@ -166,7 +168,7 @@ def print_of_pack(h: t.Hyperparameters) -> list:
 STAGES = dict(
     loss=(print_of_loss, """num_layers mlp_mult leaky_slope rope_dims rope_base ln_scale qk_gain_init xsa_last_n
         head_gate_scale smear_gate skip_gates bigram_vocab_size ve_dim parallel_form
-        parallel_start_layer num_loops asym_logit_rescale matrix_init"""),
+        parallel_start_layer num_loops pointer asym_logit_rescale matrix_init"""),
     step=(print_of_step, """matrix_lr scalar_lr tied_embed_lr muon_momentum muon_momentum_warmup_start
         muon_momentum_warmup_steps polar_express muon_row_normalize muon_backend_steps muon_wd embed_wd adam_wd beta2
         ema_decay grad_clip_norm warmdown_iters warmdown_frac min_lr late_qat_threshold
@@ -307,7 +309,23 @@ def by_hand(model: t.GPT, ids: torch.Tensor, looped: bool) -> torch.Tensor:
         x = (x + lane) / 2
     z = n(x) @ b["embed"].T
     cap = torch.where(z > 0, *b["softcap"]) if h.asym_logit_rescale else h.logit_softcap
-    return (cap * torch.tanh(z / cap)).log_softmax(-1)
+    own = (cap * torch.tanh(z / cap)).log_softmax(-1)
+    return pointer_by_hand(b, n(x), ids, own.exp()).log() if h.pointer else own
+
+
+def pointer_by_hand(b, x: torch.Tensor, ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Probabilities (T, V) with what the pointer copies, of states (T, D) and the model's own (T, V)."""
+    n = lambda x: x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
+    q, k, rows = n(x @ b["copy_query"][0].T) * b["copy_gain"], n(x @ b["copy_key"][0].T), []
+    for t_ in range(len(x)):
+        places = [j for j in range(1, t_ + 1) if ids[j] != t.BOS]
+        z = torch.stack([x[t_] @ b["copy_own"][0] + b["copy_bias"][0], *(q[t_] @ k[j - 1] / k.size(1)**0.5 for j in places)])
+        share = z.softmax(0)
+        row = share[0] * own[t_]
+        for w, j in zip(share[1:], places):
+            row = row + w * torch.nn.functional.one_hot(ids[j].long(), len(row))
+        rows.append(row)
+    return torch.stack(rows)
 
 
 def attention_by_hand(h, b, l: int, x: torch.Tensor, extra) -> torch.Tensor:
