@@ -325,7 +325,7 @@ def test_banks_are_rounded_in_turn(monkeypatch):
         model.retune(budget_bytes=6_500, rounding_steps=steps)
         log = Lines()
         blobs[steps] = t.round_in_turn(model, found, 1000, WORLD, log).blob
-        assert 0.99 * 5_500 <= len(blobs[steps]) <= 5_500
+        assert 0.98 * 5_500 <= len(blobs[steps]) <= 5_500
         assert sum(line.startswith("round:") for line in log.lines) == (len(t.tapped(h)) - 1) * (steps > 0)
         t.load_stored(model, t.unpack(blobs[steps])[1])
         with torch.no_grad():
