@@ -2791,8 +2791,9 @@ class Cache:
         self.seen = torch.where(seen, 0.0, -math.inf).to(self.ring.dtype)
         self.behind = behind
         # at a document's start there is no token before, and at its second only one
-        self.last = torch.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device),
-                                self.ids.roll(2 - self.at, 1)[:, :2], -1)
+        two = torch.stack([self.ids[:, (self.at - n) % len(slots)] for n in (2, 1)], 1)
+        self.last = torch.where(
+            behind[:, None] > torch.arange(1, -1, -1, device=behind.device), two, -1)
         self.before = self.ring[-1, 1, :, :, self.at - 1, None].clone()    # the pointer's last key
 
     def past(self, slot: int) -> Past:

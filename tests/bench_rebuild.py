@@ -47,14 +47,14 @@ def measured_damage(model: t.GPT, loader: t.Loader, found: t.Curvature) -> dict[
     """KL divergence (L,) in nats per token that each role-layer alone causes by 1.5 times uniform steps."""
     plan, damage = t.depth_plan(model.h, looped=True), {}
     ids = loader.next().ids.view(-1, model.h.train_seq_len)[:max(1, DAMAGE_TOKENS // model.h.train_seq_len)]
-    truth, bank = model.hidden(ids, plan), {n: w.clone() for n, w in model.bank.items()}
+    truth, before = model.hidden(ids, plan), {n: w.clone() for n, w in model.bank.items()}
     for name in t.tapped(model.h):
         bank, grid = t.bank_of(model, name), t.searched_grid(model, name, found)
         exact, damage[name] = bank.clone(), torch.zeros(len(bank))
         rough = t.gptq(bank, found.factors[t.roles(model.h)[name].tap], grid._replace(scale=1.5 * grid.scale)).decode()
         for i in range(len(bank)):
             bank[i] = rough[i]
-            damage[name][i] = t.divergence(model, ids, model.hidden(ids, plan), truth, bank)
+            damage[name][i] = t.divergence(model, ids, model.hidden(ids, plan), truth, before)
             bank[i] = exact[i]
     return damage
 

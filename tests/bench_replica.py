@@ -1,9 +1,9 @@
 """The contest in small: a well-trained replica of the record, for every claim about BPB.
 
 Three scales, S (0.18M weights), L (0.34M) and, for a GPU, XL (0.69M), each trained on TOKENS_PER_WEIGHT tokens per weight, as the
-contest's 36M weights are on 107. What is scaled, and how, stands in SCALES. Documents: BENCH_DATA (docs_train.jsonl.zst, docs_val.jsonl.zst; default
-../shared/data beside the repository), else the embedded corpus. Trained models are cached by content in BENCH_CACHE (default
-data/bench); a stopped training goes on from its checkpoint.
+contest's 36M weights are on 107. What is scaled, and how, stands in SCALES. Documents: BENCH_DATA (docs_train.jsonl.zst,
+docs_val.jsonl.zst; default ../shared/data beside the repository), else the embedded corpus. Trained models are cached by content in
+BENCH_CACHE (default data/bench); a stopped training goes on from its checkpoint.
 
 All arms get the time of the first: its steps times the modelled milliseconds of both at full size; and artifacts of equal bytes.
 Run: python tests/bench_replica.py S "field: RECIPE=field,demo" "record:" "wide: MLP_MULT=6" --seeds 1,2,3 --processes 2
@@ -148,15 +148,15 @@ PAIRS = {"#2130, MLP 3 to 4": (dict(mlp_mult=3.0), dict(mlp_mult=4.0), 600e3 / 5
 
 
 def fitted_cost() -> tuple[tuple[float, float, float], dict[str, float]]:
-    """(rate, block_ms, fixed_ms) with the least squared error of the ratios of PAIRS, at 120 ms for the record; and those errors."""
-    record, best = tg.Hyperparameters.from_env(dict(RECIPE="field")), (math.inf, (), {})
+    """(rate, block_ms, fixed_ms) with the least squared error of the ratios of PAIRS, at 120 ms for `field`; and those errors."""
+    field, best = tg.Hyperparameters.from_env(dict(RECIPE="field")), (math.inf, (), {})
     for rate, block_ms in itertools.product(range(300, 801, 20), np.arange(0, 6, 0.1)):
-        fixed_ms = 120 - cost_ms(record, record, rate, block_ms, 0.0)
+        fixed_ms = 120 - cost_ms(field, field, rate, block_ms, 0.0)
         if fixed_ms < 0:
             continue
         errors = {}
         for name, (before, after, slow, fast) in PAIRS.items():
-            ms = [cost_ms(dataclasses.replace(record, **knobs), record, rate, block_ms, fixed_ms) for knobs in (before, after)]
+            ms = [cost_ms(dataclasses.replace(field, **knobs), field, rate, block_ms, fixed_ms) for knobs in (before, after)]
             errors[name] = ms[1] / ms[0] / (fast / slow) - 1
         best = min(best, (sum(e * e for e in errors.values()), (rate, float(block_ms), fixed_ms), errors), key=lambda row: row[0])
     return best[1:]

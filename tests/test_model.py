@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import train_gpt as tg
 from conftest import alive, random_tokens
+from support import pointer_by_hand
 
 
 def batch(h: tg.Hyperparameters, B: int = 2, T: int = 16, seed: int = 0, longest: int = 10) -> tg.Batch:
@@ -302,20 +303,6 @@ def test_one_serial_block_equals_its_formula(tiny):
     torch.testing.assert_close(out[0], expected, atol=2e-4, rtol=2e-4)
 
 
-def twin_pointer(h, bank, x, ids, own) -> torch.Tensor:
-    """(T, V) probabilities of the pointer sentinel, place by place, from states (T, D) and the model's own (T, V)."""
-    q, k = rms(x @ bank["copy_query"][0].T) * bank["copy_gain"], rms(x @ bank["copy_key"][0].T)
-    rows = []
-    for t in range(len(ids)):
-        places = [j for j in range(1, t + 1) if ids[j] != tg.BOS]    # of tokens whose state before them is known
-        z = [x[t] @ bank["copy_own"][0] + bank["copy_bias"][0]] + [q[t] @ k[j - 1] / q.size(1)**0.5 for j in places]
-        own_share, *shares = torch.stack(z).softmax(0)
-        rows.append(own_share * own[t])
-        for share, j in zip(shares, places):
-            rows[-1][ids[j]] += share
-    return torch.stack(rows)
-
-
 @pytest.mark.parametrize("looped, pointer", [(False, False), (True, False), (True, True)])
 def test_the_whole_model_equals_its_formula(tiny, looped, pointer):
     """Loops, U-Net skips, lanes, final mean, softcapped cross-entropy and pointer against the twin; all probabilities of
@@ -330,7 +317,7 @@ def test_the_whole_model_equals_its_formula(tiny, looped, pointer):
     p = (tiny.logit_softcap * torch.tanh(x @ bank["embed"].T / tiny.logit_softcap)).softmax(-1)
     if pointer:
         bank["copy_bias"].fill_(0.5)    # so that much is copied
-        p = twin_pointer(tiny, bank, x, ids[0], p)
+        p = pointer_by_hand(bank, x, ids[0], p)
         torch.testing.assert_close(p.sum(1), torch.ones(len(p)))
     nats = model.nats(ids, targets, tg.depth_plan(tiny, looped))[0].detach()
     torch.testing.assert_close(nats, -p.gather(1, targets[0][:, None])[:, 0].log(), atol=2e-4, rtol=2e-4)

@@ -316,7 +316,7 @@ def test_banks_are_rounded_in_turn(monkeypatch):
     h = settings(train_seq_len=16, micro_batch_tokens=256, train_batch_tokens=256, num_layers=2, num_loops=0, xsa_last_n=1,
                  parallel_start_layer=1, trellis_states=0)
     lost, blobs, found = {}, {}, found_of(model_of(h), 8)
-    monkeypatch.setattr(t, "ROOM_USED", 0.995)    # bytes are few: fewer passes hit the mark
+    monkeypatch.setattr(t, "ROOM_USED", 0.996)    # bytes are few: fewer passes hit the mark
     for steps in (0, 16):
         model = model_of(h)
         plan, ids, bank = t.depth_plan(h, True), rows_of(h, 20)[256:], {n: w.detach().clone() for n, w in model.bank.items()}
@@ -325,7 +325,7 @@ def test_banks_are_rounded_in_turn(monkeypatch):
         model.retune(budget_bytes=6_500, rounding_steps=steps)
         log = Lines()
         blobs[steps] = t.round_in_turn(model, found, 1000, WORLD, log).blob
-        assert 0.98 * 5_500 <= len(blobs[steps]) <= 5_500
+        assert 0.99 * 5_500 <= len(blobs[steps]) <= 5_500
         assert sum(line.startswith("round:") for line in log.lines) == (len(t.tapped(h)) - 1) * (steps > 0)
         t.load_stored(model, t.unpack(blobs[steps])[1])
         with torch.no_grad():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import clean_env, write_dataset
-from support import WORLD, Lines, dataset, stream, t
+from support import WORLD, Lines, dataset, pointer_by_hand, stream, t
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(t.Hyperparameters)}
 STEMS = {"sp1024", "sp8192", "prequant"}    # what systems share: no system of its own
@@ -311,21 +311,6 @@ def by_hand(model: t.GPT, ids: torch.Tensor, looped: bool) -> torch.Tensor:
     cap = torch.where(z > 0, *b["softcap"]) if h.asym_logit_rescale else h.logit_softcap
     own = (cap * torch.tanh(z / cap)).log_softmax(-1)
     return pointer_by_hand(b, n(x), ids, own.exp()).log() if h.pointer else own
-
-
-def pointer_by_hand(b, x: torch.Tensor, ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Probabilities (T, V) with what the pointer copies, of states (T, D) and the model's own (T, V)."""
-    n = lambda x: x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
-    q, k, rows = n(x @ b["copy_query"][0].T) * b["copy_gain"], n(x @ b["copy_key"][0].T), []
-    for t_ in range(len(x)):
-        places = [j for j in range(1, t_ + 1) if ids[j] != t.BOS]
-        z = torch.stack([x[t_] @ b["copy_own"][0] + b["copy_bias"][0], *(q[t_] @ k[j - 1] / k.size(1)**0.5 for j in places)])
-        share = z.softmax(0)
-        row = share[0] * own[t_]
-        for w, j in zip(share[1:], places):
-            row = row + w * torch.nn.functional.one_hot(ids[j].long(), len(row))
-        rows.append(row)
-    return torch.stack(rows)
 
 
 def attention_by_hand(h, b, l: int, x: torch.Tensor, extra) -> torch.Tensor:
