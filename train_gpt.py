@@ -2493,24 +2493,26 @@ class GPT(nn.Module):
             {name: nn.Parameter(torch.empty(r.shape)) for name, r in roles(h).items()})
         # what `compile` replaces
         self.run_nats: Callable = self.nats
-        self.plain: dict[str, Callable] = dict(block=self.block, head=self.head, merge=merge_skip,
-                                               join=join_lanes, embedded=self.embedded)
-        self.parts = self.plain
+        self.parts = self.plain = dict[str, Callable](
+            block=self.block, adapted=self.block, head=self.head, merge=merge_skip,
+            join=join_lanes, embedded=self.embedded)
         self.initialise()
 
     def compile(self, mode: str) -> None:
-        """Compiles `run_nats` as a whole (`full`), or its parts, once for all layers (`block`)."""
+        """Compiles the parts of the model, once for all layers: in mode `block`, where adapters are
+        not worth graphs of their own, without theirs; in mode `full` `run_nats` as a whole too."""
         torch._dynamo.config.recompile_limit = 64    # graphs: per plan, shape and gradient mode
+        if mode != "off":
+            self.parts = {name: part if mode == "block" and name == "adapted" else
+                          torch.compile(part, dynamic=False) for name, part in self.plain.items()}
         if mode == "full":
             self.run_nats = torch.compile(self.nats, dynamic=False, fullgraph=True)
-        elif mode == "block":
-            self.parts = {name: torch.compile(part, dynamic=False)
-                          for name, part in self.parts.items()}
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
-        """Without the compiler: for shapes that come once, whose graphs would cost more."""
-        compiled, self.parts = self.parts, self.plain
+        """Without the compiler but in mode `full`: for shapes whose graphs cost CPUs more."""
+        compiled, full = self.parts, self.run_nats != self.nats
+        self.parts = compiled if full else self.plain
         yield
         self.parts = compiled
 
@@ -2609,12 +2611,12 @@ class GPT(nn.Module):
         y = mlp(n, w.w_up, w.w_down, self.h.leaky_slope, self.h.fused_kernels)
         return y + correction(lora["mlp"], n) if "mlp" in lora else y
 
-    def block(self, w: Layer, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, docs: Docs,
+    def block(self, w: Layer, a: Tensor, m: Tensor | None, x0: Tensor, rope: Rope, docs: Docs,
               parallel: bool, xsa: bool, lora: Adapters = {}, value: Tensor | None = None,
-              past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """One executed step, lanes (a, m), each (B, T, D) -> the lanes after it, of which a serial
-        one hands `m` through. Its weights are arguments, so that one compiled graph serves every
-        layer. `value` (B, T, K E) is added to the values.
+              past: Past | None = None) -> tuple[Tensor, Tensor | None]:
+        """One executed step, lanes (a, m), each (B, T, D) -> the lanes after it; `m` is None in a
+        serial one. Its weights are arguments, so that one compiled graph serves every layer.
+        `value` (B, T, K E) is added to the values.
 
         With r = mix_x a + mix_x0 x0, A and M for attention and MLP of the scaled norm, each times
         its own scale: serial a <- r + A(r), then a <- a + M(a). Lanes (#1204): a <- keep a +
@@ -2655,11 +2657,11 @@ class GPT(nn.Module):
                lora: Sequence[Adapters] | None = None, cache: Cache | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, D). `lora` holds the adapters of each
         step, then the head's; with a `cache`, ids are the next chunk of what it remembers."""
-        # `a` is the lane that attention and serial steps write, `m` the MLP's lane
-        x0 = a = m = self.parts["embedded"](ids, *([cache.last] if cache else []))
-        h, docs = self.h, docs or whole_rows(ids)
-        # Compiled by blocks, adapters would be graphs of their own: they run plain.
-        run = self.block if lora else self.parts["block"]
+        h, docs, run = self.h, docs or whole_rows(ids), self.parts["adapted" if lora else "block"]
+        x0 = self.parts["embedded"](ids, *([cache.last] if cache else []))
+        # `a` is the lane that attention and serial steps write, `m` the MLP's, if they are two.
+        # Views: one tensor in two places of a compiled part would be a graph of its own.
+        a, m = x0.view_as(x0), None
         layers = cache.layers if cache else self.layers(plan[0].rounded)
         rope = rope_table(h, ids.size(1), x0, cache.behind if cache else None)
         weights, shares, kept = self.bank["skip_weight"].unbind(0), {}, []
@@ -2668,23 +2670,22 @@ class GPT(nn.Module):
             value = looked_up(self, "ve", ids)
             shares = dict(zip(h.valued, self.bank["ve_layer"].to(self.dtype).unbind(0)))
         for slot, step in enumerate(plan):
-            if step.pop is not None:
-                a = self.parts["merge"](a, kept.pop(), weights[step.pop], gates[step.pop])
-            # Lanes part here: with "apart" both begin after the merge, with "lanes" m before it.
-            if h.parallel_form == "apart" and step.parallel and not plan[slot - 1].parallel:
-                m = a
+            read = a if step.pop is None else self.parts["merge"](
+                a, kept.pop(), weights[step.pop], gates[step.pop])
+            if not step.parallel or h.parallel_form == "gptj":
+                m = None
+            elif m is None:    # lanes part: with "apart" after the merge, else m before it
+                m = (read if h.parallel_form == "apart" else a).view_as(a)
             seam = dict(lora=lora[slot]) if lora else {}
             if step.layer in shares:
                 seam["value"] = shares[step.layer] * value
             if cache:
                 seam["past"] = cache.past(slot)
-            a, m = run(layers[step.layer], a, m, x0, rope, docs, step.parallel, step.xsa, **seam)
-            # before the lanes part, m is only another name of a
-            m = m if step.parallel and h.parallel_form != "gptj" else a
+            a, m = run(layers[step.layer], read, m, x0, rope, docs, step.parallel, step.xsa, **seam)
             if step.push:
-                kept.append(a)
+                kept.append(a.view_as(a))
         share = self.bank["lane_share"] if h.parallel_form == "apart" else None
-        return self.parts["join"](a, m, share)
+        return self.parts["join"](a, a if m is None else m, share)
 
     def pointed(self, x: Tensor, ids: Tensor, bank: Mapping[str, Tensor], docs: Docs | None = None,
                 cache: Cache | None = None) -> tuple[Tensor, Tensor]:
@@ -2970,9 +2971,8 @@ class Optimiser:
 
     def __init__(self, model: GPT, world: World):
         """Groups the parameters by their role; each that training moves is in exactly one group."""
-        h = self.h = model.h
-        self.model, self.world = model, world
-        table, bank = roles(h), model.bank
+        self.h, self.model, self.world = model.h, model, world
+        h, table, bank = model.h, roles(model.h), model.bank
         shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for name, role in table.items():
             if role.optim == "muon":
@@ -3604,7 +3604,7 @@ class Curvature(NamedTuple):
 
 def calibrate(model: GPT, world: World, text: Tensor | None = None) -> Curvature:
     """The curvature of the model as it is, on this rank's rows of `text`, else on its own."""
-    with model.eager():    # no graph is made for shapes that come once
+    with model.eager():
         text = written(model, world, model.h.train_seq_len) if text is None else text
         rows, moments = curvature(model, world, text)
     return Curvature(rows, inverse_factors(model.h, moments), text)
@@ -3779,8 +3779,8 @@ class Distillation:
         self.model, self.world, self.plan = model, world, depth_plan(model.h, looped=True)
         self.before = {n: w.detach().clone() for n, w in model.bank.items()}
         share = max(1, DISTIL_ROWS // world.size)
-        with torch.no_grad(), model.eager():
-            pairs = [(ids, model.hidden(ids, self.plan)) for ids in found.text.split(share)]
+        with model.eager():    # with gradients, like `run`: one graph serves both
+            pairs = [(x, model.hidden(x, self.plan).detach()) for x in found.text.split(share)]
         self.turns = itertools.cycle(pairs)
 
     def run(self, fixed: Sequence[str], steps: int) -> float:
@@ -4612,10 +4612,10 @@ class Learners:
         self.model.requires_grad_(True)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Nats (rows * N, T) of every learner."""
+        """Nats (rows * N, T) of every learner; by parts, as a whole would compile for minutes."""
         lora = self.bank.adapters(self.model.dtype) if self.bank else None
-        return self.model.run_nats(*(t.repeat_interleave(self.N, 0) for t in (ids, targets)),
-                                   self.plan, lora=lora, cache=self.cache)
+        return self.model.nats(*(t.repeat_interleave(self.N, 0) for t in (ids, targets)),
+                               self.plan, lora=lora, cache=self.cache)
 
     def nats_of(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats (rows, T) of the mixture p = sum of w_i p_i, whose weights know past losses only.
@@ -4846,7 +4846,7 @@ def affordable(model: GPT, text: Validation, documents: np.ndarray, world: World
         need_s = 1.1 * cells[1] / cells[0] * took["seconds"]
         if need_s <= h.eval_budget_s:
             break
-    if world.device.type == "cuda":    # what `late` documents take, there a minute of compiling
+    if world.device.type == "cuda":    # what `late` documents take: there graphs of its own
         score_by_name("stream", model, text, world, Log(world, quiet=True))
     log(f"ttt: learners:{model.h.ttt_learners} chunk:{model.h.ttt_stream_chunk} "
         f"steps:{model.h.ttt_steps}, about {need_s:.0f}s of EVAL_BUDGET_S={h.eval_budget_s:g}")
@@ -5209,6 +5209,32 @@ def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
+def rehearse_rounding(t: Trainer, say: Callable) -> dict[str, float]:
+    """The rehearsal of what comes between training and scores: seconds by stage, once compiled."""
+    h, world, model, T = t.h, t.world, t.model, t.h.train_seq_len
+    with model.eager():
+        for length in (2, min(9, T)):    # of each row, whose tokens are written one by one
+            pace = Clock(world)
+            text = written(model, world, length)
+    write_s = pace.read_s() * T / length
+    # whole rows, whose shapes and strides are those that will come
+    text = text.repeat(1, -(-T // length))[:, :T].contiguous()
+    for few in (text[:1], text[:max(1, DISTIL_ROWS // world.size)]):
+        pace = Clock(world)
+        found = calibrate(model, world, few)
+    cost = dict(calibrate=write_s + pace.read_s() * len(text) / len(few))
+    say("quantise and pack")
+    pace = Clock(world)
+    # quick: the ways through packing and reading matter here, not the length
+    load_stored(model, unpack(pack(h, quantise(model, found), quick=True)[0])[1])
+    search_s = 5 * pace.read_s()    # about so often it rounds and packs
+    for _ in in_turn(h)[:2]:
+        pace = Clock(world)
+        Distillation(model, found, world, 3.0).run(in_turn(h)[:1], 1)
+    steps = len(in_turn(h)) * h.rounding_steps
+    return cost | dict(quantise=search_s + steps * pace.read_s())
+
+
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
              targets: int = 0) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
@@ -5234,26 +5260,10 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
             data.train[0][:h.ttt_batch_seqs * h.train_seq_len + 1].astype(np.int64))
         adapt_early(t.model, few, t.world, 1)
         if h.prequant_ttt_data == "train":    # else it is off the clock
-            # 1.3, because a late stop breaks the rule and an early one costs a few steps
+            # 1.3: a late stop breaks the rule, an early one costs a few steps
             reserve_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
-    pace, length = Clock(t.world), min(9, h.train_seq_len)    # a part of each row shows the way
-    with t.model.eager():
-        text = written(t.model, t.world, length)
-    write_s = pace.read_s()
-    found = calibrate(t.model, t.world, text)
-    # words are written one by one; gradients of a row cost about twice those of its part
-    cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s,
-                calibrate=write_s * h.train_seq_len / length + 2 * (pace.read_s() - write_s))
-    say("quantise and pack")
-    pace = Clock(t.world)
-    # quick: the ways through packing and reading matter here, not the length
-    _, again = unpack(pack(h, quantise(t.model, found), quick=True)[0])
-    load_stored(t.model, again)
-    if in_turn(h):
-        Distillation(t.model, found, t.world, 3.0).run(in_turn(h)[:1], 1)
-    # the search rounds and packs about five times; a step of distillation has its share of tokens
-    cost["quantise"] = 5 * pace.read_s() + step_s * len(in_turn(h)) * h.rounding_steps * (
-        DISTIL_ROWS * h.train_seq_len / h.train_batch_tokens)
+    cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s)
+    cost |= rehearse_rounding(t, say)
     fake = rehearsal_text(h, data)
     for name in wanted_scores(h):
         say(f"score {name}")
@@ -5553,7 +5563,6 @@ CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
 RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
 ABOUT = ("track", "name", "author", "github_id", "date", "blurb")    # what people say of it
-PROBE_SECONDS = 60.0    # for the C2 check, all tokens of a vocabulary one after the other
 MOST_NAMED = 10    # runs that a legend can hold
 BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
 # Names that a script has no business with. Of sockets, which ranks need, `listen` hears.
@@ -5947,9 +5956,8 @@ def submit(arguments: list[str], env: Mapping[str, str]) -> int:
                            ("requirements.txt", needed)):
             (folder / name).write_text(text, "utf-8", "backslashreplace")
     print(f"{o.to}: val_bpb {entry['val_bpb']:.8f} std {entry['val_bpb_std']:.8f} of seeds "
-          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {o.track}")
-    if against:
-        print(against)
+          f"{entry['seeds']}, {entry['bytes_total']:,} bytes, track {o.track}", against,
+          sep="\n" if against else "")
     return 0
 
 
@@ -6028,29 +6036,24 @@ def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Fi
 def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
     """C2: the probabilities of all V tokens after the same others, each scored as if it were the
     real one, sum to 1 (what looks up the real one only does not, #886): a document for each token
-    where those stand apart, else by the whole scorer if that takes a minute, else by the model."""
+    where those stand apart, else by the model."""
     h, V = model.h, model.h.vocab_size
-    # The last one ends a window, or learners have made a step before it.
-    count = h.ttt_stream_chunk + 4 if apart(name, h) else h.eval_seq_len + h.eval_stride
-    count = min(count, len(val.bytes))
-    before, sizes, begin_s = val.tokens[:count].numpy(), val.bytes[:count], time.perf_counter()
-    last = lambda token: stream_nats(module, model, name, np.append(before, token), sizes)[-1]
-    what = f"{name}: probabilities of all {V} tokens after the same {count} others"
-    if apart(name, h):
+    if apart(name, h):    # before the last token learners have made a step
+        count = min(h.ttt_stream_chunk + 4, len(val.bytes))
+        before = val.tokens[:count].numpy()
         before = np.where(before == BOS, BOS + 1, before)
         before[0] = BOS    # one document, opened once
         stream = np.column_stack([np.tile(before, (V, 1)), np.arange(V)]).ravel()
         model.retune(eval_batch_tokens=64 * h.eval_batch_tokens)
         nats = stream_nats(module, model, name, np.append(stream, BOS), np.ones(len(stream)))
         nats = nats[count - 1::count + 1]
-    elif last(0) >= 0 and V * (time.perf_counter() - begin_s) < PROBE_SECONDS:
-        nats = np.array([last(token) for token in range(V)])
+        what = f"{name}: probabilities of all {V} tokens after the same {count} others"
     else:
         rows = torch.cat([val.tokens[:8].expand(V, -1), torch.arange(V)[:, None]], 1)
         rows, plan = rows.to(next(model.parameters()).device), module.depth_plan(h, looped=True)
         with torch.no_grad():
-            nats = torch.cat([model.nats(some[:, :-1], some[:, 1:], plan)[:, -1]
-                              for some in rows.split(256)]).cpu().numpy()
+            nats = torch.cat([model.nats(x[:, :-1], x[:, 1:], plan)[:, -1]
+                              for x in rows.split(256)]).cpu().numpy()
         what = f"model: probabilities of all {V} tokens (all of {name} would take too long)"
     total = float(np.exp(-nats.astype(float)).sum())
     yield Finding("C2", abs(total - 1) < 1e-3, f"{what} sum to {total:.6f}")
@@ -6261,20 +6264,18 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     """Loss against steps and seconds of all runs, the best first: a PNG."""
     figure = matplotlib.figure.Figure(figsize=(14, 6), layout="constrained")
-    steps, seconds = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
     for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
         lines = e.said(r"^step:(\d+)/\d+ train_loss:(\d+\.?\d*|nan|inf) train_time:(\d+)ms")
         step, loss, ms = np.array(lines, float).reshape(-1, 3).T
         name = e.artifact.parent.name.encode(errors="replace").decode()    # of any bytes
-        style = dict(color=colour, lw=1, label=name)
-        steps.plot(step, loss, **style)
-        seconds.plot(ms / 1e3, loss, **style)
-    handles, names = (part[:-MOST_NAMED - 1:-1] for part in seconds.get_legend_handles_labels())
-    seconds.legend(handles, names, fontsize="small", title="best first, dark to light")
-    steps.set(xlabel="steps", ylabel="training loss (nats per token)")
-    seconds.set(xlabel="seconds of training")
-    for ax in (steps, seconds):
+        for ax, x in zip(axes, (step, ms / 1e3)):
+            ax.plot(x, loss, color=colour, lw=1, label=name)
+    handles, names = (part[:-MOST_NAMED - 1:-1] for part in ax.get_legend_handles_labels())
+    ax.legend(handles, names, fontsize="small", title="best first, dark to light")
+    for ax, title in zip(axes, ("steps", "seconds of training")):
+        ax.set(xlabel=title, ylabel="training loss (nats per token)")
         ax.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
@@ -6303,15 +6304,14 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     out = o.to or (first.parent if (first / "log.txt").exists() else first)
     out.mkdir(parents=True, exist_ok=True)
     matplotlib = optional("matplotlib.figure") and optional("matplotlib")
-    picture = draw(runs, matplotlib) if matplotlib else b""
-    if picture:
-        write_atomically(out / "report.png", picture)
+    if matplotlib:
+        write_atomically(out / "report.png", draw(runs, matplotlib))
     write_atomically(out / "report.md", "\n\n".join([
         f"# {len(runs)} runs, best first", markdown(table),
         *(f"Not shown: {line}" for line in broken),
-        "![curves](report.png)" if picture else
+        "![curves](report.png)" if matplotlib else
         "No pictures: the package matplotlib is not installed."]).encode(errors="backslashreplace"))
-    print(f"report: {out / 'report.md'}" + " (install matplotlib for pictures)" * (not picture))
+    print(f"report: {out / 'report.md'}" + " (install matplotlib for pictures)" * (not matplotlib))
     return 0
 
 

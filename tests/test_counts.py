@@ -158,10 +158,10 @@ def test_bytes_on_the_wire_of_eight_ranks():
     assert Wire.sent.total() < 0.6 * flat
 
 
-@pytest.mark.parametrize("knobs, graphs", [({}, 5), (dict(train_seq_schedule="16@0.5,32@1", num_loops=0), 5)])
+@pytest.mark.parametrize("knobs, graphs", [({}, 35), (dict(train_seq_schedule="16@0.5,32@1", num_loops=0, rounding_steps=0), 29)])
 def test_every_graph_is_compiled_before_the_clock(monkeypatch, tmp_path, knobs, graphs):
-    """One graph per depth plan and context in training, one for windows, one more for short documents, one for the
-    stream, one for what learns, each whole; none is compiled inside the clock, nor while scoring."""
+    """One graph per depth plan and context in training and one for windows, each whole; parts for the stream, for what
+    learns, and for rounding; none is compiled inside the clock, nor after it."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -2,7 +2,6 @@
 steps are in test_kernels.py."""
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +48,9 @@ def check(found: np.ndarray, plain: np.ndarray, each: float, end: float) -> None
     assert abs(found[-20:].mean() - plain[-20:].mean()) < end
 
 
-@pytest.mark.parametrize("path", [dict(attention="blocks"), dict(micro_batch_tokens=64),
-                                  dict(attention="blocks", compile="full")], ids=str)
+@pytest.mark.parametrize("path", [dict(attention="blocks"), dict(micro_batch_tokens=64)], ids=str)
 def test_fp32_paths_end_at_the_same_loss(plain, path):
-    """Block attention, smaller micro-batches and the whole step compiled: 0.002 nats."""
-    if "compile" in path and not shutil.which("g++"):
-        pytest.skip("compilation needs g++")
+    """Block attention and smaller micro-batches: 0.002 nats. Compiled blocks are in test_model.py."""
     check(losses(**path), plain, 1e-3, 0.002)
 
 

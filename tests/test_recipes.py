@@ -387,7 +387,7 @@ def test_rounding_in_training_is_that_of_the_exporter(changes):
 
 def test_rounding_survives_the_compiler():
     """One graph for each plan: the rounded loss is the eager rounded loss, and not the other."""
-    h = tiny_of("pr578", matrix_bits=3, num_layers=3)
+    h = tiny_of("pr578", matrix_bits=3, num_layers=2)
     model, tokens = named_model(h), torch.from_numpy(stream(17))[None]
     compiled, losses = torch.compile(model.nats, backend="aot_eager", fullgraph=True, dynamic=False), []
     for rounded in (False, True, False):
