@@ -122,8 +122,8 @@ class Judged(NamedTuple):
 # Milliseconds per million weights of a layer and step: 3.5 bytes a weight sent by reduce-scatter and all-gather at 300 GB/s, 40 bytes
 # read and written by update and average at 2.5 TB/s, an eighth of Muon's products. Reckoned, not measured.
 WEIGHT_MS = 0.03
-# Of the pointer's softmax: 98,304 x 2,560 logits of 2 bytes, read or written 10 times, and copies of keys, at 2.5 TB/s. Reckoned.
-POINTER_MS = 2.2
+# Of the pointer's softmax besides its products, by the last of PAIRS: 98,304 x 2,560 logits that pass through memory about 20 times.
+POINTER_MS = 3.8
 
 
 def cost_ms(h: tg.Hyperparameters, base: tg.Hyperparameters, rate: float, block_ms: float, fixed_ms: float) -> float:
@@ -144,7 +144,9 @@ def cost_ms(h: tg.Hyperparameters, base: tg.Hyperparameters, rate: float, block_
 PAIRS = {"#2130, MLP 3 to 4": (dict(mlp_mult=3.0), dict(mlp_mult=4.0), 600e3 / 5337, 600e3 / 4991),
          "#1871, MLP 4 to 4.5": (dict(mlp_mult=4.0), dict(mlp_mult=4.5), 123.1, 129.1),
          "#1512, 11 to 12 layers": (dict(num_layers=11), dict(num_layers=12), 117.0, 130.0),
-         "ours, one H200, 11 to 17 steps": (dict(enable_looping_at=1.0), dict(enable_looping_at=0.0), 115.4, 170.3)}
+         "ours, one H200, 11 to 17 steps": (dict(enable_looping_at=1.0), dict(enable_looping_at=0.0), 108.6, 163.0),
+         "ours, one H200, no pointer to one": (dict(pointer=False), dict(pointer=True), .35 * 108.6 + .65 * 163.0,
+                                               .35 * 113.4 + .65 * 167.9)}
 
 
 def fitted_cost() -> tuple[tuple[float, float, float], dict[str, float]]:

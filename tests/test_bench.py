@@ -231,7 +231,8 @@ def test_the_cost_model_and_the_paired_difference():
     field = tg.Hyperparameters.from_env(dict(RECIPE="field"))
     ms = lambda **knobs: bench_replica.cost_ms(replace(field, **knobs), field, *cost)
     assert ms() == pytest.approx(120) and max(map(abs, errors.values())) < 0.05
-    assert ms(num_loops=0) < ms(num_loops=1) < ms() < ms(pointer=True) < ms(mlp_mult=4.5) < ms(num_layers=12)
+    assert ms(num_loops=0) < ms(num_loops=1) < ms() < ms(mlp_mult=4.5) < ms(num_layers=12)
+    assert ms() < ms(pointer=True) < ms(num_layers=12)
     sizes = np.array([10, 200, 3000])
     base = [sizes * 1.0, sizes * 1.1]
     mean, error = bench_replica.compared([nats + 0.01 * sizes * np.log(2) for nats in base], base, sizes)
