@@ -670,7 +670,8 @@ def known_names(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
         if same:
             del found[name]
         elif name in OTHER_NAMES:
-            found.setdefault(OTHER_NAMES[name], value)
+            ours = found.setdefault(knob := OTHER_NAMES[name], value)
+            require(value == ours or knob in env, f"{name}={value}, but its {knob} is {ours}")
         elif name in KNOBS or name in ("COMPILER", "SEEDS"):
             continue
         elif like(IDLE):
@@ -1187,7 +1188,7 @@ CASEOPS_VAL_TOKENS = 47_851_520    # of the published CaseOps validation set, it
 def read_shard(path: Path) -> np.ndarray:
     """The memory-mapped uint16 tokens (T,) of an official shard; raises Refusal on any damage."""
     place = f"shard {path}"
-    require(path.is_file(), f"{place}: there is no such file")
+    require(path.is_file(), f"{place}: there is no ordinary file of this name")
     size_bytes, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
     require(len(header) == 256,
             f"{place}: {size_bytes} bytes are too few for the {HEADER_BYTES} byte header")
@@ -1484,7 +1485,7 @@ BUILDER = 1    # raise it whenever the same documents would give other files
 def load_tokenizer(path: Path, V: int, caseops: bool) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer in `path`; raises Refusal unless it has V pieces and suits the text form."""
     place = f"tokenizer {path}"
-    require(path.is_file(), f"{place}: there is no such file")
+    require(path.is_file(), f"{place}: there is no ordinary file of this name")
     require(sentencepiece, f"{place} needs the package sentencepiece (pip install sentencepiece)")
     with refusing(f"{place}: not a SentencePiece model", RuntimeError, OSError, ValueError):
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
@@ -1505,7 +1506,7 @@ def symbol_bytes(path: Path, V: int) -> np.ndarray:
     """Bytes int64 (V,) of each id of a published JSON tokenizer, whose ids behind the four special
     ones are single bytes or characters; raises Refusal for any other file."""
     place, ids = f"tokenizer {path}", dict(pad_id=0, bos_id=BOS, eos_id=2, unk_id=3)
-    require(path.is_file(), f"{place}: there is no such file")
+    require(path.is_file(), f"{place}: there is no ordinary file of this name")
     try:
         config = json.loads(path.read_bytes())["config"]
         raw = config == ids | dict(byte_offset=4, byte_count=256)
@@ -1657,7 +1658,7 @@ def read_documents(paths: Sequence[Path], tally: Tally | None = None) -> Iterato
     """The texts of `.jsonl` and `.jsonl.zst` (field `text`) and `.txt` files (one document each),
     of which one line is held at a time; raises Refusal for a missing or damaged file or row."""
     for path in paths:
-        require(path.is_file(), f"documents {path}: there is no such file")
+        require(path.is_file(), f"documents {path}: there is no ordinary file of this name")
         require(path.name.endswith((".txt", ".jsonl", ".jsonl.zst")),
                 f"documents {path}: expected a name ending in .jsonl, .jsonl.zst or .txt")
         require(zstandard or path.suffix != ".zst", f"documents {path}: reading it needs the "
@@ -5231,8 +5232,7 @@ def rehearse_rounding(t: Trainer, say: Callable) -> dict[str, float]:
     for _ in in_turn(h)[:2]:
         pace = Clock(world)
         Distillation(model, found, world, 3.0).run(in_turn(h)[:1], 1)
-    steps = len(in_turn(h)) * h.rounding_steps
-    return cost | dict(quantise=search_s + steps * pace.read_s())
+    return cost | dict(quantise=search_s + len(in_turn(h)) * h.rounding_steps * pace.read_s())
 
 
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,

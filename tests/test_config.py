@@ -162,6 +162,14 @@ def test_names_of_published_scripts_are_known(env, value):
     assert len(said) == bool(idle) and all(name in said[0] for name in idle)
 
 
+def test_two_published_names_of_one_knob_must_agree():
+    """Whichever came first would win in silence; our own name settles it."""
+    assert from_env(dict(VAL_BATCH_TOKENS="4096", VAL_BATCH_SIZE="4096")).eval_batch_tokens == 4096
+    with pytest.raises(tg.Refusal, match="VAL_BATCH_SIZE=2048, but its EVAL_BATCH_TOKENS is 4096"):
+        from_env(dict(VAL_BATCH_TOKENS="4096", VAL_BATCH_SIZE="2048"))
+    assert from_env(dict(VAL_BATCH_TOKENS="4096", VAL_BATCH_SIZE="2048", EVAL_BATCH_TOKENS="8192")).eval_batch_tokens == 8192
+
+
 def test_published_names_without_a_counterpart_are_told_at_once():
     """One sentence with all of them: the run block of #1855's README, which brings five mechanisms that are not here."""
     block = """CASEOPS_ENABLED=1 ITERATIONS=20000 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=3

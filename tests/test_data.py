@@ -105,7 +105,7 @@ def test_shard_refusals(tmp_path):
         with pytest.raises(c.Refusal, match=words) as refusal:
             c.read_shard(path)
         assert str(path) in str(refusal.value)
-    with pytest.raises(c.Refusal, match="no such file"):
+    with pytest.raises(c.Refusal, match="no ordinary file"):
         c.read_shard(tmp_path / "none.bin")
 
 
@@ -356,7 +356,7 @@ TRAIN, VAL, SIDECAR = "fineweb_train_000001.bin", "fineweb_val_000000.bin", "fin
      r"DATA_PATH=.*d: its val files have the numbers \[0, 2\]; one is there twice, or missing"),
     (lambda d: [(d / name.replace(".", " (1).")).write_bytes((d / name).read_bytes()) for name in (VAL, SIDECAR)],
      r"the numbers \[0, 0\]"),    # as browsers name what comes again
-    (lambda d: (d / SIDECAR).unlink(), "tokenizer .*fineweb_64_bpe.model: there is no such file")])
+    (lambda d: (d / SIDECAR).unlink(), "tokenizer .*fineweb_64_bpe.model: there is no ordinary file of this name")])
 def test_bad_shards_are_refused(tiny, tmp_path, damage, words):
     """Before any training, with the file and what was expected of it."""
     folder = write_dataset(tmp_path / "d", tiny)
@@ -440,7 +440,7 @@ def test_any_other_json_is_no_tokenizer(tmp_path, text):
     (tmp_path / "t.json").write_text(text, encoding="latin-1")
     with pytest.raises(c.Refusal, match="t.json: neither a published JSON tokenizer"):
         c.symbol_bytes(tmp_path / "t.json", 260)
-    with pytest.raises(c.Refusal, match="none.json: there is no such file"):
+    with pytest.raises(c.Refusal, match="none.json: there is no ordinary file of this name"):
         c.symbol_bytes(tmp_path / "none.json", 260)
 
 
@@ -509,7 +509,7 @@ def test_reading_streams(tmp_path):
      "ends in the middle of a frame"),
     ("a.jsonl.zst", b"", "ends in the middle of a frame"),
     ("a.csv", b"x", "expected a name ending in"),
-    (None, b"", "no such file")])
+    (None, b"", "no ordinary file")])
 def test_document_refusals(tmp_path, name, raw, words):
     path = tmp_path / (name or "missing.txt")
     if name:
@@ -605,7 +605,7 @@ def test_tokenizer_refusals(tmp_path, embedded, capfd):
         c.load_tokenizer(model, 1024, True)
     with pytest.raises(c.Refusal, match="not a SentencePiece model"):
         c.load_tokenizer(embedded / "manifest.json", 1024, False)
-    with pytest.raises(c.Refusal, match="no such file"):
+    with pytest.raises(c.Refusal, match="no ordinary file"):
         c.load_tokenizer(tmp_path / "none.model", 1024, False)
 
 
@@ -941,7 +941,7 @@ def test_data_verb_refusals(tmp_path, library, lossy):
             ([few, "--vocab", "500", "--tokenizer", str(lossy)], "none fell to"),
             ([source, "--vocab", "500", "--tokenizer", str(lossy), "--val", str(blank)],
              "one token stands for 700.. bytes"),
-            ([str(tmp_path / "none.jsonl"), "--vocab", "500"], "no such file")]:
+            ([str(tmp_path / "none.jsonl"), "--vocab", "500"], "no ordinary file")]:
         if "--out" not in arguments:
             arguments = [*arguments, "--out", str(tmp_path / "out")]
         with pytest.raises(c.Refusal, match=words):
@@ -1016,7 +1016,7 @@ def test_a_side_without_documents_is_refused_before_encoding(tmp_path, library, 
     for more, side in ((["--val", tmp_path / "empty.jsonl"], "val"), ([], "val"), (["--val-first", 999], "train")):
         with pytest.raises(c.Refusal, match=f"none fell to {side}"):
             made(tmp_path, *arguments, *more)
-    with pytest.raises(c.Refusal, match="none.jsonl: there is no such file"):
+    with pytest.raises(c.Refusal, match="none.jsonl: there is no ordinary file of this name"):
         made(tmp_path, tmp_path / "none.jsonl", *arguments, "--val", train)
 
 
