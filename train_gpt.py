@@ -2500,8 +2500,7 @@ class GPT(nn.Module):
         self.initialise()
 
     def compile(self, mode: str) -> None:
-        """Compiles the parts of the model, once for all layers: in mode `block`, where adapters are
-        not worth graphs of their own, without theirs; in mode `full` `run_nats` as a whole too."""
+        """Compiles the parts, in mode `block` but those with adapters; in `full` `run_nats` too."""
         torch._dynamo.config.recompile_limit = 64    # graphs: per plan, shape and gradient mode
         if mode != "off":
             self.parts = {name: part if mode == "block" and name == "adapted" else
@@ -2512,8 +2511,7 @@ class GPT(nn.Module):
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
         """Without the compiler but in mode `full`: for shapes whose graphs cost CPUs more."""
-        compiled, full = self.parts, self.run_nats != self.nats
-        self.parts = compiled if full else self.plain
+        compiled, self.parts = self.parts, self.plain if self.run_nats == self.nats else self.parts
         yield
         self.parts = compiled
 
@@ -4847,7 +4845,7 @@ def affordable(model: GPT, text: Validation, documents: np.ndarray, world: World
         need_s = 1.1 * cells[1] / cells[0] * took["seconds"]
         if need_s <= h.eval_budget_s:
             break
-    if world.device.type == "cuda":    # what `late` documents take: there graphs of its own
+    if world.device.type == "cuda":    # what `late` documents take: graphs of their own
         score_by_name("stream", model, text, world, Log(world, quiet=True))
     log(f"ttt: learners:{model.h.ttt_learners} chunk:{model.h.ttt_stream_chunk} "
         f"steps:{model.h.ttt_steps}, about {need_s:.0f}s of EVAL_BUDGET_S={h.eval_budget_s:g}")
@@ -5218,8 +5216,7 @@ def rehearse_rounding(t: Trainer, say: Callable) -> dict[str, float]:
             pace = Clock(world)
             text = written(model, world, length)
     write_s = pace.read_s() * T / length
-    # whole rows, whose shapes and strides are those that will come
-    text = text.repeat(1, -(-T // length))[:, :T].contiguous()
+    text = text.repeat(1, -(-T // length))[:, :T].contiguous()    # in the shape that is to come
     for few in (text[:1], text[:max(1, DISTIL_ROWS // world.size)]):
         pace = Clock(world)
         found = calibrate(model, world, few)
@@ -5563,7 +5560,7 @@ CAP_BYTES = 16_000_000      # decimal, packed code and artifact together
 TRACK_SECONDS = 600.0       # for training, and once more for scoring, in the record track
 RECORD, NON_RECORD = "10min_16mb", "non_record_16mb"
 ABOUT = ("track", "name", "author", "github_id", "date", "blurb")    # what people say of it
-MOST_NAMED = 10    # runs that a legend can hold
+PROBE_SECONDS = 60.0    # for the C2 check, all tokens of a vocabulary one after the other
 BEFORE_UPDATE = "enforced by Ledger, proven by tests/test_ttt.py"
 # Names that a script has no business with. Of sockets, which ranks need, `listen` hears.
 FORBIDDEN = {"eval", "exec", "compile", "globals", "pickle", "torch.load", "np.load", "os.system",
@@ -6036,18 +6033,21 @@ def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Fi
 def check_normalised(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:
     """C2: the probabilities of all V tokens after the same others, each scored as if it were the
     real one, sum to 1 (what looks up the real one only does not, #886): a document for each token
-    where those stand apart, else by the model."""
-    h, V = model.h, model.h.vocab_size
-    if apart(name, h):    # before the last token learners have made a step
-        count = min(h.ttt_stream_chunk + 4, len(val.bytes))
-        before = val.tokens[:count].numpy()
-        before = np.where(before == BOS, BOS + 1, before)
-        before[0] = BOS    # one document, opened once
+    where those stand apart, else by the whole scorer if that takes a minute, else by the model."""
+    h, V, alone, sizes = model.h, model.h.vocab_size, apart(name, model.h), val.bytes
+    # The last one ends a window, or learners have made a step before it.
+    count = min(h.ttt_stream_chunk + 4 if alone else h.eval_seq_len + h.eval_stride, len(sizes))
+    before, sizes, begin_s = val.tokens[:count].numpy(), sizes[:count], time.perf_counter()
+    last = lambda token: stream_nats(module, model, name, np.append(before, token), sizes)[-1]
+    what = f"{name}: probabilities of all {V} tokens after the same {count} others"
+    if alone:    # in one document, opened once
+        before = np.append(BOS, np.where(before == BOS, BOS + 1, before)[1:])
         stream = np.column_stack([np.tile(before, (V, 1)), np.arange(V)]).ravel()
         model.retune(eval_batch_tokens=64 * h.eval_batch_tokens)
         nats = stream_nats(module, model, name, np.append(stream, BOS), np.ones(len(stream)))
         nats = nats[count - 1::count + 1]
-        what = f"{name}: probabilities of all {V} tokens after the same {count} others"
+    elif last(0) >= 0 and V * (time.perf_counter() - begin_s) < PROBE_SECONDS:
+        nats = np.array([last(token) for token in range(V)])
     else:
         rows = torch.cat([val.tokens[:8].expand(V, -1), torch.arange(V)[:, None]], 1)
         rows, plan = rows.to(next(model.parameters()).device), module.depth_plan(h, looped=True)
@@ -6272,7 +6272,7 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
         name = e.artifact.parent.name.encode(errors="replace").decode()    # of any bytes
         for ax, x in zip(axes, (step, ms / 1e3)):
             ax.plot(x, loss, color=colour, lw=1, label=name)
-    handles, names = (part[:-MOST_NAMED - 1:-1] for part in ax.get_legend_handles_labels())
+    handles, names = (part[:-11:-1] for part in ax.get_legend_handles_labels())    # ten
     ax.legend(handles, names, fontsize="small", title="best first, dark to light")
     for ax, title in zip(axes, ("steps", "seconds of training")):
         ax.set(xlabel=title, ylabel="training loss (nats per token)")
