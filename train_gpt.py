@@ -2818,7 +2818,7 @@ class Cache:
 # TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
 ADAPTER_BETA2 = 0.99    # decay of their squared gradient
-ADAPTER_EPS = 0.03    # added to its root, in root mean squares of the factor
+ADAPTER_EPS = 0.1       # added to its root, in root mean squares of the factor
 
 
 class AdapterBank:
