@@ -124,7 +124,6 @@ VARLEN_CAUSAL: dict[str, Any] = (dict(is_causal=True) if "is_causal" in VARLEN_O
 if "enable_gqa" in VARLEN_OPTIONS:
     VARLEN_CAUSAL["enable_gqa"] = True
 
-
 # A loader need not have registered this module, but dataclasses look it up to read annotations.
 sys.modules.setdefault(__name__, types.ModuleType(__name__))
 
@@ -295,7 +294,7 @@ class Hyperparameters:
     ttt: str = one_of("stream phased chunk", "form of test-time training")
     ttt_stream_chunk: int = knob(16, "tokens scored before a document's adapters learn", positive)
     ttt_steps: int = knob(1, "most Adam steps per scored chunk of a document", few)
-    ttt_lora_lr: float = knob(0.002, "Adam rate of the fastest learner's adapters", natural)
+    ttt_lora_lr: float = knob(0.003, "Adam rate of the fastest learner's adapters", natural)
     ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over chunks n", natural)
     ttt_learners: int = knob(
         3, "predictors mixed by past losses; the last of several never learns",
@@ -419,15 +418,7 @@ class Hyperparameters:
         for line in lines:
             note(f"note: {line}")
         single = parse_knobs({n: env[n] for n in KNOBS if n in env and n != "RECIPE"})
-        values = apply_recipes(recipe, base) | dict(recipe=recipe) | single
-        try:
-            return cls(**values)
-        except Refusal as error:
-            # A value that a recipe brought was never typed by the user: say where it came from.
-            theirs = [n.upper() for n in values if re.search(rf"\b{n.upper()}=", str(error))
-                      and n not in [*single, "recipe"]]
-            by = f" ({', '.join(theirs)} by RECIPE={recipe})" if theirs else ""
-            raise Refusal(f"{error}{by}") from None
+        return cls(**apply_recipes(recipe, base) | dict(recipe=recipe) | single)
 
     def changed(self) -> dict[str, Any]:
         """Name -> value of every knob that differs from the submission, PLACES and what the machine
@@ -437,7 +428,6 @@ class Hyperparameters:
 
 
 KNOBS = {f.name.upper(): f for f in fields(Hyperparameters)}    # variable -> its declaration
-
 
 # A row: name, source, legal or the rule that it breaks, BPB as its authors reported it; what
 # differs from the original; the run block, which may begin with the RECIPE that it builds on.
@@ -457,7 +447,7 @@ demo | this script | legal | -
     LR_WARMUP_STEPS=20 WARMDOWN_ITERS=300 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
     MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.98 GPTQ_CALIBRATION_BATCHES=4
     ROUNDING_STEPS=2 BUDGET_BYTES=1_000_000 SCORES=prequant,quantized,sliding,ttt EVAL_SEQ_LEN=256
-    EVAL_STRIDE=64 EVAL_BATCH_TOKENS=4096 TTT_CHUNK_TOKENS=8192 TTT_LORA_LR=0.016 TTT_LORA_RANK=32
+    EVAL_STRIDE=64 EVAL_BATCH_TOKENS=4096 TTT_CHUNK_TOKENS=8192 TTT_LORA_LR=0.024 TTT_LORA_RANK=32
     TTT_LORA_ALPHA=16 TTT_LR=0.01 TTT_EPOCHS=2 TTT_BATCH_SEQS=16
 
 field | what the latest systems share | legal | -
@@ -545,8 +535,8 @@ pr1493 | #1493 | legal | 1.0810
 
 pr1855 | #1855 | legal | 1.0611
     one clip of 12 sigmas (published: 13 attention, 11.5 MLP), no LQER; adapters by document read
-    a cache (published: each window anew) and know no weight decay; all weights learn between
-    three parts of the stream (published: within its first 2,500 documents)
+    a cache (published: each window anew), have clipped steps and no weight decay; all weights
+    learn between three parts of the stream (published: within its first 2,500 documents)
     RECIPE=field CASEOPS_ENABLED=1 QK_GAIN_INIT=5 MATRIX_CLIP_SIGMAS=12 TRELLIS_STATES=0
     STEP_SEARCH=uniform COMPRESSOR=brotli TTT=phased TTT_LORA_RANK=80 TTT_LORA_ALPHA=144
     TTT_LORA_LR=1e-4 TTT_LR_DECAY=0 TTT_LEARNERS=1 TTT_STREAM_CHUNK=48 TTT_TARGETS=q,k,v,o,mlp,head
@@ -1148,7 +1138,7 @@ class Log:
 
     def due(self) -> bool:
         """True where `progress` is called for: often on a terminal, in a file after a silence."""
-        wait_s = 0.2 if on_terminal() else SILENCE_S
+        wait_s = 0.2 if on_terminal() else 0.9 * SILENCE_S    # before `remind` speaks
         return not self.quiet and time.monotonic() - self.said_s >= wait_s
 
     def __call__(self, line: str) -> None:
@@ -2515,11 +2505,6 @@ class GPT(nn.Module):
         yield
         self.parts = compiled
 
-    @staticmethod
-    def graphs() -> int:
-        """Graphs that this process has compiled so far."""
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
     def retune(self, **knobs: Any) -> Hyperparameters:
         """All knobs after changes of some that no weight depends on."""
         self.h = replace(self.h, **knobs)
@@ -2544,11 +2529,15 @@ class GPT(nn.Module):
 
     def layers(self, rounded: bool = False) -> list[Layer]:
         """Each bank cast once and unbound once: indexing at each use would make a full-size
-        gradient per use. `rounded` matrices pass their gradient straight through (#578)."""
+        gradient per use. `rounded` matrices are as the exporter would round them, clip included,
+        and pass their gradient straight through (arXiv 1308.3432, #578)."""
         cast = {}
         for name, role in roles(self.h).items():
             if name in Layer._fields:
-                w = straight_through(self.bank[name], role, self.h) if rounded else self.bank[name]
+                w = self.bank[name]
+                if rounded and role.optim == "muon" and role.bits < 16:
+                    coded = round_rows(w.detach(), role.bits, role.sigmas, self.h.clip_search)
+                    w = w + (coded.decode() - w).detach()
                 plain = role.optim == "scalar" and name != "head_gate"
                 cast[name] = (w if plain else w.to(self.dtype)).unbind(0)
         numbers = torch.arange(1, self.h.num_layers + 1, device=self.bank["embed"].device)
@@ -2751,14 +2740,6 @@ def looked_up(model: GPT, name: str, ids: Tensor) -> Tensor:
     return F.linear(F.embedding(ids, table), proj[0]) * scale
 
 
-def straight_through(w: Tensor, role: Role, h: Hyperparameters) -> Tensor:
-    """A matrix as the exporter would round it, clip included, with the gradient of the unrounded
-    one (arXiv 1308.3432); other roles as they are."""
-    if role.optim != "muon" or role.bits == 16:
-        return w
-    return w + (round_rows(w.detach(), role.bits, role.sigmas, h.clip_search).decode() - w).detach()
-
-
 class Cache:
     """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and these
     tokens: preallocated rings that all rows write at one place. Behind the steps of depth come
@@ -2818,7 +2799,8 @@ class Cache:
 # TTT_LORA_ALPHA / R; every a reads the width D, those of `o` and `mlp` too.
 # ==================================================================================================
 ADAPTER_BETA2 = 0.99    # decay of their squared gradient
-ADAPTER_EPS = 0.1       # added to its root, in root mean squares of the factor
+ADAPTER_EPS = 0.03      # added to its root, in root mean squares of the factor
+ADAPTER_STEP = 0.5      # most root mean square of a factor's step, in rates
 
 
 class AdapterBank:
@@ -2859,16 +2841,20 @@ class AdapterBank:
     def step(self, loss: Tensor, rate: Tensor) -> None:
         """One step of Adam without a mean (arXiv 1412.6980, beta1 = 0) at rates (B, 1) down `loss`,
         a sum over rows, so that none learns from another: s <- beta s + (1 - beta) g^2,
-        p <- p - rate g / (r + ADAPTER_EPS rms(r) + 1e-8) with r = sqrt(s / (1 - beta^n)) and its
-        root mean square over a factor. Without that term an entry whose gradient is nothing but
-        rounding would at first move by a whole rate, in a direction that each machine draws."""
+        p <- p - rate u, u = g / (r + ADAPTER_EPS rms(r) + 1e-8), r = sqrt(s / (1 - beta^n)), scaled
+        down to rms(u) <= ADAPTER_STEP in each factor (StableAdamW, arXiv 2304.13013). Without these
+        two, entries whose gradient is nothing but rounding move by a whole rate, and a gradient
+        that jumps moves by several: a score then hangs on the last bits of a machine."""
         (grad, ), beta = torch.autograd.grad(loss, self.flat), ADAPTER_BETA2
         self.updates += 1
         self.square.mul_(beta).addcmul_(grad, grad, value=1 - beta)
         spread = (self.square / (1 - beta**self.updates)).sqrt_().add_(1e-8)
-        for shape, part in zip(self.shapes, spread.split([n.numel() for n in self.shapes], 1)):
-            factor = part.view(len(part), shape[0], -1)
+        sizes = [shape.numel() for shape in self.shapes]
+        for shape, *parts in zip(self.shapes, spread.split(sizes, 1), grad.split(sizes, 1)):
+            factor, g = (part.view(len(part), shape[0], -1) for part in parts)
             factor += ADAPTER_EPS * factor.square().mean(-1, keepdim=True).sqrt_()
+            size = (g / factor).square().mean(-1, keepdim=True).sqrt_()
+            factor *= (size / ADAPTER_STEP).clamp_(min=1)
         self.flat.addcdiv_(grad * -rate, spread)
 
     def adapters(self, dtype: torch.dtype = torch.float32) -> list[dict[str, LoRA]]:
@@ -3415,9 +3401,7 @@ class Coded(NamedTuple):
 
 
 Stored = Mapping[str, Coded | Tensor]    # codes with steps or fp16 of each bank, in table order
-Packed = tuple[bytes, dict[str, int]]    # an artifact and its bytes by part
 Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, n) in that order
-Factors = Mapping[str, Factor]    # by tap
 
 # Trellis-coded quantisation: the codes of a column walk through a few states that say whether the
 # next code is even or odd, so parity costs no bits and steps can be finer at equal bits.
@@ -3475,7 +3459,8 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
 
 
 @torch.no_grad()
-def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int = 0) -> Tensor:
+def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int = 0,
+                  fused: bool = False) -> Tensor:
     """Codes (N, R) int16 of least squared error from targets (N, R), in lattice steps; `weight`
     (R,) or (N, R) multiplies the squares, the length `run` of runs changes only the time.
     A row is a path from state 0: parity p allows the codes 2k + p, at the bits of a lattice twice
@@ -3488,8 +3473,14 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int
     cut = lambda values: F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
     # codes are int16, and that of a given residue may lie 2 beyond its target
     x = x.float().clamp(-32_760, 32_760)
-    weight = x.new_ones(()) if weight is None else weight.float()
-    targets, weights = cut(x), cut(weight.expand_as(x))
+    weight = (x.new_ones(()) if weight is None else weight.float()).expand_as(x)
+    if fused and (x.is_cuda or INTERPRETED):
+        x, (parity, upper) = x.contiguous(), TRELLIS_TAPS[states]
+        codes, taken = (torch.empty_like(x, dtype=dtype) for dtype in (torch.int16, torch.int64))
+        trellis_kernel[(rows, )](x, weight.contiguous(), codes, taken, length, states, parity >> 1,
+                                 upper >> 1, num_warps=1)
+        return codes
+    targets, weights = cut(x), cut(weight)
     # A branch fixes a code modulo 4 and nothing more, so four errors per target suffice, each to
     # the nearest code of one residue, in units of 4 steps.
     part = (targets[:, None] - torch.arange(4, device=x.device)[:, None]) * 0.25
@@ -3554,13 +3545,13 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
                   f"{damping * 1e5:g}; the gradients hold NaN or infinity")
 
 
-def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> Factors:
+def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> dict[str, Factor]:
     """The factor of each tap's moment."""
     return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
 
 
 def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int = 0,
-         block: int = 128, weight: Tensor | None = None) -> Coded:
+         block: int = 128, weight: Tensor | None = None, fused: bool = False) -> Coded:
     """Rounds a bank (L, rows, cols) column by column to codes of at most `top`, or on a trellis of
     so many states, where errors of a row count by its `weight` (L, rows), pushing each error onto
     the columns not yet rounded (arXiv 2210.17323).
@@ -3579,7 +3570,8 @@ def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int =
             scale = high * wide[:, j, None]
             x = work[:, :, j] / scale
             # a trellis, whose path is a whole column, has no largest code: the coder escapes it
-            q = (trellis_codes(x, states, costs).float() if states else x.round().clamp_(-top, top))
+            q = (trellis_codes(x, states, costs, fused=fused).float() if states else
+                 x.round().clamp_(-top, top))
             error = (work[:, :, j] - q * scale) / upper[:, j, j, None]
             codes[:, :, j], errors[:, :, j - lo] = q, error
             work[:, :, j + 1:hi] -= error[..., None] * upper[:, None, j, j + 1:hi]
@@ -3597,7 +3589,7 @@ class Curvature(NamedTuple):
     """What `curvature` found, ready for use."""
 
     rows: dict[str, Tensor]    # d (L | 1, rows) by bank
-    factors: Factors    # of H
+    factors: dict[str, Factor]    # of H, by tap
     text: Tensor | None = None    # where it found it, this rank's rows
 
 
@@ -3636,7 +3628,7 @@ def round_bank(model: GPT, name: str, found: Curvature, stretch: Tensor | float 
     scale = grid.scale * 2.0**stretch / (2 if h.trellis_states else 1)
     top = 2**(role.bits - 1) - 1 if h.step_search == "uniform" else 32_760
     return gptq(bank_of(model, name), found.factors[role.tap], grid._replace(scale=scale), top,
-                h.trellis_states, weight=found.rows[name])
+                h.trellis_states, weight=found.rows[name], fused=h.fused_kernels)
 
 
 @torch.no_grad()
@@ -4215,7 +4207,7 @@ def grid_parts(h: Hyperparameters) -> list[tuple[str, str, str, tuple[int, ...]]
             *((n, "column", "i1", shapes[n][::2]) for n in firsts)]
 
 
-def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> Packed:
+def pack(h: Hyperparameters, stored: Stored, quick: bool = False) -> tuple[bytes, dict[str, int]]:
     """The artifact, from which `unpack` gives back exactly `stored`; its bytes by part add up."""
     codes = {n: stored[n].codes.cpu().numpy() for n in coded_roles(h)}
     streams, ledger = pack_codes(h, codes, quick)
@@ -4337,7 +4329,7 @@ def pack_source(source: str, block: str = "") -> bytes:
         text = python_minifier.minify(
             text, remove_literal_statements=True, rename_globals=True, hoist_literals=False,
             preserve_globals=["main", "Hyperparameters", "GPT", "Refusal", "tl", *dir(builtins)],
-            preserve_locals=["BACKWARD", "BLOCK", "ROWS", "COLUMNS", "DEPTH"],
+            preserve_locals="BACKWARD BLOCK ROWS COLUMNS DEPTH S PARITY UPPER".split(),
             remove_annotations=python_minifier.RemoveAnnotationsOptions(
                 remove_argument_annotations=False))
     else:
@@ -4388,12 +4380,9 @@ class Windows(NamedTuple):
         return (place >= self.lo[:, None]) & (place < self.hi[:, None])
 
 
-Span = tuple[int, int, int]    # start, lo, hi
-
-
-def sliding(begin: int, end: int, T: int, stride: int) -> list[Span]:
-    """Spans that score targets [begin, end) once each, `stride` at a time, with up to T - stride
-    tokens of context; the first of the stream scores T targets. A smaller stride buys context for
+def sliding(begin: int, end: int, T: int, stride: int) -> list[tuple[int, int, int]]:
+    """Spans (start, lo, hi) that score targets [begin, end) once each, `stride` at a time, with up
+    to T - stride tokens of context; the first of the stream scores T targets. A smaller stride buys context for
     T / stride times the work; stride == T is the plain score."""
     spans, lo = [], begin
     while lo < end:
@@ -4404,7 +4393,7 @@ def sliding(begin: int, end: int, T: int, stride: int) -> list[Span]:
     return spans
 
 
-def batched(spans: Sequence[Span], batch_tokens: int, T: int) -> list[Windows]:
+def batched(spans: Sequence[tuple], batch_tokens: int, T: int) -> list[Windows]:
     """Batches of one shape (rows, T), hence of one graph; missing rows are empty windows."""
     rows = max(1, batch_tokens // T)
     filled = np.array([*spans, *[(0, 0, 0)] * (-len(spans) % rows)], np.int64)
@@ -4697,11 +4686,14 @@ def score_documents(model: GPT, ledger: Ledger, documents: np.ndarray, steps: in
         score_documents(model, ledger, documents, 0, name, log, left=late)
 
 
-def score_windows(model: GPT, ledger: Ledger, batches: Sequence[Windows], name: str,
+def score_windows(model: GPT, ledger: Ledger, begin: int, end: int, stride: int, name: str,
                   log: Log) -> None:
-    """Scores batches of windows, which the ranks share, by weights that stay as they are."""
-    score(ledger, watched(batches[ledger.world.rank::ledger.world.size], name, log),
-          functools.partial(model.run_nats, plan=depth_plan(model.h, looped=True)))
+    """Scores targets [begin, end) in windows, which the ranks share, by the weights as they are."""
+    h, world = model.h, ledger.world
+    batches = batched(sliding(begin, end, h.eval_seq_len, stride), h.eval_batch_tokens,
+                      h.eval_seq_len)
+    score(ledger, watched(batches[world.rank::world.size], name, log),
+          functools.partial(model.run_nats, plan=depth_plan(h, looped=True)))
 
 
 def adapt(model: GPT, ledger: Ledger, watch: Clock, log: Log) -> None:
@@ -4729,9 +4721,7 @@ def adapt(model: GPT, ledger: Ledger, watch: Clock, log: Log) -> None:
             left_s = limit_s * end / N - watch.read_s()
             score_documents(model, ledger, inside, h.ttt_steps, name, quiet, left_s)
         else:
-            spans = sliding(begin, end, h.eval_seq_len, h.eval_stride)
-            score_windows(model, ledger, batched(spans, h.eval_batch_tokens, h.eval_seq_len), name,
-                          quiet)
+            score_windows(model, ledger, begin, end, h.eval_stride, name, quiet)
         if part + 1 < len(parts) and part < last:
             sgd.param_groups[0]["lr"] = h.ttt_lr * 0.5 * (
                 1 + math.cos(math.pi * part / max(1, last - 1)))
@@ -4747,23 +4737,18 @@ def adapt(model: GPT, ledger: Ledger, watch: Clock, log: Log) -> None:
 @torch.no_grad()
 def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> None:
     """One step in which layer l moves at TTT_LR_RAMP + (1 - that) * l / (L - 1) of the rate, not at
-    all where frozen (#1351), and what is in no layer at the full rate. Gradients are scaled, and
-    frozen layers freeze the embedding too; `early`, the step itself is scaled, since AdamW does not
-    feel the size of a gradient."""
+    all where frozen (#1351), and what is in no layer at the full rate; layers frozen by SGD freeze
+    the embedding too. The step is scaled, not the gradient, whose size AdamW does not feel."""
     h, embed = model.h, model.bank["embed"]
     ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
     shares = [(p, ramp.view(-1, *[1] * (p.dim() - 1)))
               for name, p in model.bank.items() if name in Layer._fields]
-    if early:
-        before = [p.clone() for p, _ in shares]
-        optimiser.step()
-        for (p, share), old in zip(shares, before):
-            p.copy_(old.lerp(p, share))
-    else:
-        for p, share in shares + [(embed, 0.0)] * (h.ttt_freeze_blocks > 0):
-            p.grad.mul_(share)
-        optimiser.step()
+    shares += [(embed, ramp[:1])] * (h.ttt_freeze_blocks > 0 and not early)
+    before = [p.clone() for p, _ in shares]
+    optimiser.step()
+    for (p, share), old in zip(shares, before):
+        p.copy_(old.lerp(p, share))
 
 
 def learn_chunk(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, targets: Tensor,
@@ -4856,23 +4841,24 @@ def score_by_name(name: str, model: GPT, val: Validation, world: World,
                   log: Log) -> tuple[dict[str, float], Ledger]:
     """One of SCORES over the whole validation set: its result and the ledger; all ranks take part.
     Each score has a Ledger of its own, so none can learn from what another has booked."""
-    h, T, watch, ledger = model.h, model.h.eval_seq_len, Clock(world), Ledger(val, world)
+    h, watch, ledger = model.h, Clock(world), Ledger(val, world)
     if name == "ttt":
         adapt(model, ledger, watch, log)
     elif name == "stream":
         score_documents(model, ledger, val.documents, 0, name, log)
     else:
-        spans = sliding(0, len(ledger), T, h.eval_stride if name == "sliding" else T)
-        score_windows(model, ledger, batched(spans, h.eval_batch_tokens, T), name, log)
+        stride = h.eval_stride if name == "sliding" else h.eval_seq_len
+        score_windows(model, ledger, 0, len(ledger), stride, name, log)
     return ledger.result(watch.read_s()), ledger
 
 
 # ==================================================================================================
 # 14. Fused kernels
-# Triton twins of `mlp` and `softcapped_nats`, which define the meaning. `mlp` takes the activation
-# from the registers that hold the product, without a pass of its own over (M, F); `nats` needs no
-# fp32 copy of the logits (N, V). Where they cannot work, or disagree with the plain forms
-# (`kernels_trouble`), a run goes on without them.
+# Triton twins of `mlp`, `softcapped_nats` and `trellis_codes`, which define the meaning. The first
+# takes the activation from the registers that hold the product, without a pass of its own over
+# (M, F); `nats` needs no fp32 copy of the logits (N, V); a trellis is one launch, not hundreds.
+# Where they cannot work, or disagree with the plain forms (`kernels_trouble`), a run goes on
+# without them.
 # ==================================================================================================
 # where Triton is missing, the functions themselves, which nobody then calls
 jit = triton.jit if triton else lambda kernel: kernel
@@ -4906,20 +4892,16 @@ def fit_descriptors(arguments: dict) -> None:
     arguments["h"].block_shape = arguments["out"].block_shape = [rows, columns // 2]
 
 
-def tuned(kernel: Any) -> Any:
-    """`mlp_kernel` with the fastest tile that fits the chip, found at the first call with new
-    sizes: in the rehearsal, off the clock, if there is one."""
-    if triton is None:
-        return kernel
-    tiles = [(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 3, 4), (64, 128, 64, 3, 4)]
-    return triton.autotune([
-        triton.Config(dict(ROWS=rows, COLUMNS=columns, DEPTH=depth), num_stages=stages,
-                      num_warps=warps, pre_hook=fit_descriptors)
-        for rows, columns, depth, stages, warps in ([(32, 16, 16, 1, 1)] if INTERPRETED else tiles)
-    ], key=["N", "K", "BACKWARD"])(kernel)
+# Rows, columns, depth, stages, warps: the fastest tile is found at the first call with new sizes,
+# in the rehearsal, off the clock, if there is one.
+TILES = ([(32, 16, 16, 1, 1)] if INTERPRETED else
+         [(128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 3, 4), (64, 128, 64, 3, 4)])
 
 
-@tuned
+@(triton.autotune([
+    triton.Config(dict(ROWS=rows, COLUMNS=columns, DEPTH=depth), num_stages=stages, num_warps=warps,
+                  pre_hook=fit_descriptors)
+    for rows, columns, depth, stages, warps in TILES], ["N", "K", "BACKWARD"]) if triton else jit)
 @jit
 def mlp_kernel(a, b, h, out, M, N, K, PROGRAMS, slope, BACKWARD: tl.constexpr,
                ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
@@ -4965,10 +4947,11 @@ def mlp_slope(dy: Tensor, w_down: Tensor, h: Tensor, slope: float) -> Tensor:
     return out
 
 
-def keep_mlp(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """Saves what the backward pass of the MLP needs: one (M, F) tensor, not two."""
+def keep_inputs(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Saves what a backward pass needs: the inputs, and of what came out the second tensor, which
+    for the MLP is one (M, F), for the loss one sum per row."""
     ctx.set_materialize_grads(False)
-    *kept, ctx.slope = inputs
+    *kept, ctx.constant = inputs
     ctx.save_for_backward(*kept, output[1])
 
 
@@ -4977,7 +4960,7 @@ def mlp_backward(ctx: Any, dy: Tensor, unused: Tensor | None) -> tuple[Tensor | 
     x, w_up, w_down, h = ctx.saved_tensors
     wants_x, wants_up, wants_down, _ = ctx.needs_input_grad
     # the products stay visible to the compiler; adapters leave the weights frozen, hence the tests
-    d_up = torch.ops.golf.mlp_slope(dy, w_down, h, ctx.slope) if wants_x or wants_up else None
+    d_up = torch.ops.golf.mlp_slope(dy, w_down, h, ctx.constant) if wants_x or wants_up else None
     return (d_up @ w_up if wants_x else None, d_up.mT @ x if wants_up else None,
             dy.mT @ h if wants_down else None, None)
 
@@ -5029,17 +5012,48 @@ def nats_slope(logits: Tensor, targets: Tensor, lse: Tensor, slope: Tensor, cap:
     return out
 
 
-def keep_nats(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """Saves what the backward pass of the loss needs: the logits as they are, one sum per row."""
-    logits, targets, ctx.cap = inputs
-    ctx.save_for_backward(logits, targets, output[1])
-
-
 def nats_backward(ctx: Any, slope: Tensor, unused: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of (logits, targets, cap). A new tensor, though the logits are dead by now: a
     mutating operator makes the compiler copy the logits first, 0.8 GB in 98,304 tokens."""
     logits, targets, lse = ctx.saved_tensors
-    return torch.ops.golf.nats_slope(logits, targets, lse, slope.contiguous(), ctx.cap), None, None
+    return (torch.ops.golf.nats_slope(logits, targets, lse, slope.contiguous(), ctx.constant), None,
+            None)
+
+
+@jit
+def residue_cost(x, weight, residue):
+    """What the nearest code of a residue modulo 4 costs, in the units of `trellis_codes`."""
+    part = (x - residue) * 0.25
+    part -= tl.floor(part + 0.5)
+    return part * part * weight
+
+
+@jit
+def trellis_kernel(x, weight, codes, taken, R, S: tl.constexpr, PARITY: tl.constexpr,
+                   UPPER: tl.constexpr):
+    """One row of `trellis_codes`, there and back, by one warp. Bit s of `taken` says of each place
+    by which of its two branches state s was reached at least cost."""
+    row, state = tl.program_id(0) * R, tl.arange(0, S)
+    # a step backwards: the highest bit of a state tells the parity of the one before
+    odd = state // (S // 2)
+    from_0 = 2 * (state ^ odd * PARITY) + odd
+    cost = tl.where(state == 0, 0.0, 1e30)
+    for place in range(row, row + R):
+        target, counts = tl.load(x + place), tl.load(weight + place)
+        zero = tl.gather(cost, from_0, 0) + residue_cost(target, counts, odd)
+        one = tl.gather(cost, from_0 ^ 2 * UPPER, 0) + residue_cost(target, counts, odd + 2)
+        tl.store(taken + place, tl.sum((one < zero).to(tl.int64) << state))
+        cost = tl.minimum(zero, one)
+    at = tl.argmin(cost, 0)
+    tl.debug_barrier()    # what one thread stored all will read
+    for done in range(R):
+        place = row + R - 1 - done
+        bit = (tl.load(taken + place) >> at).to(tl.int32) & 1
+        odd_before = at // (S // 2)
+        at = 2 * (at ^ odd_before * PARITY ^ bit * UPPER) + odd_before
+        low = odd_before + 2 * bit
+        code = low + 4 * tl.floor((tl.load(x + place) - low) * 0.25 + 0.5)
+        tl.store(codes + place, code.to(tl.int16))
 
 
 def define(name: str, schema: str, forward: Callable, shapes: Callable) -> Any:
@@ -5053,12 +5067,12 @@ def register_kernels() -> None:
     """Tells torch the signature, output shapes and gradient of the operators of every step."""
     define("mlp", "(Tensor a, Tensor b, Tensor c, float d) -> (Tensor, Tensor)", mlp_forward,
            lambda x, w_up, *rest: (torch.empty_like(x), x.new_empty(len(x), len(w_up)))
-           ).register_autograd(mlp_backward, setup_context=keep_mlp)
+           ).register_autograd(mlp_backward, setup_context=keep_inputs)
     define("mlp_slope", "(Tensor a, Tensor b, Tensor c, float d) -> Tensor", mlp_slope,
            lambda dy, w_down, h, slope: torch.empty_like(h))
     define("nats", "(Tensor a, Tensor b, float c) -> (Tensor, Tensor)", nats_forward,
            lambda z, *rest: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2))
-           ).register_autograd(nats_backward, setup_context=keep_nats)
+           ).register_autograd(nats_backward, setup_context=keep_inputs)
     define("nats_slope", "(Tensor a, Tensor b, Tensor c, Tensor d, float e) -> Tensor", nats_slope,
            lambda z, *rest: torch.empty_like(z))
 
@@ -5081,7 +5095,9 @@ def kernels_trouble() -> str:
         for fused in (True, False):
             nats = softcapped_nats(mlp(x, up, down, 0.5, fused=fused) @ up.mT, y, 30.0, fused).sum()
             slopes = torch.autograd.grad(nats, (x, up, down))
-            found.append(torch.stack([nats, *(t.float().norm() for t in slopes)]))
+            row = 20 * x.detach()[:, :1].T
+            found.append(torch.stack([nats, *(t.float().norm() for t in slopes),
+                                      (row - trellis_codes(row, 8, fused=fused)).norm()]))
         worst = float((found[0] / found[1] - 1).detach().abs().max())
         return "" if worst < 0.03 else f"they are off by {worst:.3g}"
     except Exception as error:    # whatever a compiler for kernels may raise
@@ -5116,37 +5132,23 @@ def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], 
 
 
 def tune_process(device: torch.device) -> None:
-    """Process-wide settings: TF32 for fp32 products on GPUs; on Linux CPUs a heap that is grown
-    once, in huge pages, and never trimmed, since getting zeroed pages again and again from the
-    system took up to two thirds of a step; no more threads than there are processors for."""
+    """Process-wide settings: TF32 for fp32 products on GPUs; no more threads than there are
+    processors for; on Linux CPUs a heap of one arena that is never trimmed, since getting zeroed
+    pages again and again from the system is a twentieth of a step's work."""
     torch.set_float32_matmul_precision("high")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
-    if device.type == "cuda" or sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
-        libc, size, page, huge = ctypes.CDLL("libc.so.6"), 4 << 30, 1 << 21, 14
-        address, libc.malloc.restype = ctypes.c_void_p, ctypes.c_void_p
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        # one arena, since the backward pass has a thread of its own
-        if all(map(libc.mallopt, (trim_threshold, mmap_max, arena_max), (-1, 0, 1))) and (
-                block := libc.malloc(ctypes.c_size_t(size))):    # of which no page is touched
-            libc.madvise(address(-(-block // page) * page), ctypes.c_size_t(size - page), huge)
-            libc.free(address(block))
+    if device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):    # another C library: nothing to tune
+            libc, trim_threshold, mmap_max, arena_max = ctypes.CDLL("libc.so.6"), -1, -4, -8
+            for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+                libc.mallopt(option, value)
 
 
 def wanted_scores(h: Hyperparameters) -> list[str]:
     """The scores that this run computes, in the order of the pipeline."""
     return [name for name in SCORES
             if name in h.scores.split(",") and (h.ttt_enabled or name != "ttt")]
-
-
-def least_gpu_bytes(h: Hyperparameters) -> int:
-    """Memory that training cannot do without: weights, gradient, average, optimiser, the
-    rehearsal's copies of them; q, k, v and the MLP's input of every step of one micro-batch."""
-    weights = sum(math.prod(r.shape) for r in roles(h).values())
-    width = 3 * h.model_dim + h.mlp_dim
-    return 28 * weights + 2 * h.micro_batch_tokens * width * len(depth_plan(h, True))
 
 
 def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
@@ -5181,13 +5183,8 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     check(require, folder.is_dir() and os.access(folder, os.W_OK),
           f"LOGS_DIR={h.logs_dir}: {folder} is no folder that can be written")
     kernel = check(attention_kernel, h, world.device)
-    if world.device.type == "cuda":
-        need_bytes, free_bytes = least_gpu_bytes(h), torch.cuda.mem_get_info(world.device)[0]
-        check(require, free_bytes >= need_bytes, f"MICRO_BATCH_TOKENS={h.micro_batch_tokens} needs "
-              f"more than {need_bytes:,} bytes of GPU memory, {free_bytes:,} are free")
-        if kernel not in ("fa3", None):
-            log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; "
-                "slower)")
+    if world.device.type == "cuda" and kernel not in ("fa3", None):
+        log(f"attention:{kernel} (FlashAttention 3 was not found or does not fit this GPU; slower)")
     check(accumulation, h, world)
 # >>> not packed (a packed script builds no corpus)
     if wrong and must_build(h) and not sentencepiece:    # `find_dataset` will not come to it
@@ -5313,13 +5310,14 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     announce(h, model, world, data, log)
     code = running_source(SCRIPT, h)[1] if world.main else b""
     model.compile(compile_mode(h, world.device, log))
-    graphs = [model.graphs()]
+    compiled = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = [compiled()]
     trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), 0.0
     if h.rehearsal_steps:
         reserve_s = rehearse(trainer, data, log, held, len(data.val.bytes))
         h = affordable(model, rehearsal_text(h, data), data.val.documents, world, log)
     seconds["rehearsal"] = watch.read_s()
-    graphs.append(model.graphs())
+    graphs.append(compiled())
 
     plain = lambda: "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}".format(**score_by_name(
         "quantized", model, data.val, world, Log(world, quiet=True))[0])
@@ -5330,7 +5328,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
         adapt_early(model, held, world, h.prequant_ttt_epochs)
         clock.pause(watch.read_s() * (h.prequant_ttt_data == "val"))    # no training data
     clock_s = clock.read_s()
-    graphs.append(model.graphs())
+    graphs.append(compiled())
     log(f"clock:{clock_s:.2f}s of {h.max_wallclock_seconds:g}s steps:{trained.steps} "
         "(the last look at training data)")
     seconds |= dict(train=trained.seconds, adaptation=clock_s - trained.seconds)
@@ -5352,7 +5350,7 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     load_stored(model, unpack(blob)[1])
     seconds["pack"] = watch.read_s()
     scores |= measured_scores(model, data, world, log, packed=True)
-    graphs.append(model.graphs())
+    graphs.append(compiled())
     log("graphs:{} compiled before the clock, {} inside, {} after".format(*np.diff(graphs)))
     sizes = dict(model=len(blob), code=len(code), total=len(blob) + len(code), limit=h.budget_bytes)
     seconds["total"] = time.perf_counter() - begin_s
@@ -5543,7 +5541,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         except (MemoryError, RuntimeError) as error:
             if not re.search("MemoryE|llocate memory|of memory|bad_alloc|new thread", repr(error)):
                 raise
-            return complain(f"too little memory, or too few threads ({brief(error)})", env)
+            return complain("too little memory, which MICRO_BATCH_TOKENS and EVAL_BATCH_TOKENS "
+                            f"decide, or too few threads ({brief(error)})", env)
         finally:
             restore_signals(before)
 
@@ -5862,9 +5861,11 @@ def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, 
 
 
 def markdown(table: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown; its first row holds the titles."""
-    head, *lines = ("| " + " | ".join(map(str, row)) + " |" for row in table)
-    return "\n".join([head, "|" + "---|" * len(table[0]), *lines])
+    """A table in Markdown, in columns of one width; its first row holds the titles."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*table)]
+    head, *lines = ("| " + " | ".join(str(cell).rjust(n) for cell, n in zip(row, widths)) + " |"
+                    for row in table)
+    return "\n".join([head, "|" + "".join("-" * (n + 1) + ":|" for n in widths), *lines])
 
 
 def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:
@@ -6258,7 +6259,7 @@ def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
                      "train s": f"{r['train_seconds']:.1f}",
                      "eval s": f"{e.score['seconds']:.1f}",
                      "total s": f"{r['seconds']['total']:.1f}"})
-    return [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    return [[*rows[0]], *([*row.values()] for row in rows)]
 
 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
@@ -6274,9 +6275,8 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
             ax.plot(x, loss, color=colour, lw=1, label=name)
     handles, names = (part[:-11:-1] for part in ax.get_legend_handles_labels())    # ten
     ax.legend(handles, names, fontsize="small", title="best first, dark to light")
-    for ax, title in zip(axes, ("steps", "seconds of training")):
-        ax.set(xlabel=title, ylabel="training loss (nats per token)")
-        ax.grid(alpha=0.3)
+    axes[0].set(xlabel="steps", ylabel="training loss (nats per token)")
+    axes[1].set(xlabel="seconds of training")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
@@ -6294,10 +6294,8 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
         folders += [path] if (path / "log.txt").exists() or not inside else inside
     runs, broken = read_runs(folders)
     runs.sort(key=lambda e: e.score["val_bpb"])
-    table = report_table(runs) if runs else []
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for title, *cells in table:
-        print("  ".join([title.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+    table = markdown(report_table(runs)) if runs else ""
+    print(table)
     for line in broken:
         print(f"not shown: {line}")
     require(runs, f"report: no finished run in {', '.join(map(str, o.runs))}")
@@ -6307,7 +6305,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     if matplotlib:
         write_atomically(out / "report.png", draw(runs, matplotlib))
     write_atomically(out / "report.md", "\n\n".join([
-        f"# {len(runs)} runs, best first", markdown(table),
+        f"# {len(runs)} runs, best first", table,
         *(f"Not shown: {line}" for line in broken),
         "![curves](report.png)" if matplotlib else
         "No pictures: the package matplotlib is not installed."]).encode(errors="backslashreplace"))

@@ -140,7 +140,8 @@ def by_hand(bank: tg.AdapterBank, square: list[torch.Tensor], grad: torch.Tensor
         for _ in range(shape[0]):
             place = slice(at, at := at + shape[1:].numel())
             r = (square[0][place] / (1 - beta**n)).sqrt() + 1e-8
-            moved[place] -= rate * grad[place] / (r + tg.ADAPTER_EPS * r.square().mean().sqrt())
+            u = grad[place] / (r + tg.ADAPTER_EPS * r.square().mean().sqrt())
+            moved[place] -= rate * u / max(1.0, float(u.square().mean().sqrt()) / tg.ADAPTER_STEP)
     return moved
 
 

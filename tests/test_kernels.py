@@ -206,6 +206,29 @@ def test_steps_with_and_without_kernels(k):
     assert ends[1] < found[False][0] - 1 and abs(ends[0] - ends[1]) < 0.02 * SLACK, ends
 
 
+@pytest.mark.parametrize("states, rows, length", [(4, 1, 100), (8, 2, 300), (16, 1, 1000), (8, 1, 7)])
+def test_the_trellis_equals_its_plain_twin(k, states, rows, length):
+    """Code for code in the interpreter; on a GPU, which rounds products differently, in the error that is left. Rows
+    that no run of 64 divides, layers in a transposed tensor, huge targets."""
+    x = (torch.randn(length, rows) * 5).to(DEVICE).T
+    x[0, :3] = torch.tensor([1e9, -1e9, 4e4])
+    weight = torch.rand(rows, length).to(DEVICE) + 0.1
+    fused, plain = (k.trellis_codes(x, states, weight, fused=f) for f in (True, False))
+    t.check_trellis(fused.cpu().numpy()[:, :, None], states)
+    left = [((x.clamp(-32_760, 32_760) - codes).square() * weight).sum(1) for codes in (fused, plain)]
+    assert torch.allclose(*left, rtol=1e-4)
+    assert GPU or torch.equal(fused, plain)
+
+
+def test_gptq_along_the_fused_trellis(k):
+    """A whole bank comes out alike, errors pushed on included."""
+    w, moment = torch.randn(2, 70, 4, device=DEVICE), torch.eye(4, device=DEVICE).expand(2, 4, 4) + 0.3
+    factor, grid = k.inverse_factor(moment, 0.01), k.uniform_grid(w, 4, 4.0)
+    fused, plain = (k.gptq(w, factor, grid, states=8, fused=f).decode() for f in (True, False))
+    assert GPU or torch.equal(fused, plain)
+    assert abs(float((fused - w).norm() / (plain - w).norm()) - 1) < 0.01
+
+
 def test_one_graph_holds_the_operators(k, monkeypatch):
     """fullgraph compilation of an MLP and the loss equals the eager form; traced alone where no GPU compiles."""
     import torch._inductor.config
@@ -259,6 +282,19 @@ if not GPU and not t.INTERPRETED:
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, __file__],
                               env=os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") | script, capture_output=True, text=True)
         assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+    @pytest.mark.parametrize("states", [8, 64])
+    def test_the_trellis_compiles_for_a_chip(states):
+        """To machine code of Hopper: what the interpreter takes a compiler may refuse."""
+        triton = pytest.importorskip("triton")
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        kinds = dict(x="*fp32", weight="*fp32", codes="*i16", taken="*i64", R="i32")
+        names, taps = t.trellis_kernel.arg_names, [tap >> 1 for tap in t.TRELLIS_TAPS[states]]
+        fixed = {(names.index(name), ): value for name, value in zip(("S", "PARITY", "UPPER"), (states, *taps))}
+        source = ASTSource(t.trellis_kernel, {name: kinds.get(name, "constexpr") for name in names}, fixed)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=1))
+        assert made.asm["cubin"] and not made.metadata.shared
 
     def test_a_machine_without_the_kernels_says_why_and_is_plain():
         """The model then has the knob off, whatever it was asked for."""

@@ -319,19 +319,12 @@ def test_preflight_lists_exactly_what_is_missing(names, tmp_path, monkeypatch):
         assert sum(table[name][2] in sentence for sentence in said) == 1, (name, said)
 
 
-@pytest.mark.parametrize("kernel, free, words", [("varlen", 1 << 40, ["attention:varlen"]), ("fa3", 1 << 40, []), (
-    "fa3", 1000, ["MICRO_BATCH_TOKENS=64 needs more than"]), ("blocks", 1000, ["attention:blocks", "MICRO_BATCH"])])
-def test_preflight_looks_at_the_gpu(kernel, free, words, tmp_path, monkeypatch):
-    """Memory that cannot suffice is an error; a slower attention is announced."""
+@pytest.mark.parametrize("kernel, words", [("varlen", ["attention:varlen"]), ("fa3", []), ("sdpa", ["attention:sdpa"])])
+def test_preflight_says_which_attention_is_slower(kernel, words, tmp_path, monkeypatch):
+    """And goes on."""
     monkeypatch.setattr(t, "attention_kernel", lambda h, device: kernel)
-    monkeypatch.setattr(t.torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
     said = checked(tmp_path, t.World(0, 1, t.torch.device("cuda", 0)))
     assert len(said) == len(words) and all(a.startswith(b) for a, b in zip(said, words))
-
-
-def test_least_memory_is_below_what_the_submission_takes():
-    """More than 10 GB and less than the 80 GB of an H100."""
-    assert 10e9 < t.least_gpu_bytes(t.Hyperparameters()) < 40e9
 
 
 def test_nothing_is_built_where_something_is_wrong(tmp_path, capsys, monkeypatch):
