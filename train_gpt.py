@@ -4382,8 +4382,8 @@ class Windows(NamedTuple):
 
 def sliding(begin: int, end: int, T: int, stride: int) -> list[tuple[int, int, int]]:
     """Spans (start, lo, hi) that score targets [begin, end) once each, `stride` at a time, with up
-    to T - stride tokens of context; the first of the stream scores T targets. A smaller stride buys context for
-    T / stride times the work; stride == T is the plain score."""
+    to T - stride tokens of context; the first of the stream scores T targets. A smaller stride buys
+    context for T / stride times the work; stride == T is the plain score."""
     spans, lo = [], begin
     while lo < end:
         hi = min(end, lo + (stride if lo else T))

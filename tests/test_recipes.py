@@ -602,12 +602,6 @@ def test_contradictions_are_refused(knobs, sentence):
     assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_a_recipe_is_not_blamed_for_a_longer_name():
-    """demo brings TTT_LR, which is the end of PREQUANT_TTT_LR."""
-    with pytest.raises(t.Refusal, match="^PREQUANT_TTT_LR=-1.0 is out of range: their first rate$"):
-        t.Hyperparameters.from_env(dict(RECIPE="demo", PREQUANT_TTT_LR="-1"))
-
-
 def test_shards_must_fit_the_recipe(tmp_path, monkeypatch):
     """Vocabulary and text form of the manifest, the byte sidecar, and the whole of the published validation set."""
     h = tiny_of("pr1855")
