@@ -5863,9 +5863,9 @@ def submission(runs: Sequence[Evidence], about: Mapping[str, Any]) -> dict[str, 
 def markdown(table: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown, in columns of one width; its first row holds the titles."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*table)]
-    head, *lines = ("| " + " | ".join(str(cell).rjust(n) for cell, n in zip(row, widths)) + " |"
+    head, *lines = ("| " + " | ".join(str(cell).ljust(n) for cell, n in zip(row, widths)) + " |"
                     for row in table)
-    return "\n".join([head, "|" + "".join("-" * (n + 1) + ":|" for n in widths), *lines])
+    return "\n".join([head, "|" + "".join("-" * (n + 2) + "|" for n in widths), *lines])
 
 
 def record_readme(entry: Mapping[str, Any], runs: Sequence[Evidence], against: str) -> str:

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # read at import: workers of th
 import numpy as np
 import pytest
 import torch
+import torch._dynamo    # seconds, which the first optimiser of each forked run would spend
 import torch.multiprocessing
 
 REPO = Path(__file__).resolve().parent.parent

@@ -422,7 +422,7 @@ def test_the_best_form_that_fits_is_taken(monkeypatch):
 LATE = dict(ttt_stream_chunk=8, ttt_lora_lr=0.02, ttt_learners=2, eval_stride=8, ttt_epochs=1)
 
 
-@pytest.mark.parametrize("form, slower", [("stream", 1.0), ("stream", 1.3), ("stream", 3.0), ("phased", 2.0)])
+@pytest.mark.parametrize("form, slower", [("stream", 1.0), ("stream", 1.3), ("phased", 2.0)])
 def test_a_score_that_falls_behind_ends_in_time(form, slower, monkeypatch):
     """On a machine that scores slower than it rehearsed, documents that have not begun are scored
     without learners; all others to the same bits, every target once, and in time."""
@@ -437,7 +437,7 @@ def test_a_score_that_falls_behind_ends_in_time(form, slower, monkeypatch):
         same += np.array_equal(plain[b:e], found[b:e])
     if form == "stream":
         # a little too slow: learners go on until there is only time for the plain weights
-        least = {1.0: 1.0, 1.3: 0.5, 3.0: 0.0}[slower] * (len(text.documents) - 1)
+        least = {1.0: 1.0, 1.3: 0.5}[slower] * (len(text.documents) - 1)
         assert (same == len(text.documents) - 1) == (slower == 1.0) and same >= max(3, least), (same, least)
         assert any(line.startswith("late:") for line in log.lines) == (slower > 1)
 
@@ -668,8 +668,7 @@ def test_two_processes_score_alike_and_causally(tmp_path):
             whole[CUT:], other[CUT:])
 
 
-@pytest.mark.parametrize("form", ["stream", "steps"])
-def test_the_parts_compile_once(form, monkeypatch):
+def test_the_parts_compile_once(monkeypatch):
     """What GPUs run, compiled parts with adapters and cache, scores alike; a graph for each part, two for the first step of
     depth, whose input no adapter was before, and for lanes: not one for each step, and none more for more chunks."""
     tokens, graphs = stream(60, document=40), []
@@ -680,7 +679,7 @@ def test_the_parts_compile_once(form, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
-    h = dataclasses.replace(FORMS[form], eval_batch_tokens=16)    # one row, however many documents
+    h = dataclasses.replace(FORMS["steps"], eval_batch_tokens=16)    # one row, however many documents
     plain, model = nats("ttt", tokens, h), model_of(h)
     model.compile("full")
     for _ in range(2):
