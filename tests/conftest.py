@@ -15,14 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # read at import: workers of th
 import numpy as np
 import pytest
 import torch
-import torch._dynamo    # seconds, which the first optimiser of each forked run would spend
+import torch._dynamo
 import torch.multiprocessing
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import train_gpt as tg
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)    # the compiler is imported here, since the first optimiser of each forked run would do it
 
 # Files that take longest, so that no worker of the suite ends long after the others with one of them.
 LONGEST_FIRST = ["ttt", "recipes", "tools", "pipeline", "fast_paths", "kernels", "artifact", "counts", "nodes", "bench", "real_life",
