@@ -3466,11 +3466,6 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int
     A row is a path from state 0: parity p allows the codes 2k + p, at the bits of a lattice twice
     as coarse but 1.1 dB closer (8 states; Marcellin and Fischer, IEEE Trans. Comm. 38, 1990)."""
     rows, length = x.shape
-    # many starting states make short runs dear, one long run makes many small operations
-    run = min(run or (64 if states <= 16 else length), length)
-    runs = -(-length // run)
-    # rows (N, R) as runs (run, N * runs), padded with zeros
-    cut = lambda values: F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
     # codes are int16, and that of a given residue may lie 2 beyond its target
     x = x.float().clamp(-32_760, 32_760)
     weight = (x.new_ones(()) if weight is None else weight.float()).expand_as(x)
@@ -3480,6 +3475,11 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int
         trellis_kernel[(rows, )](x, weight.contiguous(), codes, taken, length, states, parity >> 1,
                                  upper >> 1, num_warps=1)
         return codes
+    # many starting states make short runs dear, one long run makes many small operations
+    run = min(run or (64 if states <= 16 else length), length)
+    runs = -(-length // run)
+    # rows (N, R) as runs (run, N * runs), padded with zeros
+    cut = lambda values: F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
     targets, weights = cut(x), cut(weight)
     # A branch fixes a code modulo 4 and nothing more, so four errors per target suffice, each to
     # the nearest code of one residue, in units of 4 steps.
@@ -4743,7 +4743,8 @@ def step_by_layer(model: GPT, optimiser: torch.optim.Optimizer, early: bool) -> 
     ramp = torch.linspace(h.ttt_lr_ramp, 1, h.num_layers, device=embed.device)
     ramp[:h.ttt_freeze_blocks] = 0
     shares = [(p, ramp.view(-1, *[1] * (p.dim() - 1)))
-              for name, p in model.bank.items() if name in Layer._fields]
+              for name, p in model.bank.items() if name in Layer._fields
+              and (h.ttt_lr_ramp < 1 or h.ttt_freeze_blocks)]    # else no copy is needed
     shares += [(embed, ramp[:1])] * (h.ttt_freeze_blocks > 0 and not early)
     before = [p.clone() for p, _ in shares]
     optimiser.step()
@@ -6243,7 +6244,7 @@ def in_new_process(arguments: list[str], env: Mapping[str, str], log: Log) -> It
 
 
 # -- report ----------------------------------------------------------------------------------------
-def report_table(runs: Sequence[Evidence]) -> list[list[str]]:
+def report_table(runs: Sequence[Evidence]) -> list[list[Any]]:
     """Titles, then one row per run: the knobs that differ, BPB by stage, bytes, speed, seconds."""
     known, rows = [e.result["knobs"] for e in runs], []
     differing = [n for n, value in known[0].items()
@@ -6296,7 +6297,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     runs, broken = read_runs(folders)
     runs.sort(key=lambda e: e.score["val_bpb"])
     table = markdown(report_table(runs)) if runs else ""
-    print(table)
+    print(table, end="\n" * bool(runs))
     for line in broken:
         print(f"not shown: {line}")
     require(runs, f"report: no finished run in {', '.join(map(str, o.runs))}")

@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # read at import: workers of th
 import numpy as np
 import pytest
 import torch
+
+# here, since the first optimiser of each forked run would import it
 import torch._dynamo
 import torch.multiprocessing
 
@@ -22,7 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import train_gpt as tg
 
-torch.set_num_threads(1)    # the compiler is imported here, since the first optimiser of each forked run would do it
+torch.set_num_threads(1)
 
 # Files that take longest, so that no worker of the suite ends long after the others with one of them.
 LONGEST_FIRST = ["ttt", "recipes", "tools", "pipeline", "fast_paths", "kernels", "artifact", "counts", "nodes", "bench", "real_life",

@@ -445,7 +445,8 @@ def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
 
     monkeypatch.setattr(t, "start", work)
     told = str(error).split("\n")[0] or "MemoryError"
-    assert refused(capsys, [], clean_env()).endswith(f"EVAL_BATCH_TOKENS decide, or too few threads ({told})")
+    assert refused(capsys, [], clean_env()) == ("train_gpt.py: error: too little memory, which MICRO_BATCH_TOKENS and "
+                                                f"EVAL_BATCH_TOKENS decide, or too few threads ({told})")
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError):
         t.main([], clean_env())
