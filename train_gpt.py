@@ -389,11 +389,6 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
     @property
-    def mlp_dim(self) -> int:
-        """MLP width F."""
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
     def gate_window(self) -> int:
         """Leading channels that drive the head gate and the smear gate: the published 12."""
         return min(12, self.model_dim)
@@ -440,14 +435,14 @@ record | this script | legal | -
 
 demo | this script | legal | -
     a size for two CPU cores; RECIPE=pr578,demo shrinks any system
-    VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 QK_GAIN_INIT=2
+    VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1 QK_GAIN_INIT=2
     XSA_LAST_N=4 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 RECUR_START_STEP=100
     TRAIN_SEQ_LEN=256 TRAIN_SEQ_SCHEDULE=64@0.1,128@0.7,256@1 TRAIN_BATCH_TOKENS=4096
-    MICRO_BATCH_TOKENS=4096 MAX_WALLCLOCK_SECONDS=80 REHEARSAL_STEPS=1 TRAIN_LOG_EVERY=50
+    MICRO_BATCH_TOKENS=4096 MAX_WALLCLOCK_SECONDS=60 REHEARSAL_STEPS=1 TRAIN_LOG_EVERY=50
     LR_WARMUP_STEPS=20 WARMDOWN_ITERS=300 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
     MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.98 GPTQ_CALIBRATION_BATCHES=4
-    ROUNDING_STEPS=2 BUDGET_BYTES=1_000_000 SCORES=prequant,quantized,sliding,ttt EVAL_SEQ_LEN=256
-    EVAL_STRIDE=64 EVAL_BATCH_TOKENS=4096 TTT_CHUNK_TOKENS=8192 TTT_LORA_LR=0.024 TTT_LORA_RANK=32
+    ROUNDING_STEPS=2 BUDGET_BYTES=400_000 SCORES=prequant,quantized,sliding,ttt EVAL_SEQ_LEN=256
+    EVAL_STRIDE=64 EVAL_BATCH_TOKENS=8192 TTT_CHUNK_TOKENS=4096 TTT_LORA_LR=0.024 TTT_LORA_RANK=32
     TTT_LORA_ALPHA=16 TTT_LR=0.01 TTT_EPOCHS=2 TTT_BATCH_SEQS=16
 
 field | what the latest systems share | legal | -
@@ -2154,7 +2149,7 @@ EMBED_INIT_STD = 0.005    # of the token embedding at first; its norm takes the 
 # 0.1% of the weights, too little to be worth codes.
 def roles(h: Hyperparameters) -> dict[str, Role]:
     """The role table of these hyperparameters: name -> Role, in the order of the artifact."""
-    L, D, F_ = h.num_layers, h.model_dim, h.mlp_dim
+    L, D, F_ = h.num_layers, h.model_dim, int(h.mlp_mult * h.model_dim)
     H, K = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
     # a row of skip weights for each pop of the deepest plan, which the others use in part
     S = sum(step.pop is not None for step in depth_plan(h, looped=True))
@@ -2741,7 +2736,7 @@ def looked_up(model: GPT, name: str, ids: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the last EVAL_SEQ_LEN tokens of B rows for every step of depth, and these
+    """Keys and values of the last T - 1 tokens of B rows for every step of depth, and these
     tokens: preallocated rings that all rows write at one place. Behind the steps of depth come
     the pointer's keys, each at the token that follows, and in the place of values where it is.
 
@@ -2749,10 +2744,10 @@ class Cache:
     place serves rows of any age, and how far back a row may look is a mask. Slots of an earlier
     document are masked, never cleared; no query sees the pads behind a document's last tokens."""
 
-    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...]):
-        """Empty rings for chunks of C tokens in the model's compute dtype."""
+    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...], T: int):
+        """Empty rings of T tokens for chunks of C in the model's compute dtype."""
         h, embed = model.h, model.bank["embed"]
-        self.C, self.T, self.at = C, h.eval_seq_len, 0
+        self.C, self.T, self.at = C, T, 0
         with torch.no_grad():
             self.layers = model.layers()    # cast once: the weights stay as they are
         # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
@@ -3302,21 +3297,21 @@ def report_step(t: Trainer, loss: Tensor, step: int, last: int, seconds: float, 
 # BUDGET_BYTES.
 # ==================================================================================================
 SEQUENCES = 1024    # after which more text no longer helps
-ROWS_AT_ONCE = 128    # that are written side by side: their cache takes gigabytes
+ABREAST = 16    # micro-batches of text at once: their cache takes about what training on one takes
 
 
 @torch.no_grad()
-def written(model: GPT, world: World, length: int) -> Tensor:
+def written(model: GPT, world: World, ticks: int = 0) -> Tensor:
     """This rank's rows (N, length) of text that the model writes itself (#1019), one half
-    from a document's start on, the other from any token. So rounding reads no text of others and
-    takes no time from the clock. What a row draws does not depend on the number of ranks."""
-    h, plan = model.h, depth_plan(model.h, looped=True)
-    count = min(SEQUENCES, h.gptq_calibration_batches * h.micro_batch_tokens // h.train_seq_len)
-    dice = torch.rand(-(-count // world.size) * world.size, length,
+    from a document's start on, the other from any token, whatever the number of ranks; a rehearsal
+    repeats what so many `ticks` write. Rounding thus reads no text of others, and no clock runs."""
+    h, plan, length = model.h, depth_plan(model.h, looped=True), model.h.train_seq_len
+    count = min(SEQUENCES, h.gptq_calibration_batches * h.micro_batch_tokens // length)
+    dice = torch.rand(-(-count // world.size) * world.size, ticks or length,
                       generator=torch.Generator().manual_seed(h.seed))[world.rank::world.size]
-    rows = []
-    for draws in dice.to(model.bank["embed"].device).split(ROWS_AT_ONCE):
-        cache = Cache(model, len(draws), 1, plan)
+    rows = []    # as many at once as there is room for: hosts queue a tick of few no faster
+    for draws in dice.to(world.device).split(ABREAST * h.micro_batch_tokens // length):
+        cache = Cache(model, len(draws), 1, plan, length)
         first = (draws[:, :1] * 2 - 1) * h.vocab_size
         text = [torch.where(first < 0, BOS, first.long())]
         for age, draw in enumerate(draws[:, 1:].split(1, 1)):
@@ -3327,7 +3322,7 @@ def written(model: GPT, world: World, length: int) -> Tensor:
             drawn = torch.searchsorted(reached, draw * reached[:, -1:])
             text.append(drawn.clamp_max(h.vocab_size - 1))
         rows.append(torch.cat(text, 1))
-    return torch.cat(rows)
+    return torch.cat(rows).repeat(1, -(-length // len(text)))[:, :length].contiguous()
 
 
 def curvature(model: GPT, world: World,
@@ -3545,11 +3540,6 @@ def inverse_factor(moment: Tensor, damping: float) -> Factor:
                   f"{damping * 1e5:g}; the gradients hold NaN or infinity")
 
 
-def inverse_factors(h: Hyperparameters, moments: Mapping[str, Tensor]) -> dict[str, Factor]:
-    """The factor of each tap's moment."""
-    return {tap: inverse_factor(moment, h.gptq_damping) for tap, moment in moments.items()}
-
-
 def gptq(w: Tensor, factor: Factor, grid: Grid, top: int = 32_760, states: int = 0,
          block: int = 128, weight: Tensor | None = None, fused: bool = False) -> Coded:
     """Rounds a bank (L, rows, cols) column by column to codes of at most `top`, or on a trellis of
@@ -3596,9 +3586,10 @@ class Curvature(NamedTuple):
 def calibrate(model: GPT, world: World, text: Tensor | None = None) -> Curvature:
     """The curvature of the model as it is, on this rank's rows of `text`, else on its own."""
     with model.eager():
-        text = written(model, world, model.h.train_seq_len) if text is None else text
+        text = written(model, world) if text is None else text
         rows, moments = curvature(model, world, text)
-    return Curvature(rows, inverse_factors(model.h, moments), text)
+    factors = {tap: inverse_factor(H, model.h.gptq_damping) for tap, H in moments.items()}
+    return Curvature(rows, factors, text)
 
 
 def searched_grid(model: GPT, name: str, found: Curvature) -> Grid:
@@ -4578,7 +4569,7 @@ class Learners:
         rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
         self.rates = rates.repeat(rows).to(device)
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
-        self.cache = Cache(model, rows * N, C, self.plan)
+        self.cache = Cache(model, rows * N, C, self.plan, model.h.eval_seq_len)
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
@@ -4648,6 +4639,20 @@ def tiles(h: Hyperparameters, documents: np.ndarray, steps: int, world: World) -
         ticks = -(-np.diff(documents) // C)
         rows = min(rows, -(-int(ticks.sum()) // int(ticks.max()) // world.size))
     return rows, C
+
+
+def apart(name: str, h: Hyperparameters) -> bool:
+    """True for a score that gives a document the same nats whatever stands beside it."""
+    return name == "stream" or name == "ttt" and h.ttt == "stream"
+
+
+def places(h: Hyperparameters, name: str, documents: np.ndarray, world: World) -> int:
+    """What a score of the documents between these edges takes: targets, or places in batches of
+    documents, of which some stay idle."""
+    if not apart(name, h):
+        return int(documents[-1])
+    rows, C = tiles(h, documents, h.ttt_steps if name == "ttt" else 0, world)
+    return len(document_plan(documents, C, rows, world)) * rows * C
 
 
 def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float,
@@ -4810,32 +4815,29 @@ def adapt_early(model: GPT, tokens: Tensor, world: World, epochs: int) -> None:
 
 
 def affordable(model: GPT, text: Validation, documents: np.ndarray, world: World,
-               log: Log) -> Hyperparameters:
-    """All knobs, with the best form of TTT with which documents between these edges are scored
-    within EVAL_BUDGET_S, by the seconds that training text takes here. They go into the artifact,
-    so that `eval` scores alike."""
-    h = model.h
-    if not h.eval_budget_s or h.ttt == "chunk" or "ttt" not in wanted_scores(h):
-        return h
+               log: Log) -> float:
+    """Retunes the model to the best form of TTT that scores documents between these edges within
+    EVAL_BUDGET_S; returns its seconds, by those of training text. `eval` will score alike."""
+    h, quiet = model.h, Log(world, quiet=True)
+    limited = h.eval_budget_s and h.ttt != "chunk"
     for rung, (name, value) in enumerate([("eval_budget_s", 0.0), *LADDER]):
         now = getattr(model.h, name)
-        if now == value or (name == "ttt_stream_chunk") == (now > value):
+        if rung and (now == value or (name == "ttt_stream_chunk") == (now > value)):
             continue    # never dearer than was asked
         model.retune(**{name: value})
-        for _ in range(2 if rung else 1):    # the first time compiles; the rehearsal did it once
-            took, _ = score_by_name("ttt", model, text, world, Log(world, quiet=True))
-        cells = []    # places in batches, some of which stay idle: of the sample, of all documents
-        for edges in (text.documents, documents):
-            rows, C = tiles(model.h, edges, model.h.ttt_steps, world)
-            cells.append(len(document_plan(edges, C, rows, world)) * rows * C)
-        need_s = 1.1 * cells[1] / cells[0] * took["seconds"]
-        if need_s <= h.eval_budget_s:
+        for _ in range(2 if rung else 1):    # the first time compiles
+            took, _ = score_by_name("ttt", model, text, world, quiet)
+        sample, whole = (places(model.h, "ttt", d, world) for d in (text.documents, documents))
+        need_s = 1.1 * whole / sample * took["seconds"]
+        if need_s <= h.eval_budget_s or not limited:
             break
-    if world.device.type == "cuda":    # what `late` documents take: graphs of their own
-        score_by_name("stream", model, text, world, Log(world, quiet=True))
-    log(f"ttt: learners:{model.h.ttt_learners} chunk:{model.h.ttt_stream_chunk} "
-        f"steps:{model.h.ttt_steps}, about {need_s:.0f}s of EVAL_BUDGET_S={h.eval_budget_s:g}")
-    return model.retune(eval_budget_s=h.eval_budget_s)
+    model.retune(eval_budget_s=h.eval_budget_s)
+    if limited:
+        if world.device.type == "cuda":    # what `late` documents take: graphs of their own
+            score_by_name("stream", model, text, world, quiet)
+        log("ttt: learners:{ttt_learners} chunk:{ttt_stream_chunk} steps:{ttt_steps}, about "
+            "{:.0f}s of EVAL_BUDGET_S={eval_budget_s:g}".format(need_s, **asdict(model.h)))
+    return need_s
 
 
 def score_by_name(name: str, model: GPT, val: Validation, world: World,
@@ -5133,9 +5135,8 @@ def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], 
 
 
 def tune_process(device: torch.device) -> None:
-    """Process-wide settings: TF32 for fp32 products on GPUs; no more threads than there are
-    processors for; on Linux CPUs a heap of one arena that is never trimmed, since getting zeroed
-    pages again and again from the system is a twentieth of a step's work."""
+    """Process-wide settings: TF32 for fp32 products on GPUs; no more threads than processors; on
+    Linux CPUs a heap of one arena, never trimmed: fresh zeroed pages take a twentieth of a step."""
     torch.set_float32_matmul_precision("high")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
@@ -5196,25 +5197,26 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     return data
 
 
-def rehearsal_text(h: Hyperparameters, data: Dataset) -> Validation:
+def rehearsal_text(h: Hyperparameters, data: Dataset, documents: np.ndarray,
+                   world: World) -> Validation:
     """The beginning of the training shards in the place of a validation set: one chunk and a
     window more, so that chunk learns once and scores with what it learned. Nobody reads its BPB."""
     count = h.ttt_chunk_tokens + h.eval_seq_len
     tokens = np.concatenate([shard[:2 * count] for shard in data.train[:8]])[:count + 1]
-    # No document is so long that rows would lack documents (`tiles`).
-    tokens[::2 * h.eval_seq_len] = BOS
+    # one document in each row that those between these edges would fill: the same shapes
+    tokens[tokens == BOS] = 0
+    tokens[::-(-count // (tiles(h, documents, 0, world)[0] * world.size))] = BOS
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 
 def rehearse_rounding(t: Trainer, say: Callable) -> dict[str, float]:
     """The rehearsal of what comes between training and scores: seconds by stage, once compiled."""
-    h, world, model, T = t.h, t.world, t.model, t.h.train_seq_len
+    h, world, model = t.h, t.world, t.model
     with model.eager():
-        for length in (2, min(9, T)):    # of each row, whose tokens are written one by one
+        for ticks in (2, min(9, h.train_seq_len)):    # each writes a token of every row
             pace = Clock(world)
-            text = written(model, world, length)
-    write_s = pace.read_s() * T / length
-    text = text.repeat(1, -(-T // length))[:, :T].contiguous()    # in the shape that is to come
+            text = written(model, world, ticks)
+    write_s = pace.read_s() * text.size(1) / ticks
     for few in (text[:1], text[:max(1, DISTIL_ROWS // world.size)]):
         pace = Clock(world)
         found = calibrate(model, world, few)
@@ -5231,9 +5233,10 @@ def rehearse_rounding(t: Trainer, say: Callable) -> dict[str, float]:
 
 
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
-             targets: int = 0) -> float:
+             documents: Sequence[int] = (0, 1)) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
-    for adapting to `held` tokens. Says how long the rest, with `targets` to score, will take.
+    for adapting to `held` tokens. Says how long the rest, with `documents` to score, will take, and
+    chooses the form of TTT that fits.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
     touched. The snapshot puts back all that the stages changed, so training goes as without."""
@@ -5259,12 +5262,14 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
             reserve_s = 1.3 * h.prequant_ttt_epochs * adaptation.read_s() * len(held) / len(few)
     cost = dict(training=h.max_wallclock_seconds or h.iterations * step_s)
     cost |= rehearse_rounding(t, say)
-    fake = rehearsal_text(h, data)
+    fake = rehearsal_text(h, data, documents, t.world)
     for number, name in enumerate(wanted_scores(h)):
         say(f"score {name}")
         for _ in range(1 if number or name == "ttt" else 2):    # the first windows compile for all
             took_s = score_by_name(name, t.model, fake, t.world, quiet)[0]["seconds"]
-        cost[f"score {name}"] = took_s / len(fake.bytes) * targets    # of ttt with its compiling
+        sample, whole = (places(h, name, edges, t.world) for edges in (fake.documents, documents))
+        cost[f"score {name}"] = (affordable(t.model, fake, documents, t.world, log)
+                                 if name == "ttt" else took_s * whole / sample)
     t.restore(before)
     for name, seconds in (dict(rehearsal=watch.read_s()) | cost).items():
         log(f"cost:{name:16} about {seconds:6.0f} s")
@@ -5316,8 +5321,8 @@ def run(h: Hyperparameters, world: World, log: Log, data: Dataset, data_s: float
     graphs = [compiled()]
     trainer, watch, reserve_s = Trainer(h, world, model, data), Clock(world), 0.0
     if h.rehearsal_steps:
-        reserve_s = rehearse(trainer, data, log, held, len(data.val.bytes))
-        h = affordable(model, rehearsal_text(h, data), data.val.documents, world, log)
+        reserve_s = rehearse(trainer, data, log, held, data.val.documents)
+        h = model.h
     seconds["rehearsal"] = watch.read_s()
     graphs.append(compiled())
 
@@ -6008,11 +6013,6 @@ def stream_nats(module: Any, model: Any, name: str, tokens: np.ndarray, sizes: n
     world = module.World(0, 1, next(model.parameters()).device)
     val, log = module.Validation.of(tokens, sizes), module.Log(world, quiet=quiet)
     return module.score_by_name(name, model, val, world, log)[1].targets_nats()
-
-
-def apart(name: str, h: Any) -> bool:
-    """True for a score that gives a document the same nats whatever stands beside it."""
-    return name == "stream" or name == "ttt" and h.ttt == "stream"
 
 
 def check_causality(module: Any, model: Any, name: str, val: Any) -> Iterator[Finding]:

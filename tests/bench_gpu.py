@@ -196,7 +196,7 @@ def split(b: Bench) -> dict[str, Any]:
 
 def kernels(b: Bench) -> dict[str, Any]:
     """Each fused kernel, its plain twin, that twin compiled, and the floor; null where the kernels do not run."""
-    N, D, F, V = (256, b.h.model_dim, b.h.mlp_dim, b.h.vocab_size) if b.small else (98_304, 512, 2048, 8192)
+    N, D, F, V = (256, b.h.model_dim, int(b.h.mlp_mult * b.h.model_dim), b.h.vocab_size) if b.small else (98_304, 512, 2048, 8192)
     trouble = tg.kernels_trouble()
     draw = lambda *shape: torch.randn(shape, device=b.world.device, dtype=torch.bfloat16).mul_(0.1).requires_grad_()
     x, up, down, targets = draw(N, D), draw(F, D), draw(D, F), torch.randint(V, (N, ), device=b.world.device)
@@ -286,9 +286,9 @@ def export(b: Bench) -> dict[str, Any]:
         return value
 
     with model.eager():
-        text = booked("written", tg.written(model, world, h.train_seq_len))
+        text = booked("written", tg.written(model, world))
         rows, inputs = booked("curvature", tg.curvature(model, world, text))
-    found = tg.Curvature(rows, booked("factors", tg.inverse_factors(h, inputs)), text)
+    found = tg.Curvature(rows, booked("factors", {tap: tg.inverse_factor(H, h.gptq_damping) for tap, H in inputs.items()}), text)
     stored = booked("gptq", tg.quantise(model, found))
     booked("pack", tg.pack(h, stored))
     blob = booked("round_in_turn", tg.round_in_turn(model, found, 32_768, world, log)).blob    # GPTQ and packing 2 to 8 times
@@ -299,7 +299,7 @@ def export(b: Bench) -> dict[str, Any]:
 
 def scoring(b: Bench) -> dict[str, Any]:
     """Tokens/s over all ranks of each score, and seconds that the whole validation set would take on 8 such GPUs."""
-    rows, log, fake = {}, tg.Log(b.world, quiet=True), tg.rehearsal_text(b.h, b.data)
+    rows, log, fake = {}, tg.Log(b.world, quiet=True), tg.rehearsal_text(b.h, b.data, b.data.val.documents, b.world)
     for name in ("quantized", "sliding", "stream", "ttt"):
         tg.score_by_name(name, b.trainer.model, fake, b.world, log)    # compiles
         found, _ = tg.score_by_name(name, b.trainer.model, b.data.val, b.world, log)

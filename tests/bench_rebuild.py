@@ -63,7 +63,7 @@ def by_size(bench: Replica) -> t.Curvature:
     """Inputs that count by their size alone, and rows that count alike."""
     h, loader = bench.h, t.Loader(bench.h, t.World(), bench.data.train)
     loader.position = bench.position
-    factors = t.inverse_factors(h, second_moments(bench.model, loader, h.gptq_calibration_batches))
+    factors = {tap: t.inverse_factor(H, h.gptq_damping) for tap, H in second_moments(bench.model, loader, h.gptq_calibration_batches).items()}
     return t.Curvature({n: torch.ones(t.bank_of(bench.model, n).shape[:2]) for n in t.tapped(h)}, factors)
 
 

@@ -110,7 +110,7 @@ def budgets(model: tg.GPT, h: tg.Hyperparameters, data: tg.Dataset, val: tg.Vali
     for share in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
         budget_s = share * whole["seconds"]
         model.retune(**start | dict(eval_budget_s=budget_s))
-        tg.affordable(model, tg.rehearsal_text(model.h, data), val.documents, world, tg.Log(world, quiet=True))
+        tg.affordable(model, tg.rehearsal_text(model.h, data, val.documents, world), val.documents, world, tg.Log(world, quiet=True))
         found, h = score("ttt", tg.Log(world)), model.h
         rows.append(dict(share=share, budget_s=budget_s, seconds=found["seconds"], gain=none["val_bpb"] - found["val_bpb"],
                          learners=h.ttt_learners, chunk=h.ttt_stream_chunk, steps=h.ttt_steps))

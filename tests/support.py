@@ -64,7 +64,7 @@ def curvature_of(model: t.GPT, world: t.World = WORLD, batches: int = 4) -> tupl
 def found_of(model: t.GPT, batches: int = 4) -> t.Curvature:
     """The same, ready for use."""
     rows, inputs = curvature_of(model, batches=batches)
-    return t.Curvature(rows, t.inverse_factors(model.h, inputs), rows_of(model.h, batches))
+    return t.Curvature(rows, {tap: t.inverse_factor(H, model.h.gptq_damping) for tap, H in inputs.items()}, rows_of(model.h, batches))
 
 
 class Half(t.World):

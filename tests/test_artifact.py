@@ -297,7 +297,7 @@ def budget_model(seed: int) -> tuple[t.GPT, t.Curvature]:
             x = torch.randn(len(w), 2 * w.size(2), w.size(2))
             x = x @ (torch.eye(w.size(2)) + 0.3 * torch.randn(w.size(2), w.size(2)) / 8)
             moments[role.tap] = x.double().mT @ x.double()
-    return model, t.Curvature(rows, t.inverse_factors(h, moments))
+    return model, t.Curvature(rows, {tap: t.inverse_factor(H, h.gptq_damping) for tap, H in moments.items()})
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -26,7 +26,7 @@ def test_defaults_are_the_submission():
             head_gate_scale=0.5, smear_gate="token", logit_softcap=30, max_wallclock_seconds=600, eval_stride=64,
             ttt_chunk_tokens=32768, matrix_bits=6, budget_bytes=16_000_000, ttt_enabled=True).items():
         assert getattr(h, name) == value, name
-    assert h.head_dim == 64 and h.mlp_dim == 2048
+    assert h.head_dim == 64 and tg.roles(h)["w_up"].shape[1] == 2048
     assert from_env({}) == dataclasses.replace(h, recipe="record") and not from_env({}).changed()
 
 

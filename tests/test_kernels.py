@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -84,8 +85,8 @@ def test_mlp_equals_plain(k, shape, D, F_, slope):
     assert fused.dtype == torch.bfloat16 and fused.shape == (*shape, D)
     for got, twin, wanted in zip([fused, *fused_slopes], [plain, *plain_slopes], [exact, *exact_slopes]):
         assert got.shape == wanted.shape
-        # the error of few numbers is a matter of luck: a chip's own row of 16 was 0.0020 above its twin
-        assert error(got, wanted) <= 1.25 * SLACK * error(twin, wanted) + 1e-3 + 2**-8 * wanted.numel()**-0.5
+        # rounding errors of few hidden values do not cancel: on a chip those of 16 put gradients 0.0020 above the twin
+        assert error(got, wanted) <= 1.25 * SLACK * error(twin, wanted) + 1e-3 + 2**-8 * (math.prod(shape) * F_)**-0.5
 
 
 def test_activations_say_their_side_and_have_no_bias(k):

@@ -209,7 +209,7 @@ def test_status_and_sentence_of_a_bad_knob(tmp_path):
                           (dict(MATRIX_LR=-1), "MATRIX_LR=-1.0 is out of range"),
                           (dict(MATRIX_LR="nan"), "MATRIX_LR=nan"),
                           (dict(RECIPE="demmo"), "no recipe 'demmo'; did you mean 'demo'"),
-                          (dict(NUM_HEADS=7), "MODEL_DIM=256 must be a multiple of NUM_HEADS=7"),
+                          (dict(NUM_HEADS=7), "MODEL_DIM=128 must be a multiple of NUM_HEADS=7"),
                           (dict(MLP_MULT=1e308), "MLP_MULT"),
                           (dict(MODEL_DIM=10**400), "MODEL_DIM"),
                           (dict(COMPRESSOR="zip"), "COMPRESSOR='zip'"),

@@ -261,19 +261,20 @@ def test_curvature_foretells_the_divergence():
 
 def test_text_that_the_model_writes(monkeypatch):
     """A model that always says 7 writes 7; half of the rows begin a document; two ranks write the rows of one, by turns; rows
-    written side by side are those written apart; none is longer than asked."""
+    written side by side are those written apart; a rehearsal repeats what its ticks wrote."""
     h = settings(gptq_calibration_batches=8, micro_batch_tokens=64)
     model = model_of(h)
-    text = t.written(model, WORLD, h.train_seq_len)
-    assert text.shape == (8 * 64 // h.train_seq_len, h.train_seq_len) and 0 <= text.min() and text.max() < h.vocab_size
+    text, length = t.written(model, WORLD), h.train_seq_len
+    assert text.shape == (8 * 64 // length, length) and 0 <= text.min() and text.max() < h.vocab_size
     assert 0.2 < (text[:, 0] == t.BOS).float().mean() < 0.8 and len(text.unique()) > 20
-    monkeypatch.setattr(t, "ROWS_AT_ONCE", 3)
+    few = t.written(model, WORLD, 2)
+    assert torch.equal(few, few[:, :2].repeat(1, length // 2)) and few.shape == text.shape
+    monkeypatch.setattr(t, "ABREAST", 1)
     for rank in (0, 1):
-        assert torch.equal(t.written(model, Half(rank, 2), h.train_seq_len), text[rank::2])
-    assert torch.equal(t.written(model, WORLD, 5), t.written(model, WORLD, 5)) and t.written(model, WORLD, 5).size(1) == 5
+        assert torch.equal(t.written(model, Half(rank, 2)), text[rank::2])
     model.retune(pointer=False)
     model.log_probs = lambda x, ids, bank, cache: torch.nn.functional.one_hot(torch.full_like(ids, 7), h.vocab_size).log()
-    assert (t.written(model, WORLD, h.train_seq_len)[:, 1:] == 7).all()
+    assert (t.written(model, WORLD)[:, 1:] == 7).all()
 
 
 def test_what_the_model_writes_follows_its_probabilities():
@@ -471,7 +472,7 @@ def test_damage_is_that_of_rounding():
     h = settings(trellis_states=0)
     model = model_of(h)
     rows, inputs = curvature_of(model)
-    found = t.Curvature(rows, t.inverse_factors(h, inputs))
+    found = t.Curvature(rows, {tap: t.inverse_factor(H, h.gptq_damping) for tap, H in inputs.items()})
     grids, ratios = {n: t.searched_grid(model, n, found) for n in t.tapped(h)}, []
     for name, damage in t.damage_of(model, found, grids).items():
         grid = grids[name]._replace(scale=0.1 * grids[name].scale)    # fine steps, whose errors are spread evenly

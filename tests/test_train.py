@@ -263,7 +263,7 @@ def test_the_rehearsal_says_what_it_does():
     """Each stage as it begins, and how long every score will take."""
     trained, data = trainer(settings(scores="prequant,sliding"))
     log = Lines()
-    t.rehearse(trained, data, log, targets=10**6)
+    t.rehearse(trained, data, log, documents=[0, 10**6])
     assert [line for line in log.lines if line.startswith("rehearse:")] == [
         "rehearse:train", "rehearse:calibrate", "rehearse:quantise and pack", "rehearse:score prequant",
         "rehearse:score sliding"]

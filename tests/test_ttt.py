@@ -360,13 +360,24 @@ def test_a_cheat_that_warms_up_on_validation_tokens_is_seen(honest, monkeypatch)
     data = t.Dataset([stream(3000).astype(np.uint16)], Untouchable(), "test")
     trainer = t.Trainer(h, WORLD, model_of(h), data)
     if not honest:
-        monkeypatch.setattr(t, "rehearsal_text", lambda h, data: data.val)
+        monkeypatch.setattr(t, "rehearsal_text", lambda h, data, *rest: data.val)
         with pytest.raises(AssertionError, match="was read"):
             t.rehearse(trainer, data, Lines())
         return
-    t.rehearse(trainer, data, Lines())
-    found = t.affordable(trainer.model, t.rehearsal_text(h, data), np.array([0, 40, 100]), WORLD, Lines())
-    assert 0 <= found.ttt_steps <= h.ttt_steps
+    t.rehearse(trainer, data, Lines(), documents=np.array([0, 40, 100]))
+    assert 0 <= trainer.model.h.ttt_steps <= h.ttt_steps
+
+
+@pytest.mark.parametrize("sizes", [[900], [700, 100, 100], [200, 190, 180, 170, 160], [60] * 15, [7] * 40])
+@pytest.mark.parametrize("chunk", [5, 16])
+def test_the_rehearsal_scores_in_the_shapes_that_follow(sizes, chunk):
+    """On a CPU too, where rows follow from the lengths of documents: no graph is compiled after the clock."""
+    h = settings(**ADAPTERS | dict(ttt_stream_chunk=chunk, ttt_learners=2, eval_batch_tokens=192, ttt_chunk_tokens=512))
+    documents = np.cumsum([0, *sizes])
+    data = t.Dataset([stream(3000).astype(np.uint16)], Untouchable(), "test")
+    fake = t.rehearsal_text(h, data, documents, WORLD)
+    for steps in (0, 1):
+        assert t.tiles(h, fake.documents, steps, WORLD) == t.tiles(h, documents, steps, WORLD)
 
 
 class SimulatedTime:
@@ -408,15 +419,17 @@ def test_the_best_form_that_fits_is_taken(monkeypatch):
     for share in (0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0):
         h, log = dataclasses.replace(asked, eval_budget_s=share * full_s), Lines()
         model = model_of(h)
-        chosen = t.affordable(model, text, text.documents, WORLD, log)
+        need_s, chosen = t.affordable(model, text, text.documents, WORLD, log), model.h
         assert "EVAL_BUDGET_S" in log.lines[0] and chosen.eval_budget_s == h.eval_budget_s
-        assert seconds("", model)[0]["seconds"] <= h.eval_budget_s or not chosen.ttt_steps, share
+        assert need_s == pytest.approx(1.1 * seconds("", model)[0]["seconds"])
+        assert need_s <= h.eval_budget_s or not chosen.ttt_steps, share
         found.append((chosen.ttt_steps, chosen.ttt_learners, -chosen.ttt_stream_chunk))
     assert found == sorted(found) and found[0][0] == 0 and found[-1] == (2, 3, -5), found
     assert len(set(found)) >= 5, found
     unbounded = dataclasses.replace(asked, eval_budget_s=0.0)
-    left = t.affordable(model_of(unbounded), text, text.documents, WORLD, Lines())
-    assert left == dataclasses.replace(unbounded, fused_kernels=left.fused_kernels)
+    model = model_of(unbounded)
+    assert t.affordable(model, text, text.documents, WORLD, log := Lines()) == pytest.approx(1.1 * full_s) and not log.lines
+    assert model.h == dataclasses.replace(unbounded, fused_kernels=model.h.fused_kernels)
 
 
 LATE = dict(ttt_stream_chunk=8, ttt_lora_lr=0.02, ttt_learners=2, eval_stride=8, ttt_epochs=1)
