@@ -90,7 +90,7 @@ def replica(scale: str = "S", seed: int = 1, steps: int = 0, **knobs: str) -> Re
     weights = sum(p.numel() for p in model.parameters())
     steps = steps or -(-TOKENS_PER_WEIGHT * weights // h.train_batch_tokens)
     shapes = {name: w.shape for name, w in model.bank.items()}
-    learned = {n: v for n, v in sorted(h.changed().items()) if not n.startswith(("ttt_", "eval_"))}    # what training reads
+    learned = {n: v for n, v in sorted(h.changed().items()) if not n.startswith(("ttt_", "eval_", "budget_"))}    # by training
     key = json.dumps([learned, steps, shapes, [tg.file_sha256(p) for p in sorted(folder.glob("*.bin"))]])
     key = hashlib.sha256(key.encode()).hexdigest()[:12] + WORLD.device.type.removeprefix("cpu")
     h = model.retune(iterations=steps, run_id=f"replica_{scale}{seed}_{key}")

@@ -432,6 +432,9 @@ def test_a_compiler_that_works(monkeypatch):
     monkeypatch.setattr(t.torch, "compile", lambda function: function)
     assert [t.compile_mode(settings(compile=mode), t.torch.device("cpu"), print)
             for mode in ("auto", "block", "full")] == ["block", "block", "full"]
+    short = [t.compile_mode(settings(compile=mode, max_wallclock_seconds=s), t.torch.device("cpu"), print)
+             for mode, s in (("auto", 60), ("block", 60), ("auto", 400))]
+    assert short == ["off", "block", "block"]
 
 
 @pytest.mark.parametrize("error", [
