@@ -5200,9 +5200,11 @@ def rehearsal_text(h: Hyperparameters, data: Dataset, documents: np.ndarray,
     window more, so that chunk learns once and scores with what it learned. Nobody reads its BPB."""
     count = h.ttt_chunk_tokens + h.eval_seq_len
     tokens = np.concatenate([shard[:2 * count] for shard in data.train[:8]])[:count + 1]
-    # one document in each row that those between these edges would fill: the same shapes
+    # One document in each row that those between these edges would fill: the same shapes. On GPUs
+    # none is so short that its batch would have more pieces than real ones (`locate`).
+    rows, least = tiles(h, documents, 0, world)[0], 128 if world.device.type == "cuda" else 1
     tokens[tokens == BOS] = 0
-    tokens[::-(-count // (tiles(h, documents, 0, world)[0] * world.size))] = BOS
+    tokens[::max(least, -(-count // (rows * world.size)))] = BOS
     return Validation.of(tokens, np.ones(len(tokens) - 1, np.int64))
 
 

@@ -380,6 +380,15 @@ def test_the_rehearsal_scores_in_the_shapes_that_follow(sizes, chunk):
         assert t.tiles(h, fake.documents, steps, WORLD) == t.tiles(h, documents, steps, WORLD)
 
 
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_the_rehearsal_of_gpus_has_the_pieces_of_real_batches(ranks):
+    """So `locate` pads their ends to one length, and no row waits long for its only document."""
+    h, world = t.Hyperparameters(), t.World(0, ranks, torch.device("cuda"))
+    data = t.Dataset([stream(80_000, document=800).astype(np.uint16)], Untouchable(), "test")
+    sizes = np.diff(t.rehearsal_text(h, data, np.array([0, 10**6]), world).documents)
+    assert sizes[:-1].min() >= 128 and sizes.max() <= 300
+
+
 class SimulatedTime:
     """A clock that only work moves: a pass over (rows, learners, tokens) costs as many units, and a
     step of learning twice that."""
