@@ -3038,10 +3038,13 @@ class EMA:
         self.live = [p.detach() for p in model.bank.values()]
         self.mean = [p.clone() for p in self.live]
 
-    @torch.no_grad()
     def update(self, decay: float) -> None:
         """mean <- decay * mean + (1 - decay) * weights."""
         torch._foreach_lerp_(self.mean, self.live, 1 - decay)
+
+    def export(self) -> None:
+        """Overwrites the weights with their average."""
+        torch._foreach_copy_(self.live, self.mean)
 
 
 # ==================================================================================================
@@ -3263,7 +3266,7 @@ def train(t: Trainer, reserve_s: float, log: Log,
     if h.late_qat_threshold:
         log(f"rounded_steps:{t.rounded_steps}")
     saves.close(step)
-    torch._foreach_copy_(t.ema.live, t.ema.mean)    # what is exported
+    t.ema.export()
     return Trained(step, seconds, resumed), clock
 
 
@@ -4641,13 +4644,16 @@ def apart(name: str, h: Hyperparameters) -> bool:
     return name == "stream" or name == "ttt" and h.ttt == "stream"
 
 
-def places(h: Hyperparameters, name: str, documents: np.ndarray, world: World) -> int:
-    """What a score of the documents between these edges takes: targets, or places in batches of
-    documents, of which some stay idle."""
-    if not apart(name, h):
-        return int(documents[-1])
-    rows, C = tiles(h, documents, h.ttt_steps if name == "ttt" else 0, world)
-    return len(document_plan(documents, C, rows, world)) * rows * C
+def foreseen_s(name: str, model: GPT, text: Validation, edges: np.ndarray, world: World) -> float:
+    """Seconds that a score of the documents between these edges will take, by those of `text`: for
+    each target, or each place in batches of documents, of which some stay idle."""
+    h, sizes = model.h, []
+    for where in (edges, text.documents):
+        rows, C = tiles(h, where, h.ttt_steps if name == "ttt" else 0, world)
+        sizes.append(len(document_plan(where, C, rows, world)) * rows * C if apart(name, h)
+                     else int(where[-1]))
+    took, _ = score_by_name(name, model, text, world, Log(world, quiet=True))
+    return took["seconds"] * sizes[0] / sizes[1]
 
 
 def in_time(ticks: Iterable[Windows], plan: Sequence[Windows], limit_s: float,
@@ -4729,7 +4735,7 @@ def adapt(model: GPT, ledger: Ledger, watch: Clock, log: Log) -> None:
             learn_chunk(model, sgd, *ledger.lend(begin, end), world)
             torch._foreach_copy_(raw, ema.live)
             ema.update(h.ttt_ema_decay)
-            torch._foreach_copy_(ema.live, ema.mean)
+            ema.export()
     torch._foreach_copy_(ema.live, before)
     model.zero_grad(set_to_none=True)
 
@@ -4813,23 +4819,20 @@ def affordable(model: GPT, text: Validation, documents: np.ndarray, world: World
                log: Log) -> float:
     """Retunes the model to the best form of TTT that scores documents between these edges within
     EVAL_BUDGET_S; returns its seconds, by those of training text. `eval` will score alike."""
-    h, quiet = model.h, Log(world, quiet=True)
-    limited = h.eval_budget_s and h.ttt != "chunk"
+    h, limited = model.h, model.h.eval_budget_s and model.h.ttt != "chunk"
     for rung, (name, value) in enumerate([("eval_budget_s", 0.0), *LADDER]):
         now = getattr(model.h, name)
         if rung and (now == value or (name == "ttt_stream_chunk") == (now > value)):
             continue    # never dearer than was asked
         model.retune(**{name: value})
-        for _ in range(2 if rung else 1):    # the first time compiles
-            took, _ = score_by_name("ttt", model, text, world, quiet)
-        sample, whole = (places(model.h, "ttt", d, world) for d in (text.documents, documents))
-        need_s = 1.1 * whole / sample * took["seconds"]
+        for _ in range(2):    # the first time compiles
+            need_s = 1.1 * foreseen_s("ttt", model, text, documents, world)
         if need_s <= h.eval_budget_s or not limited:
             break
     model.retune(eval_budget_s=h.eval_budget_s)
     if limited:
         if world.device.type == "cuda":    # what `late` documents take: graphs of their own
-            score_by_name("stream", model, text, world, quiet)
+            score_by_name("stream", model, text, world, Log(world, quiet=True))
         log("ttt: learners:{ttt_learners} chunk:{ttt_stream_chunk} steps:{ttt_steps}, about "
             "{:.0f}s of EVAL_BUDGET_S={eval_budget_s:g}".format(need_s, **asdict(model.h)))
     return need_s
@@ -5234,12 +5237,11 @@ def rehearse_rounding(t: Trainer, say: Callable) -> dict[str, float]:
 def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
              documents: Sequence[int] = (0, 1)) -> float:
     """Runs every later stage on a few steps of training data, then rewinds; returns seconds to keep
-    for adapting to `held` tokens. Says how long the rest, with `documents` to score, will take, and
-    chooses the form of TTT that fits.
+    for adapting to `held` tokens. Chooses the TTT that fits, says how long `documents` will take.
 
     So nothing fails late, and no graph is compiled inside the clock. Validation text is never
     touched. The snapshot puts back all that the stages changed, so training goes as without."""
-    h, watch, before, quiet = t.h, Clock(t.world), t.snapshot(), Log(t.world, quiet=True)
+    h, watch, before = t.h, Clock(t.world), t.snapshot()
     say = lambda stage: (log(f"rehearse:{stage}"), log.begin(f"rehearse {stage}"))
     say("train")
     # every plan, context and rounding that training will come to: each compiles to its own graphs
@@ -5265,10 +5267,9 @@ def rehearse(t: Trainer, data: Dataset, log: Log, held: Tensor | None = None,
     for number, name in enumerate(wanted_scores(h)):
         say(f"score {name}")
         for _ in range(1 if number or name == "ttt" else 2):    # the first windows compile for all
-            took_s = score_by_name(name, t.model, fake, t.world, quiet)[0]["seconds"]
-        sample, whole = (places(h, name, edges, t.world) for edges in (fake.documents, documents))
-        cost[f"score {name}"] = (affordable(t.model, fake, documents, t.world, log)
-                                 if name == "ttt" else took_s * whole / sample)
+            cost[f"score {name}"] = (affordable(t.model, fake, documents, t.world, log)
+                                     if name == "ttt" else
+                                     foreseen_s(name, t.model, fake, documents, t.world))
     t.restore(before)
     for name, seconds in (dict(rehearsal=watch.read_s()) | cost).items():
         log(f"cost:{name:16} about {seconds:6.0f} s")
