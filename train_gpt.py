@@ -2681,12 +2681,10 @@ class GPT(nn.Module):
         k = norm(F.linear(x, weight("copy_key")))
         own = (x @ weight("copy_own")).float() + bank["copy_bias"]
         if cache:
-            heads = lambda t: t.view(B, T, -1, self.h.head_dim).transpose(1, 2)
-            past, queries, keys = cache.past(-1), heads(q), heads(k)
-            shifted = torch.cat((cache.before, keys[:, :, :-1]), 2)
-            past.fresh.extend((shifted.detach(), keys.detach()))
-            z = torch.cat((queries @ past.keys.mT, queries @ shifted.mT), -1).sum(1)
-            tokens, seen = torch.cat((cache.ids, ids), 1), past.seen[:, 0]
+            shifted = torch.cat((cache.before, k[:, :-1]), 1)
+            cache.fresh.append((shifted.detach(), k.detach()))
+            z = torch.cat((q @ cache.keys.mT, q @ shifted.mT), -1)
+            tokens, seen = torch.cat((cache.ids, ids), 1), cache.reached
         else:
             docs = docs or whole_rows(ids)
             C = T if T <= docs.longest else math.gcd(T, 512)
@@ -2736,55 +2734,59 @@ def looked_up(model: GPT, name: str, ids: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the last T - 1 tokens of B rows for every step of depth, and these
-    tokens: preallocated rings that all rows write at one place. Behind the steps of depth come
-    the pointer's keys, each at the token that follows, and in the place of values where it is.
+    """Keys and values of the last T - 1 tokens of B rows for every step of depth, the pointer's
+    keys of as many as it reaches, each at the token that follows, and these tokens: preallocated
+    rings that all rows write at one place.
 
     A tick is `open`, one or more passes of the model, `write`. All chunks have C tokens, so one
     place serves rows of any age, and how far back a row may look is a mask. Slots of an earlier
     document are masked, never cleared; no query sees the pads behind a document's last tokens."""
 
-    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...], T: int):
-        """Empty rings of T tokens for chunks of C in the model's compute dtype."""
+    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...], T: int, reach: int = 0):
+        """Empty rings of T tokens, and of `reach` for the pointer if that is more, for chunks of C
+        in the model's compute dtype."""
         h, embed = model.h, model.bank["embed"]
-        self.C, self.T, self.at = C, T, 0
+        self.C, self.at, self.reaches = C, 0, (T, max(T, reach * h.pointer))
         with torch.no_grad():
             self.layers = model.layers()    # cast once: the weights stay as they are
         # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
-        slots = -(-(self.T - 1) // C) * C
-        shape = len(plan) + h.pointer, 2, B, h.num_kv_heads, slots, h.head_dim    # (S, ..., M, E)
-        self.ring = torch.zeros(shape, dtype=model.dtype, device=embed.device)
-        self.ids = torch.zeros(B, slots, dtype=torch.int64, device=embed.device)
+        self.slots = near, far = [-(-(n - 1) // C) * C for n in self.reaches]
+        zeros = functools.partial(torch.zeros, dtype=model.dtype, device=embed.device)
+        self.ring = zeros(len(plan), 2, B, h.num_kv_heads, near, h.head_dim)    # (S, ..., M, E)
+        self.keys, self.before = (zeros(B, n, h.num_kv_heads * h.head_dim) for n in (far, 1))
+        self.ids = torch.zeros(B, far, dtype=torch.int64, device=embed.device)
 
     def open(self, behind: Tensor) -> None:
         """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
-        place = torch.arange(self.C, device=behind.device)
-        slots = torch.arange(self.ring.size(4), device=behind.device)
-        # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
-        ago = (self.at - 1 - slots) % len(slots) + 1
-        seen = (ago <= behind[:, None, None]) & (ago + place[:, None] < self.T)
-        seen = torch.cat((seen, (place[:, None] >= place).expand(len(behind), -1, -1)), 2)[:, None]
-        self.seen = torch.where(seen, 0.0, -math.inf).to(self.ring.dtype)
-        self.behind = behind
+        place, masks = torch.arange(self.C, device=behind.device), []
+        own = (place[:, None] >= place).expand(len(behind), -1, -1)
+        for slots, T in zip(self.slots, self.reaches):
+            # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
+            ago = (self.at - 1 - torch.arange(slots, device=behind.device)) % slots + 1
+            old = (ago <= behind[:, None, None]) & (ago + place[:, None] < T)
+            masks.append(torch.where(torch.cat((old, own), 2), 0.0, -math.inf).to(self.ring.dtype))
+        (self.seen, self.reached), self.behind = masks, behind
         # at a document's start there is no token before, and at its second only one
-        two = torch.stack([self.ids[:, (self.at - n) % len(slots)] for n in (2, 1)], 1)
+        two = torch.stack([self.ids[:, (self.at - n) % self.slots[1]] for n in (2, 1)], 1)
         self.last = torch.where(
             behind[:, None] > torch.arange(1, -1, -1, device=behind.device), two, -1)
-        self.before = self.ring[-1, 1, :, :, self.at - 1, None].clone()    # the pointer's last key
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
         # passes that learn find other keys: the caller hands `write` those of the pass that scored
         self.fresh = [] if slot == 0 else self.fresh
         self.fresh.append([])
-        return Past(*self.ring[slot].unbind(0), self.seen, self.fresh[-1])
+        return Past(*self.ring[slot].unbind(0), self.seen[:, None], self.fresh[-1])
 
     def write(self, ids: Tensor, fresh: Sequence[Sequence[Tensor]]) -> None:
         """Books a chunk (B, C) with the keys and values that each step found for it."""
-        self.ids[:, self.at:self.at + self.C] = ids
-        self.ring[..., self.at:self.at + self.C, :] = torch.stack(
-            [t for pair in fresh for t in pair]).view_as(self.ring[..., :self.C, :])
-        self.at = (self.at + self.C) % self.ring.size(4)
+        near, far = (slice(self.at % n, self.at % n + self.C) for n in self.slots)
+        self.ids[:, far], steps = ids, len(self.ring)
+        for shifted, keys in fresh[steps:]:    # of the pointer
+            self.keys[:, far], self.before = shifted, keys[:, -1:]
+        self.ring[..., near, :] = torch.stack(
+            [t for pair in fresh[:steps] for t in pair]).view_as(self.ring[..., near, :])
+        self.at += self.C
 
 
 # ==================================================================================================
@@ -4541,6 +4543,7 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 # ==================================================================================================
 SPREAD = 2.0    # ratio of the rates of neighbouring learners
 MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
+REACH = 8          # times EVAL_SEQ_LEN in which a stream's pointer looks for places
 SGD_MOMENTUM, SGD_CLIP = 0.9, 1.0    # of all-weights adaptation: momentum, largest gradient norm
 # What TTT gives up where time is short, what gains least for its time first (tests/bench_ttt.py).
 LADDER = (("ttt_steps", 1), ("ttt_learners", 2), ("ttt_learners", 1), ("ttt_stream_chunk", 48),
@@ -4567,7 +4570,7 @@ class Learners:
         rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
         self.rates = rates.repeat(rows).to(device)
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
-        self.cache = Cache(model, rows * N, C, self.plan, model.h.eval_seq_len)
+        self.cache = Cache(model, rows * N, C, self.plan, h.eval_seq_len, REACH * h.eval_seq_len)
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:
@@ -5165,11 +5168,10 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         except Refusal as error:
             wrong.append(str(error))
 
-    package = dict(zstd="zstandard").get(h.compressor, h.compressor)
     check(require, Path(SCRIPT).is_file(), f"{SCRIPT}: the bytes of this script count, so it must "
           "be started from a file of its own")
     check(require, h.compressor in ("rans", *coders()),
-          f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
+          f"COMPRESSOR={h.compressor} needs a package (pip install zstandard brotli)")
     size = len(os.fsencode(h.run_id))    # what nearly all file systems take as a name
     require(size <= 255, f"RUN_ID={h.run_id}: {size} bytes, expected a name of at most 255")
     if h.run_id:
@@ -5370,11 +5372,10 @@ def keep(blob: bytes, ledger: Mapping[str, int], code: bytes, h: Hyperparameters
     all, into its log; returns the artifact as read from there, since that is what gets scored."""
     write_atomically(log.folder / "model.bin", blob)
     write_atomically(log.folder / "train_gpt.py", code)
-    table = roles(h)
     for name, size in ledger.items():
+        role = roles(h).get(name)
         log(f"bytes:{name} {size}" + (
-            f" bits_per_weight:{8 * size / math.prod(table[name].shape):.3f}"
-            if name in table else ""))
+            f" bits_per_weight:{8 * size / math.prod(role.shape):.3f}" if role else ""))
     log(f"Serialized model: {len(blob)} bytes")
     log(f"Code size: {len(code)} bytes (packed)")
     log(f"Total submission size {h.compressor}: {len(blob) + len(code)} bytes")
@@ -6266,21 +6267,21 @@ def report_table(runs: Sequence[Evidence]) -> list[list[Any]]:
 
 def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     """Loss against steps and seconds of all runs, the best first: a PNG."""
+    matplotlib.rc("text", parse_math=False)    # names of runs are no formulas
     figure = matplotlib.figure.Figure(figsize=(14, 6), layout="constrained")
     axes = figure.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
-    for e, colour in reversed([*zip(runs, colours)]):    # the best one on top
+    # the best one on top, ten in the legend
+    for number, (e, colour) in reversed([*enumerate(zip(runs, colours))]):
         lines = e.said(r"^step:(\d+)/\d+ train_loss:(\d+\.?\d*|nan|inf) train_time:(\d+)ms")
         step, loss, ms = np.array(lines, float).reshape(-1, 3).T
         name = e.artifact.parent.name.encode(errors="replace").decode()    # of any bytes
         for ax, x in zip(axes, (step, ms / 1e3)):
-            ax.plot(x, loss, color=colour, lw=1, label=name)
-    handles, names = (part[:-11:-1] for part in ax.get_legend_handles_labels())    # ten
-    ax.legend(handles, names, fontsize="small", title="best first, dark to light")
+            ax.plot(x, loss, color=colour, lw=1, label=name if number < 10 else None)
+    ax.legend(fontsize="small", reverse=True, title="best first, dark to light")
     axes[0].set(xlabel="steps", ylabel="training loss (nats per token)")
     axes[1].set(xlabel="seconds of training")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
+    figure.savefig(picture := io.BytesIO(), format="png", dpi=100)
     return picture.getvalue()
 
 
@@ -6303,8 +6304,7 @@ def report(arguments: list[str], env: Mapping[str, str]) -> int:
     require(runs, f"report: no finished run in {', '.join(map(str, o.runs))}")
     out = o.to or (first.parent if (first / "log.txt").exists() else first)
     out.mkdir(parents=True, exist_ok=True)
-    matplotlib = optional("matplotlib.figure") and optional("matplotlib")
-    if matplotlib:
+    if matplotlib := optional("matplotlib.figure") and optional("matplotlib"):
         write_atomically(out / "report.png", draw(runs, matplotlib))
     write_atomically(out / "report.md", "\n\n".join([
         f"# {len(runs)} runs, best first", table,

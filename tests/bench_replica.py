@@ -96,10 +96,12 @@ def replica(scale: str = "S", seed: int = 1, steps: int = 0, **knobs: str) -> Re
     h = model.retune(iterations=steps, run_id=f"replica_{scale}{seed}_{key}")
     path = CACHE / h.run_id / "model.pt"
     if not path.is_file():
-        model.compile(tg.compile_mode(h, WORLD.device, print))
-        trainer, begin_s = tg.Trainer(h, WORLD, model, data), time.perf_counter()
+        # a model of its own, since compiled parts of a copy would go on reading the weights of the first
+        learner = tg.build_model(h, WORLD)
+        learner.compile(tg.compile_mode(h, WORLD.device, print))
+        trainer, begin_s = tg.Trainer(h, WORLD, learner, data), time.perf_counter()
         tg.train(trainer, 0.0, tg.Log(WORLD, CACHE / h.run_id), str)
-        kept = dict(weights={n: p.detach().clone() for n, p in model.bank.items()}, position=trainer.loader.position)
+        kept = dict(weights={n: p.detach().clone() for n, p in learner.bank.items()}, position=trainer.loader.position)
         torch.save(kept, partial := path.with_suffix(f".{os.getpid()}"))
         os.replace(partial, path)
         for checkpoint in tg.checkpoints(path.parent):
@@ -183,7 +185,8 @@ def judge(scale: str, seed: int, knobs: dict[str, str], steps: int, budget: int,
     torch.set_num_threads(threads)
     bench = replica(scale, seed, steps, **knobs)
     model = bench.model
-    place = CACHE / bench.h.run_id / f"judged_{budget}_{documents}_{tg.fingerprint((REPO / 'train_gpt.py').read_text()):x}.json"
+    of = json.dumps([budget, documents, knobs]), (REPO / "train_gpt.py").read_text()
+    place = CACHE / bench.h.run_id / f"judged_{'_'.join(f'{tg.fingerprint(text):x}' for text in of)}.json"
     if place.is_file():
         return Judged(*json.loads(place.read_text()))
     val, nats = first_documents(bench.data.val, documents), {}

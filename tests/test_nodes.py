@@ -85,7 +85,8 @@ def test_two_nodes_are_one_with_all_ranks(shards, tmp_path):
     assert (two["world_size"], one["world_size"]) == (4, 1) and two["steps"] == one["steps"] == TINY["iterations"]
     for name, score in one["scores"].items():
         assert two["scores"][name]["val_loss"] == pytest.approx(score["val_loss"], rel=1e-5), name
-    assert abs(two["bytes"]["model"] - one["bytes"]["model"]) < 16
+    # last bits of sums decide which neighbour a step of a row becomes, in quarters of an octave
+    assert two["bytes"]["model"] == pytest.approx(one["bytes"]["model"], rel=0.005)
 
 
 def test_a_node_without_data_is_named(shards, tmp_path):

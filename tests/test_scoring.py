@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from support import WORLD, Lines, model_of, settings, stream, t, validation
+from support import WORLD, Lines, model_of, pointer_by_hand, settings, stream, t, validation
 
 
 def plans(tokens: np.ndarray, T: int, stride: int, batch_tokens: int,
@@ -255,6 +255,29 @@ def test_the_window_moves_over_a_long_document():
     wide = t.score_by_name("stream", model_of(h), validation(tokens), WORLD, Lines())[1]
     np.testing.assert_allclose(wide.targets_nats()[:16], found[0][:16], atol=1e-5)
     assert np.abs(wide.targets_nats()[16:] - found[0][16:]).max() > 1e-3
+
+
+def test_a_stream_points_beyond_its_window(monkeypatch):
+    """The pointer looks REACH windows back: its mixture equals the twin over a document of six."""
+    tokens = np.concatenate([[t.BOS], np.random.default_rng(0).integers(2, 64, 96)])
+    h, seen, pointed = settings(eval_seq_len=16, eval_stride=4), [], t.GPT.pointed
+    model = model_of(h)
+
+    def noted(self, x, ids, *rest):
+        """Keeps states and tokens of each tick."""
+        seen.append((x, ids))
+        return pointed(self, x, ids, *rest)
+
+    monkeypatch.setattr(t.GPT, "pointed", noted)
+    found = t.score_by_name("stream", model, validation(tokens), WORLD, Lines())[1].targets_nats()
+    x, ids = (torch.cat(parts, 1)[0, :96] for parts in zip(*seen))
+    with torch.no_grad():
+        p = pointer_by_hand(model.bank, x, ids, model.logits(x, model.bank["embed"]).softmax(-1))
+    np.testing.assert_allclose(found, -p[torch.arange(96), torch.from_numpy(tokens[1:])].log(), atol=1e-5)
+    monkeypatch.setattr(t, "REACH", 1)
+    near = t.score_by_name("stream", model, validation(tokens), WORLD, Lines())[1].targets_nats()
+    np.testing.assert_allclose(near[:16], found[:16], atol=1e-5)
+    assert np.abs(near[16:] - found[16:]).max() > 1e-3
 
 
 def test_sealed_tokens_cannot_be_read():

@@ -430,8 +430,7 @@ def test_report_lists_runs_and_what_is_broken(bench, tmp_path, capsys):
     assert any("bad/log.txt: not JSON" in line for line in lines) and any("dead: no result.json" in line for line in lines)
     page = (logs / "report.md").read_text()
     assert page.count("\n| s") == 3 and "dead: no result.json" in page
-    if t.optional("matplotlib"):
-        assert "](report.png)" in page and (logs / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "](report.png)" in page and (logs / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_without_matplotlib(bench, tmp_path, capsys, monkeypatch):
