@@ -2759,17 +2759,19 @@ class Cache:
     def open(self, behind: Tensor) -> None:
         """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
         place, masks = torch.arange(self.C, device=behind.device), []
-        own = (place[:, None] >= place).expand(len(behind), -1, -1)
+        own = (place[:, None] >= place).float().expand(len(behind), -1, -1)
         for slots, T in zip(self.slots, self.reaches):
             # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
             ago = (self.at - 1 - torch.arange(slots, device=behind.device)) % slots + 1
-            old = (ago <= behind[:, None, None]) & (ago + place[:, None] < T)
-            masks.append(torch.where(torch.cat((old, own), 2), 0.0, -math.inf).to(self.ring.dtype))
+            back = ago + place[:, None]
+            # what is n windows back counts 1/n: there are more such places than in training
+            share = (self.reaches[0] / back).clamp(max=1) * (back < T)
+            share = torch.cat((share * (ago <= behind[:, None, None]), own), 2)
+            masks.append(share.log().to(self.ring.dtype))
         (self.seen, self.reached), self.behind = masks, behind
         # at a document's start there is no token before, and at its second only one
         two = torch.stack([self.ids[:, (self.at - n) % self.slots[1]] for n in (2, 1)], 1)
-        self.last = torch.where(
-            behind[:, None] > torch.arange(1, -1, -1, device=behind.device), two, -1)
+        self.last = two.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device), -1)
 
     def past(self, slot: int) -> Past:
         """What step number `slot` remembers; each forward pass begins a new `fresh`."""
@@ -2953,9 +2955,8 @@ class Optimiser:
 
     def __init__(self, model: GPT, world: World):
         """Groups the parameters by their role; each that training moves is in exactly one group."""
-        self.h, self.model, self.world = model.h, model, world
-        h, table, bank = model.h, roles(model.h), model.bank
-        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        self.model, self.world, h, bank = model, world, model.h, model.bank
+        table, shapes = roles(h), dict[tuple[int, ...], list[nn.Parameter]]()
         for name, role in table.items():
             if role.optim == "muon":
                 shapes.setdefault(tuple(sorted(role.shape[1:])), []).append(bank[name])
@@ -2971,7 +2972,7 @@ class Optimiser:
     @torch.no_grad()
     def step(self, factor: float, momentum: float) -> None:
         """One update with all rates times `factor`; clears the gradients."""
-        h = self.h
+        h = self.model.h
         # all collectives start in the same order on every rank: otherwise they would deadlock
         begun = [stack.collect(self.wire) for stack in self.stacks]
         if self.world.size > 1:
@@ -5118,7 +5119,6 @@ def kernels_trouble() -> str:
 def compile_mode(h: Hyperparameters, device: torch.device, log: Callable[[str], None]) -> str:
     """COMPILE, with auto resolved, once a small function was compiled; where that fails auto is off
     and says why, anything else raises `Refusal`. On CPUs a short clock does not pay for it."""
-    # on two cores graphs of a small model take 100 s and save a quarter of the clock
     short = device.type == "cpu" and 0 < h.max_wallclock_seconds < 400
     if h.compile == "off" or h.compile == "auto" and short:
         return "off"

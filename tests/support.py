@@ -101,14 +101,17 @@ def remembering(work):
     return remembered
 
 
-def pointer_by_hand(bank: dict[str, torch.Tensor], x: torch.Tensor, ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """(T, V) probabilities of the pointer sentinel, place by place, from states (T, D) and the model's own (T, V)."""
+def pointer_by_hand(bank: dict[str, torch.Tensor], x: torch.Tensor, ids: torch.Tensor, own: torch.Tensor,
+                    window: int = 1 << 30) -> torch.Tensor:
+    """(T, V) probabilities of the pointer sentinel, place by place, from states (T, D) and the model's own (T, V); a place n
+    windows back counts 1/n."""
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
     q, k = rms(x @ bank["copy_query"][0].T) * bank["copy_gain"], rms(x @ bank["copy_key"][0].T)
     rows = []
     for at in range(len(ids)):
         places = [j for j in range(1, at + 1) if ids[j] != t.BOS]    # of tokens whose state before them is known
-        z = [x[at] @ bank["copy_own"][0] + bank["copy_bias"][0]] + [q[at] @ k[j - 1] / q.size(1)**0.5 for j in places]
+        z = [x[at] @ bank["copy_own"][0] + bank["copy_bias"][0]] + [
+            q[at] @ k[j - 1] / q.size(1)**0.5 + np.log(min(1, window / max(1, at - j))) for j in places]
         own_share, *shares = torch.stack(z).softmax(0)
         rows.append(own_share * own[at])
         for share, j in zip(shares, places):

@@ -272,7 +272,7 @@ def test_a_stream_points_beyond_its_window(monkeypatch):
     found = t.score_by_name("stream", model, validation(tokens), WORLD, Lines())[1].targets_nats()
     x, ids = (torch.cat(parts, 1)[0, :96] for parts in zip(*seen))
     with torch.no_grad():
-        p = pointer_by_hand(model.bank, x, ids, model.logits(x, model.bank["embed"]).softmax(-1))
+        p = pointer_by_hand(model.bank, x, ids, model.logits(x, model.bank["embed"]).softmax(-1), 16)
     np.testing.assert_allclose(found, -p[torch.arange(96), torch.from_numpy(tokens[1:])].log(), atol=1e-5)
     monkeypatch.setattr(t, "REACH", 1)
     near = t.score_by_name("stream", model, validation(tokens), WORLD, Lines())[1].targets_nats()
