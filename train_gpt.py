@@ -287,6 +287,7 @@ class Hyperparameters:
     # -- scoring
     scores: str = lists("quantized,sliding,ttt", " ".join(SCORES), "scores of the artifact", "")
     eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
+    eval_reach: int = knob(8, "windows back in which a stream's pointer looks", positive)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
     eval_batch_tokens: int = knob(262144, "tokens of a scoring pass on one rank", positive)
     eval_budget_s: float = knob(480.0, "for ttt, s: its best form that fits; 0: any", natural)
@@ -2742,11 +2743,11 @@ class Cache:
     place serves rows of any age, and how far back a row may look is a mask. Slots of an earlier
     document are masked, never cleared; no query sees the pads behind a document's last tokens."""
 
-    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...], T: int, reach: int = 0):
-        """Empty rings of T tokens, and of `reach` for the pointer if that is more, for chunks of C
-        in the model's compute dtype."""
+    def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...], T: int, reach: int = 1):
+        """Empty rings of T tokens, and of `reach` times T for a pointer, for chunks of C in the
+        model's compute dtype."""
         h, embed = model.h, model.bank["embed"]
-        self.C, self.at, self.reaches = C, 0, (T, max(T, reach * h.pointer))
+        self.C, self.at, self.reaches = C, 0, (T, T * (reach if h.pointer else 1))
         with torch.no_grad():
             self.layers = model.layers()    # cast once: the weights stay as they are
         # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
@@ -4544,7 +4545,6 @@ def watched(mine: Sequence[Any], name: str, log: Log) -> Iterator[Any]:
 # ==================================================================================================
 SPREAD = 2.0    # ratio of the rates of neighbouring learners
 MIX_DECAY = 0.8    # decay per token of the past losses that weigh them
-REACH = 8          # times EVAL_SEQ_LEN in which a stream's pointer looks for places
 SGD_MOMENTUM, SGD_CLIP = 0.9, 1.0    # of all-weights adaptation: momentum, largest gradient norm
 # What TTT gives up where time is short, what gains least for its time first (tests/bench_ttt.py).
 LADDER = (("ttt_steps", 1), ("ttt_learners", 2), ("ttt_learners", 1), ("ttt_stream_chunk", 48),
@@ -4571,7 +4571,7 @@ class Learners:
         rates[1:][-1:] = 0    # the last of several learners stays the artifact's own model
         self.rates = rates.repeat(rows).to(device)
         self.bank = AdapterBank(h, rows * N, self.plan, device) if steps else None
-        self.cache = Cache(model, rows * N, C, self.plan, h.eval_seq_len, REACH * h.eval_seq_len)
+        self.cache = Cache(model, rows * N, C, self.plan, h.eval_seq_len, h.eval_reach)
         self.belief = torch.zeros(rows, N, device=device)    # log weights, the prior's is zero
 
     def follow(self, batches: Iterable[Windows]) -> Iterator[Windows]:

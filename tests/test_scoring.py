@@ -258,7 +258,7 @@ def test_the_window_moves_over_a_long_document():
 
 
 def test_a_stream_points_beyond_its_window(monkeypatch):
-    """The pointer looks REACH windows back: its mixture equals the twin over a document of six."""
+    """The pointer looks EVAL_REACH windows back: its mixture equals the twin over a document of six."""
     tokens = np.concatenate([[t.BOS], np.random.default_rng(0).integers(2, 64, 96)])
     h, seen, pointed = settings(eval_seq_len=16, eval_stride=4), [], t.GPT.pointed
     model = model_of(h)
@@ -274,7 +274,7 @@ def test_a_stream_points_beyond_its_window(monkeypatch):
     with torch.no_grad():
         p = pointer_by_hand(model.bank, x, ids, model.logits(x, model.bank["embed"]).softmax(-1), 16)
     np.testing.assert_allclose(found, -p[torch.arange(96), torch.from_numpy(tokens[1:])].log(), atol=1e-5)
-    monkeypatch.setattr(t, "REACH", 1)
+    model.retune(eval_reach=1)
     near = t.score_by_name("stream", model, validation(tokens), WORLD, Lines())[1].targets_nats()
     np.testing.assert_allclose(near[:16], found[:16], atol=1e-5)
     assert np.abs(near[16:] - found[16:]).max() > 1e-3

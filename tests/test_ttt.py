@@ -589,10 +589,10 @@ def test_memory_is_flat_and_long_documents_work(monkeypatch):
     found = nats("ttt", tokens, h)
     assert len(found) == 20_200 and np.isfinite(found).all()
     assert len(sizes) == 4 and max(sizes[1:]) - min(sizes[1:]) < 4096, sizes
-    # one layer sees 64 keys back and the pointer REACH times as many, so the last targets need only what is near
+    # one layer sees 64 keys back and the pointer EVAL_REACH times as many, so the last targets need only what is near
     h = settings(**LONG, eval_stride=60)
     far = nats("stream", tokens, h)[-100:]
-    near = nats("stream", np.concatenate([[t.BOS], tokens[-101 - (t.REACH + 1) * h.eval_seq_len:]]), h)[-100:]
+    near = nats("stream", np.concatenate([[t.BOS], tokens[-101 - (h.eval_reach + 1) * h.eval_seq_len:]]), h)[-100:]
     np.testing.assert_allclose(far, near, atol=1e-5)
 
 
