@@ -2760,15 +2760,15 @@ class Cache:
     def open(self, behind: Tensor) -> None:
         """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
         place, masks = torch.arange(self.C, device=behind.device), []
-        own = (place[:, None] >= place).float().expand(len(behind), -1, -1)
+        own = (place[:, None] >= place).log().type_as(self.ring).expand(len(behind), -1, -1)
         for slots, T in zip(self.slots, self.reaches):
             # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
             ago = (self.at - 1 - torch.arange(slots, device=behind.device)) % slots + 1
             back = ago + place[:, None]
             # what is n windows back counts 1/n: there are more such places than in training
-            share = (self.reaches[0] / back).clamp(max=1) * (back < T)
-            share = torch.cat((share * (ago <= behind[:, None, None]), own), 2)
-            masks.append(share.log().to(self.ring.dtype))
+            share = ((self.reaches[0] / back).clamp(max=1) * (back < T)).log().type_as(self.ring)
+            share = share.where(ago <= behind[:, None, None], -math.inf)
+            masks.append(torch.cat((share, own), 2))
         (self.seen, self.reached), self.behind = masks, behind
         # at a document's start there is no token before, and at its second only one
         two = torch.stack([self.ids[:, (self.at - n) % self.slots[1]] for n in (2, 1)], 1)
