@@ -2746,16 +2746,16 @@ class Cache:
     def __init__(self, model: GPT, B: int, C: int, plan: tuple[Step, ...], T: int, reach: int = 1):
         """Empty rings of T tokens, and of `reach` times T for a pointer, for chunks of C in the
         model's compute dtype."""
-        h, embed = model.h, model.bank["embed"]
+        h, wk = model.h, model.bank["wk"]
         self.C, self.at, self.reaches = C, 0, (T, T * (reach if h.pointer else 1))
         with torch.no_grad():
             self.layers = model.layers()    # cast once: the weights stay as they are
         # T - 1 tokens before a query and itself make T; whole chunks, so no write wraps around
         self.slots = near, far = [-(-(n - 1) // C) * C for n in self.reaches]
-        zeros = functools.partial(torch.zeros, dtype=model.dtype, device=embed.device)
+        zeros = functools.partial(torch.zeros, dtype=model.dtype, device=wk.device)
         self.ring = zeros(len(plan), 2, B, h.num_kv_heads, near, h.head_dim)    # (S, ..., M, E)
-        self.keys, self.before = (zeros(B, n, h.num_kv_heads * h.head_dim) for n in (far, 1))
-        self.ids = torch.zeros(B, far, dtype=torch.int64, device=embed.device)
+        self.keys, self.before = (zeros(B, n * h.pointer, wk.size(1)) for n in (far, 1))
+        self.ids = torch.zeros(B, far, dtype=torch.int64, device=wk.device)
 
     def open(self, behind: Tensor) -> None:
         """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
