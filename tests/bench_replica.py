@@ -234,7 +234,7 @@ def main(arguments: list[str]) -> None:
     budget, all_steps = o.bytes or round(3.5 * count / 8), {}
     for name, h in shapes.items():    # equal time: the first arm's steps, at this one's milliseconds
         ms = cost_ms(h, base, *cost)
-        all_steps[name] = round(o.tokens * count / base.train_batch_tokens * cost_ms(base, base, *cost) / ms)
+        all_steps[name] = math.ceil(o.tokens * count / base.train_batch_tokens * cost_ms(base, base, *cost) / ms)
     jobs, threads = [(name, seed) for seed in seeds for name in arms], max(1, tg.cpu_count() // o.processes)
     with concurrent.futures.ProcessPoolExecutor(o.processes, multiprocessing.get_context("spawn")) as pool:
         found = dict(zip(jobs, pool.map(judge, *zip(*[(o.scale, seed, arms[name], all_steps[name], budget, o.documents, threads)
