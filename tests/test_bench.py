@@ -17,6 +17,7 @@ import train_gpt as tg
 from conftest import REPO, TINY, clean_env, random_tokens, write_dataset
 
 sys.path.insert(0, str(REPO / "tests"))
+import bench_export
 import bench_replica
 
 import bench_gpu
@@ -238,3 +239,25 @@ def test_the_cost_model_and_the_paired_difference():
     mean, error = bench_replica.compared([nats + 0.01 * sizes * np.log(2) for nats in base], base, sizes)
     assert mean == pytest.approx(0.01) and error < 1e-9
     assert bench_replica.compared([base[0] + np.array([5, 0, 0])], base[:1], sizes)[1] > 1e-4
+
+
+def test_the_artifact_of_a_small_model(capsys):
+    """`bench_export.py` finds steps, reads back and scores; its line has every number."""
+    bench_export.main(tg.run_block(TINY).split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("BENCH "))
+    assert set(found) == {"curvature_s", "curvature_peak_bytes", "search_s", "unpack_s", "search_peak_bytes", "score_s", "parameters",
+                          "bytes", "limit", "filled", "val_loss"}
+    assert 0 < found["filled"] < 0.01 and 0 < found["val_loss"] < 20 and found["search_peak_bytes"] > 1e8
+
+
+def test_arms_that_only_score_otherwise_share_a_model_and_not_a_verdict(monkeypatch, tmp_path):
+    """A second arm with another EVAL_ knob trains nothing, and is judged by itself."""
+    monkeypatch.setattr(bench_replica, "CACHE", tmp_path)
+    monkeypatch.setattr(bench_replica, "shards", lambda V: write_dataset(tmp_path / "data", tg.Hyperparameters(**TINY), val=300))
+    monkeypatch.setattr(bench_replica, "COMMON", dict(word.split("=") for word in tg.run_block(TINY).split()) | dict(
+        EVAL_SEQ_LEN="8", EVAL_STRIDE="4", SHORT_VAL_ALLOWED="1"))
+    monkeypatch.setattr(bench_replica, "SCALES", dict(S={}))
+    found = [bench_replica.judge("S", 1, knobs, 3, 10**6, 100, 1) for knobs in ({}, dict(EVAL_SEQ_LEN="16"))]
+    assert len(list(tmp_path.glob("replica*/model.pt"))) == 1 and len(list(tmp_path.glob("replica*/judged*"))) == 2
+    assert found[0].nats["prequant"] != found[1].nats["prequant"]
+    assert bench_replica.judge("S", 1, {}, 3, 10**6, 100, 1).nats == found[0].nats
