@@ -49,7 +49,6 @@ def main(arguments: list[str]) -> None:
     """Measures, prints a table and the BENCH line."""
     few = dict(RECIPE="record", ROUNDING_STEPS="0", EVAL_BATCH_TOKENS="2048")
     h = tg.Hyperparameters.from_env(few | dict(word.split("=", 1) for word in arguments))
-    tg.tune_process(WORLD.device)
     model, watch, found = trained_like(h), time.perf_counter(), {}
 
     def booked(name: str, value: object) -> object:
