@@ -5171,7 +5171,7 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
     check(require, Path(SCRIPT).is_file(), f"{SCRIPT}: the bytes of this script count, so it must "
           "be started from a file of its own")
     check(require, h.compressor in ("rans", *coders()),
-          f"COMPRESSOR={h.compressor} needs a package (pip install zstandard brotli)")
+          f"COMPRESSOR={h.compressor} needs a package (pip install brotli zstandard)")
     size = len(os.fsencode(h.run_id))    # what nearly all file systems take as a name
     require(size <= 255, f"RUN_ID={h.run_id}: {size} bytes, expected a name of at most 255")
     if h.run_id:
