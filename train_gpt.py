@@ -2759,17 +2759,17 @@ class Cache:
 
     def open(self, behind: Tensor) -> None:
         """Makes ready for a chunk of each row; `behind` (B,) tokens of its document precede it."""
-        place, masks = torch.arange(self.C, device=behind.device), []
+        place, masks = torch.arange(self.C, device=behind.device), {}
         own = (place[:, None] >= place).log().type_as(self.ring).expand(len(behind), -1, -1)
-        for slots, T in zip(self.slots, self.reaches):
+        for T, slots in dict(zip(self.reaches, self.slots)).items():
             # tokens from a slot to the chunk's start: every query sees exactly its last T tokens
             ago = (self.at - 1 - torch.arange(slots, device=behind.device)) % slots + 1
             back = ago + place[:, None]
             # what is n windows back counts 1/n: there are more such places than in training
             share = ((self.reaches[0] / back).clamp(max=1) * (back < T)).log().type_as(self.ring)
             share = share.where(ago <= behind[:, None, None], -math.inf)
-            masks.append(torch.cat((share, own), 2))
-        (self.seen, self.reached), self.behind = masks, behind
+            masks[T] = torch.cat((share, own), 2)
+        self.seen, self.reached, self.behind = *(masks[T] for T in self.reaches), behind
         # at a document's start there is no token before, and at its second only one
         two = torch.stack([self.ids[:, (self.at - n) % self.slots[1]] for n in (2, 1)], 1)
         self.last = two.where(behind[:, None] > torch.arange(1, -1, -1, device=behind.device), -1)
@@ -5168,10 +5168,11 @@ def preflight(h: Hyperparameters, world: World, log: Log) -> Dataset:
         except Refusal as error:
             wrong.append(str(error))
 
+    package = dict(zstd="zstandard").get(h.compressor, h.compressor)
     check(require, Path(SCRIPT).is_file(), f"{SCRIPT}: the bytes of this script count, so it must "
           "be started from a file of its own")
     check(require, h.compressor in ("rans", *coders()),
-          f"COMPRESSOR={h.compressor} needs a package (pip install brotli zstandard)")
+          f"COMPRESSOR={h.compressor} needs the package {package} (pip install {package})")
     size = len(os.fsencode(h.run_id))    # what nearly all file systems take as a name
     require(size <= 255, f"RUN_ID={h.run_id}: {size} bytes, expected a name of at most 255")
     if h.run_id:
@@ -5372,10 +5373,10 @@ def keep(blob: bytes, ledger: Mapping[str, int], code: bytes, h: Hyperparameters
     all, into its log; returns the artifact as read from there, since that is what gets scored."""
     write_atomically(log.folder / "model.bin", blob)
     write_atomically(log.folder / "train_gpt.py", code)
+    weights = {name: math.prod(role.shape) for name, role in roles(h).items()}
     for name, size in ledger.items():
-        role = roles(h).get(name)
-        log(f"bytes:{name} {size}" + (
-            f" bits_per_weight:{8 * size / math.prod(role.shape):.3f}" if role else ""))
+        log(f"bytes:{name} {size}" + (f" bits_per_weight:{8 * size / weights[name]:.3f}"
+                                      if name in weights else ""))
     log(f"Serialized model: {len(blob)} bytes")
     log(f"Code size: {len(code)} bytes (packed)")
     log(f"Total submission size {h.compressor}: {len(blob) + len(code)} bytes")
@@ -6271,8 +6272,7 @@ def draw(runs: Sequence[Evidence], matplotlib: Any) -> bytes:
     figure = matplotlib.figure.Figure(figsize=(14, 6), layout="constrained")
     axes = figure.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
-    # the best one on top, ten in the legend
-    for number, (e, colour) in reversed([*enumerate(zip(runs, colours))]):
+    for number, (e, colour) in reversed([*enumerate(zip(runs, colours))]):    # the best on top
         lines = e.said(r"^step:(\d+)/\d+ train_loss:(\d+\.?\d*|nan|inf) train_time:(\d+)ms")
         step, loss, ms = np.array(lines, float).reshape(-1, 3).T
         name = e.artifact.parent.name.encode(errors="replace").decode()    # of any bytes

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 import train_gpt as tg
+from bench_gpu import stages
 
 WORLD = tg.World()
 SPREAD = 0.4    # standard deviation of the logarithms of the sizes of rows and columns
@@ -49,14 +49,7 @@ def main(arguments: list[str]) -> None:
     """Measures, prints a table and the BENCH line."""
     few = dict(RECIPE="record", ROUNDING_STEPS="0", EVAL_BATCH_TOKENS="2048")
     h = tg.Hyperparameters.from_env(few | dict(word.split("=", 1) for word in arguments))
-    model, watch, found = trained_like(h), time.perf_counter(), {}
-
-    def booked(name: str, value: object) -> object:
-        """Notes the seconds since the last stage."""
-        nonlocal watch
-        found[f"{name}_s"], watch = round(time.perf_counter() - watch, 1), time.perf_counter()
-        return value
-
+    model, (found, booked) = trained_like(h), stages(WORLD)
     text = torch.randint(2, h.vocab_size, (ROWS, h.train_seq_len), generator=torch.Generator().manual_seed(h.seed))
     curvature = booked("curvature", tg.calibrate(model, WORLD, text))
     found["curvature_peak_bytes"] = peak_bytes()
@@ -71,7 +64,7 @@ def main(arguments: list[str]) -> None:
                   filled=(len(blob) + CODE) / h.budget_bytes, val_loss=score["val_loss"])
     print(f"machine: {tg.device_name(WORLD.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, value in found.items():
-        print(f"{name:20} {value:,}")
+        print(f"{name:20} {round(value, 4):,}")
     print("BENCH " + json.dumps(found))
 
 

@@ -273,11 +273,9 @@ def muon(b: Bench) -> dict[str, Any]:
     return dict(step_ms=b.ms(step), floor_ms=b.floor_ms(flops, 20 * sum(g.numel() for g in grads)))
 
 
-def export(b: Bench) -> dict[str, Any]:
-    """Seconds of each stage from the averaged weights to the artifact and back."""
-    model, world, h, log = b.trainer.model, b.world, b.h, tg.Log(b.world, quiet=True)
-    seconds: dict[str, Any] = dict(parameters=sum(p.numel() for p in model.parameters()))
-    watch = tg.Clock(world)
+def stages(world: tg.World) -> tuple[dict[str, Any], Callable[[str, Any], Any]]:
+    """A table, and what books in it, as NAME_s, the seconds since the stage before and passes on what this one gave."""
+    seconds, watch = {}, tg.Clock(world)
 
     def booked(name: str, value: Any) -> Any:
         """Books the seconds since the last stage."""
@@ -285,6 +283,13 @@ def export(b: Bench) -> dict[str, Any]:
         seconds[name + "_s"], watch = watch.read_s(), tg.Clock(world)
         return value
 
+    return seconds, booked
+
+
+def export(b: Bench) -> dict[str, Any]:
+    """Seconds of each stage from the averaged weights to the artifact and back."""
+    model, world, h, log = b.trainer.model, b.world, b.h, tg.Log(b.world, quiet=True)
+    seconds, booked = stages(world)
     with model.eager():
         text = booked("written", tg.written(model, world))
         rows, inputs = booked("curvature", tg.curvature(model, world, text))
@@ -293,7 +298,7 @@ def export(b: Bench) -> dict[str, Any]:
     booked("pack", tg.pack(h, stored))
     blob = booked("round_in_turn", tg.round_in_turn(model, found, 32_768, world, log)).blob    # GPTQ and packing 2 to 8 times
     booked("unpack", tg.unpack(blob))
-    return seconds | dict(artifact_bytes=len(blob),
+    return seconds | dict(parameters=sum(p.numel() for p in model.parameters()), artifact_bytes=len(blob),
                           whole_s=sum(seconds[f"{n}_s"] for n in ("written", "curvature", "factors", "round_in_turn")))
 
 
