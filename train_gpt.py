@@ -279,7 +279,7 @@ class Hyperparameters:
     matrix_clip_sigmas: float = knob(12.85, "sigmas at a row's largest code; 0: maximum", natural)
     embed_clip_sigmas: float = knob(14.0, "likewise of the embedding", natural)
     trellis_states: int = knob(8, "states of the trellis down each column of codes; 0: none",
-                               (0, 4, 8, 16, 32, 64).__contains__)
+                               (0, 4, 8, 16).__contains__)
     step_search: str = one_of("layer uniform", "steps by damage, or by CLIP_SIGMAS alone")
     compressor: str = one_of("rans brotli zstd lzma zlib", "coder of the codes")
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
@@ -3402,7 +3402,7 @@ Factor = tuple[Tensor, Tensor]    # order (L, n) of columns, and upper U (L, n, 
 
 # Trellis-coded quantisation: the codes of a column walk through a few states that say whether the
 # next code is even or odd, so parity costs no bits and steps can be finer at equal bits.
-TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
+TRELLIS_TAPS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4)}
 
 
 def trellis_next(states: int) -> np.ndarray:
@@ -3427,12 +3427,11 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
     `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`. Of
     several runs, which walk side by side, each is searched from every state: joining is exact."""
     (run, _, many), states = error.shape, before.shape[1]
-    starts = states if shape[1] > 1 else 1
     # (state reached, state begun in, M): before the first step a path is where it began
-    cost = torch.full((states, starts, many), 1e30, device=error.device)
+    cost = torch.full((states, states, many), 1e30, device=error.device)
     cost.diagonal().zero_()
     bits = torch.empty(run, *cost.shape, dtype=torch.bool, device=error.device)
-    both, source = cost.new_empty(2 * states, starts, many), before.ravel()
+    both, source = cost.new_empty(2 * states, states, many), before.ravel()
     # two branches lead into each state and the cheaper one survives, of equal ones that of bit 0
     for branch, bit in zip(error[:, :, None].unbind(), bits.unbind()):
         torch.index_select(cost, 0, source, out=both).add_(branch)
@@ -3446,17 +3445,15 @@ def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[
         best, meeting = (best + following).min(1)    # over the state in which two runs meet
         chosen.append(meeting)
     last = walk_back(best.argmin(0), chosen).T                              # (N, runs)
-    if starts > 1:
-        first = F.pad(last[:, :-1], (1, 0))
-        bits = bits.gather(2, first.reshape(1, 1, 1, many).expand(run, states, 1, many))
-    bits = bits[:, :, 0]                                                    # (run, states, M)
+    first = F.pad(last[:, :-1], (1, 0)).reshape(1, 1, 1, many).expand(run, states, 1, many)
+    bits = bits.gather(2, first)[:, :, 0]                                   # (run, states, M)
     came = torch.where(bits, before[1, :, None], before[0, :, None])
     path = walk_back(last.reshape(many), came.unbind())                     # (run + 1, M)
     return path[:-1], bits.gather(1, path[1:, None])[:, 0]
 
 
 @torch.no_grad()
-def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int = 0,
+def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int = 64,
                   fused: bool = False) -> Tensor:
     """Codes (N, R) int16 of least squared error from targets (N, R), in lattice steps; `weight`
     (R,) or (N, R) multiplies the squares, the length `run` of runs changes only the time.
@@ -3472,8 +3469,7 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int
         trellis_kernel[(rows, )](x, weight.contiguous(), codes, taken, length, states, parity >> 1,
                                  upper >> 1, num_warps=1)
         return codes
-    # many starting states make short runs dear, one long run makes many small operations
-    run = min(run or (64 if states <= 16 else length), length)
+    run = min(run, length)
     runs = -(-length // run)
     # rows (N, R) as runs (run, N * runs), padded with zeros
     cut = lambda values: F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()

@@ -41,8 +41,7 @@ METHODS = {
     "rows alike": (dict(rounding_steps=0), (0.0, COLUMNS)),
     "columns alike": (dict(rounding_steps=0), (ROWS, 0.0)),
     "no trellis": (dict(rounding_steps=0, trellis_states=0), (ROWS, COLUMNS)),
-    "64 states": (dict(rounding_steps=0, trellis_states=64), (ROWS, COLUMNS)),
-    "in turn 64 states": (dict(trellis_states=64), (ROWS, COLUMNS)),
+    "16 states": (dict(trellis_states=16), (ROWS, COLUMNS)),
     "in turn columns alike": ({}, (ROWS, 0.0)),
 }
 
