@@ -274,13 +274,14 @@ def muon(b: Bench) -> dict[str, Any]:
 
 
 def stages(world: tg.World) -> tuple[dict[str, Any], Callable[[str, Any], Any]]:
-    """A table, and what books in it, as NAME_s, the seconds since the stage before and passes on what this one gave."""
-    seconds, watch = {}, tg.Clock(world)
+    """A table, and what books in it, as NAME_s, this rank's seconds since the stage before and passes on what this one gave."""
+    seconds, begin_s = {}, time.perf_counter()
 
     def booked(name: str, value: Any) -> Any:
-        """Books the seconds since the last stage."""
-        nonlocal watch
-        seconds[name + "_s"], watch = watch.read_s(), tg.Clock(world)
+        """Books the seconds since the last stage, once every rank's device is done."""
+        nonlocal begin_s
+        world.wait()
+        seconds[name + "_s"], begin_s = time.perf_counter() - begin_s, time.perf_counter()
         return value
 
     return seconds, booked
