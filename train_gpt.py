@@ -164,9 +164,12 @@ def refusing(sentence: str, *errors: type[Exception]) -> Iterator[None]:
 # From weak to strong: defaults (the submission), recipes from left to right, single variables. No
 # function below reads a knob from the environment again: what a run logs is what it used.
 # ==================================================================================================
-def knob(default: Any, meaning: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
+def knob(default: Any, meaning: str, check: Callable | range = lambda value: True) -> Any:
     """One setting: its default, what it means with its unit, and which values are allowed."""
-    return field(default=default, metadata=dict(meaning=meaning, check=check))
+    words = EXPECTED.get(check, "")
+    if isinstance(check, range):
+        words, check = f"{check[0]} to {check[-1]}", lambda v, of=check: of[0] <= v <= of[-1]
+    return field(default=default, metadata=dict(meaning=meaning, check=check, words=words))
 
 
 def one_of(names: str, meaning: str) -> Any:
@@ -182,7 +185,8 @@ def lists(default: str, names: str, meaning: str, *others: str) -> Any:
 
 
 positive, natural = lambda v: v > 0, lambda v: v >= 0    # checks of a value
-fraction, below_one, few = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1, lambda v: 0 <= v <= 1000
+fraction, below_one, few = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1, range(1001)
+EXPECTED = {positive: "above 0", natural: "0 or more", fraction: "0 to 1", below_one: "in [0, 1)"}
 # knobs that say where things lie, or how a run is called
 PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
 # in the order of the pipeline
@@ -206,21 +210,21 @@ class Hyperparameters:
     run_id: str = knob("", "name of the run's folder, no slash or blank; empty: date and time",
                        lambda v: not re.search(r"[^\w.+-]|^\.+$", v))
     recipe: str = knob("", "recipes joined by commas, left to right; single knobs are stronger")
-    seed: int = knob(1337, "seed of every random generator", lambda v: 0 <= v < 1 << 63)
+    seed: int = knob(1337, "seed of every random generator", range(1 << 63))
     logs_dir: str = knob("logs", "folder in which each run gets a folder of its own")
     corpus: str = knob("", "embedded: text of this Python's library; shards: files; empty: either",
                        ("", "embedded", "shards").__contains__)
     data_dir: str = knob("./data", "where data sets, tokenizers and caches lie")
     data_path: str = knob("", "shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob("", "empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
-    vocab_size: int = knob(8192, "rows of the token embedding, V", lambda v: 4 <= v <= 65536)
+    vocab_size: int = knob(8192, "rows of the token embedding, V", range(4, 65537))
 
     # -- model
-    num_layers: int = knob(11, "layers whose weights are stored, L", lambda v: 0 < v <= 1000)
-    model_dim: int = knob(512, "residual width, D", lambda v: 0 < v < 1 << 20)
+    num_layers: int = knob(11, "layers whose weights are stored, L", range(1, 1001))
+    model_dim: int = knob(512, "residual width, D", range(1, 1 << 20))
     num_heads: int = knob(8, "query heads, H", positive)
     num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
-    mlp_mult: float = knob(4.0, "MLP width F as a multiple of MODEL_DIM", lambda v: 0 < v <= 256)
+    mlp_mult: float = knob(4.0, "MLP width F, in MODEL_DIM, up to 256", lambda v: 0 < v <= 256)
     leaky_slope: float = knob(0.5, "slope of the squared ReLU below zero; 0: none", fraction)
     rope_dims: int = knob(16, "leading dimensions of each head that rotate", positive)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
@@ -229,7 +233,7 @@ class Hyperparameters:
     xsa_last_n: int = knob(11, "last layers of exclusive attention (arXiv 2603.09078)", few)
     head_gate_scale: float = knob(0.5, "slope of the sparse head gate (#1787); 0: none", natural)
     smear_gate: str = one_of("token channel none", "mixes in the token before, by gates per (#162)")
-    num_loops: int = knob(2, "extra passes over LOOP_START to LOOP_END", lambda v: 0 <= v <= 100)
+    num_loops: int = knob(2, "extra passes over LOOP_START to LOOP_END", range(101))
     loop_start: int = knob(3, "first layer of the recurrent segment", natural)
     loop_end: int = knob(5, "last layer of the recurrent segment", natural)
     enable_looping_at: float = knob(0.35, "share of training before the recurrence", fraction)
@@ -244,7 +248,7 @@ class Hyperparameters:
         600.0, "training clock, s; counts all that reads training data; 0: no clock", natural)
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step over all ranks", positive)
     micro_batch_tokens: int = knob(98304, "tokens of one forward pass on one rank", positive)
-    train_seq_len: int = knob(2048, "context and longest document piece, tokens", lambda v: v > 1)
+    train_seq_len: int = knob(2048, "context and longest document piece, tokens", range(2, 1 << 53))
     rehearsal_steps: int = knob(3, "rehearsed steps of each depth plan; 0: no rehearsal", few)
     lr_warmup_steps: int = knob(0, "steps over which the rates rise linearly", natural)
     warmdown_frac: float = knob(0.85, "last share of training, of linearly falling rates", fraction)
@@ -274,19 +278,19 @@ class Hyperparameters:
         16, "micro-batches of text that the model writes for its own rounding", positive)
     rounding_steps: int = knob(32, "steps of distillation behind each rounded bank", natural)
     gptq_damping: float = knob(0.01, "added to its diagonals, as a share of their mean", positive)
-    matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", lambda v: 2 <= v <= 8)
-    embed_bits: int = knob(7, "bits per code of the embedding", lambda v: 2 <= v <= 8)
+    matrix_bits: int = knob(6, "bits per code of attention and MLP matrices", range(2, 9))
+    embed_bits: int = knob(7, "bits per code of the embedding", range(2, 9))
     matrix_clip_sigmas: float = knob(12.85, "sigmas at a row's largest code; 0: maximum", natural)
     embed_clip_sigmas: float = knob(14.0, "likewise of the embedding", natural)
-    trellis_states: int = knob(8, "states of the trellis down each column of codes; 0: none",
-                               (0, 4, 8, 16).__contains__)
+    trellis_states: int = knob(8, "states of the trellis down each column of codes: 4, 8 or 16; 0: "
+                               "none", (0, 4, 8, 16).__contains__)
     step_search: str = one_of("layer uniform", "steps by damage, or by CLIP_SIGMAS alone")
     compressor: str = one_of("rans brotli zstd lzma zlib", "coder of the codes")
     budget_bytes: int = knob(16_000_000, "most bytes of packed code + artifact (decimal)", positive)
 
     # -- scoring
     scores: str = lists("quantized,sliding,ttt", " ".join(SCORES), "scores of the artifact", "")
-    eval_seq_len: int = knob(2048, "longest window in scoring, tokens", lambda v: v > 1)
+    eval_seq_len: int = knob(2048, "longest window in scoring, tokens", range(2, 1 << 53))
     eval_reach: int = knob(8, "windows back in which a stream's pointer looks", positive)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
     eval_batch_tokens: int = knob(262144, "tokens of a scoring pass on one rank", positive)
@@ -298,8 +302,7 @@ class Hyperparameters:
     ttt_lora_lr: float = knob(0.003, "Adam rate of the fastest learner's adapters", natural)
     ttt_lr_decay: float = knob(0.5, "that rate falls as (1 + n / 4)^-this over chunks n", natural)
     ttt_learners: int = knob(
-        3, "predictors mixed by past losses; the last of several never learns",
-        lambda v: 0 < v <= 100)
+        3, "predictors mixed by past losses; the last of several never learns", range(1, 101))
     ttt_targets: str = lists("q,v,o,mlp,head", "q k v o mlp head", "adapted maps")
     ttt_lora_rank: int = knob(32, "rank R of the per-row adapters", positive)
     ttt_lora_alpha: float = knob(16.0, "adapters are scaled by this / TTT_LORA_RANK", natural)
@@ -326,7 +329,7 @@ class Hyperparameters:
     asym_logit_rescale: bool = knob(False, "softcaps by sign, which TTT moves (#1945)")
     recur_start_step: int = knob(0, "first recurrent step; 0: ENABLE_LOOPING_AT", natural)
     polar_express: bool = knob(True, "Polar Express; 0: Newton-Schulz")
-    muon_backend_steps: int = knob(5, "iterations of Muon", lambda v: 0 < v < 6)
+    muon_backend_steps: int = knob(5, "iterations of Muon", range(1, 6))
     muon_row_normalize: bool = knob(True, "rows of Muon's momentum at norm one (#1285)")
     warmdown_iters: int = knob(0, "steps of the warmdown; 0: WARMDOWN_FRAC", natural)
     late_qat_threshold: float = knob(0.0, "rate factor of rounded training (#578)", fraction)
@@ -348,8 +351,9 @@ class Hyperparameters:
             # numbers beyond 2^53 are none to the floats that they meet
             value = getattr(self, f.name)
             exact = isinstance(value, str) or f.name == "seed" or abs(value) < 1 << 53
-            require(exact and f.metadata["check"](value),
-                    f"{f.name.upper()}={value!r} is out of range: {f.metadata['meaning']}")
+            words = f.metadata["words"] if exact else "below 2^53"
+            require(exact and f.metadata["check"](value), f"{f.name.upper()}={value!r} is out of "
+                    f"range{words and f', expected {words}'}: {f.metadata['meaning']}")
         # A step is whole micro-batches and a micro-batch whole rows, so that tokens weigh alike;
         # learning cuts a chunk into such rows and drops what is left over.
         h, F_ = self, self.mlp_mult * self.model_dim

@@ -218,8 +218,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bytes", type=int, default=0, help="of every artifact; else 3.5 bits per weight of the first arm")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--tokens", type=float, default=TOKENS_PER_WEIGHT, help="per weight of the first arm; a smaller number only "
-                        "shows that the bench runs")
+    parser.add_argument("--tokens", type=float, default=TOKENS_PER_WEIGHT, help="per weight of the first arm: 240 where arms differ in "
+                        "time (fewer flatter what saves steps), a small number to see that the bench runs")
     o = parser.parse_args(arguments)
     seeds = [int(seed) for seed in o.seeds.split(",")]
     arms = {name.strip(): dict(word.split("=", 1) for word in knobs.split()) for name, _, knobs in (a.partition(":") for a in o.arms)}

@@ -77,10 +77,25 @@ OUT_OF_RANGE += [("vocab_size", 3), ("vocab_size", 65537), ("train_seq_len", 1),
 
 @pytest.mark.parametrize("name, value", OUT_OF_RANGE)
 def test_ranges(name, value):
-    """Each check refuses a value outside its range and says which knob, which value and what it means."""
+    """Each check refuses a value outside its range and says which knob, which value, what was expected and what it means."""
     with pytest.raises(tg.Refusal) as refusal:
         tg.Hyperparameters(**{name: value})
-    assert str(refusal.value) == f"{name.upper()}={value!r} is out of range: {FIELDS[name].metadata['meaning']}"
+    begin, meaning = f"{name.upper()}={value!r} is out of range", FIELDS[name].metadata["meaning"]
+    words = str(refusal.value).removeprefix(begin).removesuffix(f": {meaning}")
+    assert str(refusal.value) == f"{begin}{words}: {meaning}"
+    # a number says its range before its meaning or in it
+    assert FIELDS[name].type == "str" or re.fullmatch(r", expected (above 0|\d+ or more|\d+ to \d+|in \[0, 1\)|below 2\^53)", words) or (
+        not words and re.search(r"\d", meaning)), str(refusal.value)
+
+
+@pytest.mark.parametrize("name, low, high", [("matrix_bits", 2, 8), ("num_layers", 1, 1000), ("vocab_size", 4, 65536),
+                                             ("seed", 0, (1 << 63) - 1), ("xsa_last_n", 0, 1000), ("muon_backend_steps", 1, 5)])
+def test_the_ranges_told_are_those_that_hold(name, low, high):
+    """Both ends are allowed, what is beyond is refused with them."""
+    check = FIELDS[name].metadata["check"]
+    assert [check(v) for v in (low - 1, low, high, high + 1)] == [False, True, True, False]
+    with pytest.raises(tg.Refusal, match=f"{name.upper()}={low - 1} is out of range, expected {low} to {high}: "):
+        tg.Hyperparameters(**{name: low - 1})
 
 
 def test_every_number_has_a_range():
