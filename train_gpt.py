@@ -224,7 +224,7 @@ class Hyperparameters:
     model_dim: int = knob(512, "residual width, D", range(1, 1 << 20))
     num_heads: int = knob(8, "query heads, H", positive)
     num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
-    mlp_mult: float = knob(4.0, "MLP width F, in MODEL_DIM, up to 256", lambda v: 0 < v <= 256)
+    mlp_mult: float = knob(4.0, "MLP width F / MODEL_DIM, at most 256", lambda v: 0 < v <= 256)
     leaky_slope: float = knob(0.5, "slope of the squared ReLU below zero; 0: none", fraction)
     rope_dims: int = knob(16, "leading dimensions of each head that rotate", positive)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
