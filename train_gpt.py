@@ -184,9 +184,10 @@ def lists(default: str, names: str, meaning: str, *others: str) -> Any:
     return knob(default, f"{meaning}, of {names}", lambda value: set(value.split(",")) <= known)
 
 
-positive, natural = lambda v: v > 0, lambda v: v >= 0    # checks of a value
+positive, natural, several = lambda v: v > 0, lambda v: v >= 0, lambda v: v > 1    # checks
 fraction, below_one, few = lambda v: 0 <= v <= 1, lambda v: 0 <= v < 1, range(1001)
-EXPECTED = {positive: "above 0", natural: "0 or more", fraction: "0 to 1", below_one: "in [0, 1)"}
+EXPECTED = {positive: "above 0", natural: "0 or more", several: "2 or more", fraction: "0 to 1",
+            below_one: "in [0, 1)"}
 # knobs that say where things lie, or how a run is called
 PLACES = ("run_id", "logs_dir", "data_dir", "data_path", "tokenizer_path", "recipe")
 # in the order of the pipeline
@@ -224,7 +225,7 @@ class Hyperparameters:
     model_dim: int = knob(512, "residual width, D", range(1, 1 << 20))
     num_heads: int = knob(8, "query heads, H", positive)
     num_kv_heads: int = knob(4, "key/value heads, K; NUM_HEADS must be a multiple", positive)
-    mlp_mult: float = knob(4.0, "MLP width F / MODEL_DIM, at most 256", lambda v: 0 < v <= 256)
+    mlp_mult: float = knob(4.0, "MLP width F / MODEL_DIM, above 0 to 256", lambda v: 0 < v <= 256)
     leaky_slope: float = knob(0.5, "slope of the squared ReLU below zero; 0: none", fraction)
     rope_dims: int = knob(16, "leading dimensions of each head that rotate", positive)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", positive)
@@ -248,7 +249,7 @@ class Hyperparameters:
         600.0, "training clock, s; counts all that reads training data; 0: no clock", natural)
     train_batch_tokens: int = knob(786432, "tokens of one optimiser step over all ranks", positive)
     micro_batch_tokens: int = knob(98304, "tokens of one forward pass on one rank", positive)
-    train_seq_len: int = knob(2048, "context and longest document piece, tokens", range(2, 1 << 53))
+    train_seq_len: int = knob(2048, "context and longest document piece, tokens", several)
     rehearsal_steps: int = knob(3, "rehearsed steps of each depth plan; 0: no rehearsal", few)
     lr_warmup_steps: int = knob(0, "steps over which the rates rise linearly", natural)
     warmdown_frac: float = knob(0.85, "last share of training, of linearly falling rates", fraction)
@@ -290,7 +291,7 @@ class Hyperparameters:
 
     # -- scoring
     scores: str = lists("quantized,sliding,ttt", " ".join(SCORES), "scores of the artifact", "")
-    eval_seq_len: int = knob(2048, "longest window in scoring, tokens", range(2, 1 << 53))
+    eval_seq_len: int = knob(2048, "longest window in scoring, tokens", several)
     eval_reach: int = knob(8, "windows back in which a stream's pointer looks", positive)
     eval_stride: int = knob(64, "tokens scored per sliding window", positive)
     eval_batch_tokens: int = knob(262144, "tokens of a scoring pass on one rank", positive)
@@ -3473,7 +3474,6 @@ def trellis_codes(x: Tensor, states: int, weight: Tensor | None = None, run: int
         trellis_kernel[(rows, )](x, weight.contiguous(), codes, taken, length, states, parity >> 1,
                                  upper >> 1, num_warps=1)
         return codes
-    run = min(run, length)
     runs = -(-length // run)
     # rows (N, R) as runs (run, N * runs), padded with zeros
     cut = lambda values: F.pad(values, (0, runs * run - length)).reshape(-1, run).T.contiguous()
