@@ -3429,8 +3429,8 @@ def walk_back(last: Tensor, came: Sequence[Tensor]) -> Tensor:
 
 def search_runs(error: Tensor, before: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Viterbi's search of all runs at once: states (run, M) before each step, and bits (run, M).
-    `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`. Of
-    several runs, which walk side by side, each is searched from every state: joining is exact."""
+    `error` (run, 2 * states, M) is the cost of each branch, bit 0 first; M = N * runs = `shape`.
+    Runs walk side by side, each searched from every state, so that joining is exact."""
     (run, _, many), states = error.shape, before.shape[1]
     # (state reached, state begun in, M): before the first step a path is where it began
     cost = torch.full((states, states, many), 1e30, device=error.device)
